@@ -1,0 +1,264 @@
+"""`thoughtx-build`: a checkpoint becomes an engine directory.
+
+checkpoint -> graph per part -> weights streamed beside it (onnxruntime) and a plan per part (TensorRT). With only a TensorRT backend the
+weights never touch the disk: the builder takes them from memory, one part at a time, so a host never holds more than a part.
+
+Everything that can be refused is refused before the first byte is written; the directory appears whole or not at all. A build that
+would repeat what the output already holds (same inputs, same settings, files intact) does nothing and says so.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from trtllm_thoughtx import __version__, engine_dir, files, report
+from trtllm_thoughtx.build_options import resolve
+from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.graph import external
+from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.weights import WeightSource, open_weights
+
+PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
+PROFILES = ("prefill", "decode")
+MAX_LOGIT_ROWS = 8  # of one sequence and call in a TensorRT plan: enough to check drafts, small enough to cost no memory
+MEMORY_FACTOR = 3.0  # a TensorRT build's peak memory over the weights of its largest part, as measured on CPU hosts
+
+
+def build(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build_options.resolve`.
+
+    Returns a summary. Raises ThoughtxError; then nothing is left behind.
+    """
+    progress = progress or Progress.silent()
+    checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
+    began = time.monotonic()
+    with open_weights(checkpoint_dir) as source:
+        config = source.config
+        settings = resolve(config, options or {})
+        graphs = [decoder_graph(config, settings, part) for part in parts_of(config, settings.stages)]
+        bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
+        plan = _plan(source, settings, bounds, output_dir)
+        if dry_run:
+            return {**plan, "dry_run": True}
+        pool = concurrent.futures.ThreadPoolExecutor(1, "hash-inputs")
+        inputs = pool.submit(report.manifest_inputs, source.inputs())
+        try:
+            if not force and _is_up_to_date(output_dir, settings, inputs):
+                return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
+            files.check_output(output_dir, force=force, inputs=[checkpoint_dir])
+            files.require_space(output_dir.parent, plan["disk_bytes"])
+            _load_backends(settings)
+            with files.atomic_dir(output_dir, force=force) as partial:
+                hashes, parts, checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
+                _copy(source.carried(), partial)
+                _write_json(partial / engine_dir.CONFIG, engine_dir.config_json(config, settings, parts))
+                source.verify_unchanged()
+                report.write_manifest(
+                    partial,
+                    command=_command(checkpoint_dir, output_dir, settings),
+                    inputs=inputs.result(),
+                    config={"build": settings.as_dict(), "model": report.plain(config)},
+                    checks=checks,
+                    environment=_environment(),
+                    hashes=hashes,
+                )
+                made = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": checks}
+
+
+def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path) -> dict[str, Any]:
+    """What a build will do and need, known before any work."""
+    weights = [bound.num_bytes for bound in bounds]
+    plans = [backend for backend in settings.backends if backend != "onnxruntime"]
+    copies = len(plans) + ("onnxruntime" in settings.backends)
+    kv = source.config.kv_bytes_per_token(settings.dtype)
+    return {
+        "checkpoint_dir": str(source.path),
+        "output_dir": str(output_dir),
+        "model": report.plain(source.config),
+        "build": settings.as_dict(),
+        "weights_bytes": sum(weights),
+        "disk_bytes": int(sum(weights) * copies * 1.02) + (16 << 20),
+        "memory_bytes": int(max(weights) * (MEMORY_FACTOR if plans else 0)) + (512 << 20),
+        "kv_bytes_per_token": kv,
+        "kv_bytes": kv * settings.max_seq_len * settings.max_batch_size,
+        "part_names": [bound.graph.part.name for bound in bounds],
+    }
+
+
+def _is_up_to_date(output_dir: Path, settings: BuildConfig, inputs: concurrent.futures.Future[list[dict[str, Any]]]) -> bool:
+    if not (output_dir / report.MANIFEST).is_file():
+        return False
+    try:
+        manifest = report.read_manifest(output_dir)
+        same = manifest["tool"].get("version") == __version__ and manifest["config"].get("build") == report.plain(settings.as_dict())
+        if not same or manifest["inputs"] != inputs.result():
+            return False
+        report.verify_files(output_dir)
+    except ThoughtxError:
+        return False
+    return True
+
+
+def _load_backends(settings: BuildConfig) -> None:
+    """Fail before any work when a backend's package is missing."""
+    for backend in settings.backends:
+        if backend != "onnxruntime":
+            from trtllm_thoughtx.engines.tensorrt import load_module
+
+            load_module(backend)
+
+
+def _build_parts(
+    partial: Path, source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path, progress: Progress
+) -> tuple[dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write every part's files into `partial`; returns known hashes, the parts of config.json, and checks for the manifest."""
+    hashes: dict[str, str] = {}
+    parts, checks = [], []
+    for bound in bounds:
+        part = bound.graph.part
+        onnx_file = f"{part.name}.onnx"
+        (partial / onnx_file).write_bytes(bound.model)
+        hashes[onnx_file] = bound.sha256
+        entry: dict[str, Any] = {
+            "name": part.name,
+            "first_layer": part.first_layer,
+            "last_layer": part.last_layer,
+            "embeds": part.embeds,
+            "head": part.head,
+            "onnx": onnx_file,
+            "data": None,
+            "graph_sha256": bound.sha256,
+            "weights_sha256": None,
+            "plans": {},
+        }
+        if "onnxruntime" in settings.backends:
+            entry["data"] = bound.location
+            entry["weights_sha256"] = hashes[bound.location] = external.write_data(bound, source, partial / bound.location, progress)
+        for backend in settings.backends:
+            if backend != "onnxruntime":
+                entry["plans"][backend], check = _build_plan(partial, source, settings, bound, entry, backend, output_dir, progress)
+                hashes[entry["plans"][backend]["file"]] = entry["plans"][backend]["sha256"]
+                checks.append(check)
+        parts.append(entry)
+    return hashes, parts, checks
+
+
+def _build_plan(
+    partial: Path,
+    source: WeightSource,
+    settings: BuildConfig,
+    bound: external.Bound,
+    entry: Mapping[str, Any],
+    backend: str,
+    output_dir: Path,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from trtllm_thoughtx.engines.tensorrt import build_plan
+
+    graph, data = bound.graph, partial / bound.location
+
+    def initializers() -> Iterable[tuple[str, np.ndarray]]:
+        if entry["data"]:
+            return external.read_data(bound, data)
+        return ((item.name, value) for item, value in external.arrays(graph, settings.dtype, source))
+
+    file = f"{graph.part.name}{engine_dir.PLAN_SUFFIX[backend]}"
+    info = build_plan(
+        backend=backend,
+        model=bound.model,
+        initializers=initializers,
+        plan_path=partial / file,
+        profiles=profiles_of(graph, settings),
+        compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
+        optimization_level=settings.optimization_level,
+        num_attention=graph.num_attention,
+        decomposable=settings.dtype == "float32",
+        log_path=output_dir.parent / f"{output_dir.name}.{backend}.log",
+        progress=progress,
+    )
+    plan = {
+        "file": file,
+        "sha256": info.sha256,
+        "graph_sha256": bound.sha256,
+        "weights_sha256": entry["weights_sha256"],
+        "compute_capabilities": list(settings.compute_capabilities) if backend == "tensorrt-rtx" else ["native"],
+    }
+    evidence = {"expected": graph.num_attention, "found": info.num_attention}
+    return plan, {"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}
+
+
+def profiles_of(graph: Graph, settings: BuildConfig) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
+    """Shape ranges (min, opt, max) by input for prefill and for decode, in the order of `PROFILES`."""
+    batch, length, piece = settings.max_batch_size, settings.max_seq_len, settings.max_input_len
+    slots = (1, max(1, length // 2), length)
+    by_phase = {
+        "prefill": {"B": (1, 1, batch), "S": (1, piece, piece), "T": slots, "K": (1, 1, min(MAX_LOGIT_ROWS, piece))},
+        "decode": {"B": (1, batch, batch), "S": (1, 1, 1), "T": slots, "K": (1, 1, 1)},
+    }
+    profiles = []
+    for phase in PROFILES:
+        shapes = {}
+        for value in graph.model.graph.input:
+            dims = [by_phase[phase][d.dim_param] if d.dim_param else (d.dim_value,) * 3 for d in value.type.tensor_type.shape.dim]
+            shapes[value.name] = tuple(tuple(dim[i] for dim in dims) for i in range(3))
+        profiles.append(shapes)
+    return profiles
+
+
+def _copy(carried: Mapping[str, Path], partial: Path) -> None:
+    for name, path in carried.items():
+        with files.open_inside(path.parent, name) as handle:
+            (partial / name).write_bytes(handle.read())
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_bytes(report.to_json(value).encode())
+
+
+def _environment() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), **versions}
+
+
+def _command(checkpoint_dir: Path, output_dir: Path, settings: BuildConfig) -> str:
+    """The command that makes the same engine again, with names instead of this machine's paths."""
+    words = ["thoughtx-build", "--checkpoint_dir", checkpoint_dir.name, "--output_dir", output_dir.name, "--dtype", settings.dtype]
+    for backend in settings.backends:
+        words += ["--backend", backend]
+    for name in ("max_batch_size", "max_input_len", "max_seq_len"):
+        words += [f"--{name}", str(getattr(settings, name))]
+    if settings.use_chunked_attention:
+        words.append("--use_chunked_attention")
+        for name in ("chunk_size", "sink_tokens", "left_chunks"):
+            words += [f"--{name}", str(getattr(settings, name))]
+    if settings.stages:
+        words += ["--early_exit_layers", ",".join(map(str, settings.stages))]
+    return " ".join(words)

@@ -1,0 +1,120 @@
+"""The options of `thoughtx-build`: defaults that depend on the model, and every combination that cannot be built refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+
+DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
+DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
+STAGE_BYTES = 4 << 30  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
+MAX_BATCH, MAX_LEN = 4096, 1 << 24
+KNOWN = frozenset(
+    "dtype backend max_batch_size max_input_len max_seq_len use_chunked_attention chunk_size sink_tokens left_chunks "
+    "early_exit_layers num_stages compute_capabilities optimization_level".split()
+)
+
+
+def refuse(flag: str, value: object, why: str, fix: str) -> ThoughtxError:
+    return ThoughtxError("E001", f"--{flag} {shown(value)} cannot be used", where=f"--{flag}", why=why, fix=fix)
+
+
+def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
+    """What the user set (None counts as not set) -> a complete, checked `BuildConfig`."""
+    given = {key: value for key, value in options.items() if value is not None}
+    assert set(given) <= KNOWN, set(given) - KNOWN
+    backends = tuple(dict.fromkeys(_listed(given.get("backend")) or ("tensorrt-rtx", "onnxruntime")))
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise refuse("backend", backend, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
+    dtype = _dtype(config, given.get("dtype", "auto"), backends)
+    longest = int(config.max_position * (config.rope.factor if config.rope.kind in ("linear", "yarn") else 1))
+    max_seq_len = _whole(given, "max_seq_len", min(DEFAULT_SEQ_LEN, longest), 2, MAX_LEN)
+    if max_seq_len > longest:
+        raise refuse("max_seq_len", max_seq_len, f"the model was made for at most {longest} positions", f"use at most {longest}")
+    max_input_len = _whole(given, "max_input_len", min(DEFAULT_INPUT_LEN, max_seq_len), 1, max_seq_len)
+    return BuildConfig(
+        dtype=dtype,
+        backends=backends,
+        max_batch_size=_whole(given, "max_batch_size", 4, 1, MAX_BATCH),
+        max_input_len=max_input_len,
+        max_seq_len=max_seq_len,
+        **_chunks(given, max_seq_len),
+        stages=_stages(config, given, dtype, backends),
+        compute_capabilities=tuple(_listed(given.get("compute_capabilities")) or BuildConfig().compute_capabilities),
+        optimization_level=_level(given),
+    )
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _dtype(config: ModelConfig, asked: str, backends: tuple[str, ...]) -> str:
+    if asked == "auto":
+        # A CPU has no bfloat16 kernels; there, float32 is both faster and closer to the checkpoint.
+        return "float32" if backends == ("onnxruntime",) and config.dtype == "bfloat16" else config.dtype
+    if asked not in DTYPES:
+        raise refuse("dtype", asked, "there is no such type", f"choose from auto, {', '.join(DTYPES)}")
+    return asked
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise refuse(name, value, f"it must be a whole number from {low} to {high}", f"use a number from {low} to {high}")
+    return value
+
+
+def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
+    if not given.get("use_chunked_attention"):
+        for name in ("chunk_size", "sink_tokens", "left_chunks"):
+            if name in given:
+                raise refuse(name, given[name], "it means something only with chunked attention", "add --use_chunked_attention")
+        return {}
+    chunk_size = _whole(given, "chunk_size", min(DEFAULT_CHUNK, max_seq_len), 1, max_seq_len)
+    return {
+        "use_chunked_attention": True,
+        "chunk_size": chunk_size,
+        "sink_tokens": _whole(given, "sink_tokens", min(DEFAULT_SINK, max_seq_len - 1), 0, max_seq_len - 1),
+        "left_chunks": _whole(given, "left_chunks", DEFAULT_LEFT, 0, max_seq_len),
+    }
+
+
+def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends: tuple[str, ...]) -> tuple[int, ...]:
+    num_layers = config.num_layers
+    if "early_exit_layers" in given:
+        edges = _listed(given["early_exit_layers"])
+        if "num_stages" in given:
+            raise refuse("num_stages", given["num_stages"], "--early_exit_layers sets the stages already", "give one of the two")
+        good = all(type(edge) is int and 0 < edge < num_layers for edge in edges) and list(edges) == sorted(set(edges))
+        if not edges or not good:
+            why = f"it must list layers between 1 and {num_layers - 1}, rising, none twice (the model has {num_layers} layers)"
+            raise refuse("early_exit_layers", ",".join(map(str, edges)), why, "for example --early_exit_layers " + str(max(1, num_layers // 2)))
+        return edges
+    if "num_stages" in given:
+        count = _whole(given, "num_stages", 1, 1, num_layers)
+    elif set(backends) - {"onnxruntime"}:
+        layer_bytes = layer_weights(config) * (4 if dtype == "float32" else 2)
+        head_bytes = config.vocab_size * config.hidden_size * (4 if dtype == "float32" else 2)
+        total = layer_bytes * num_layers + head_bytes * (1 if config.tied else 2)
+        per_stage = max(1, int((STAGE_BYTES - head_bytes) // layer_bytes)) if head_bytes < STAGE_BYTES else 1
+        count = 1 if total <= STAGE_BYTES else -(-num_layers // per_stage)
+    else:
+        count = 1
+    return tuple(num_layers * k // count for k in range(1, count))
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of one decoder layer's matrices."""
+    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
+    return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def _level(given: Mapping[str, Any]) -> int | None:
+    return _whole(given, "optimization_level", 3, 0, 5) if "optimization_level" in given else None

@@ -1,0 +1,93 @@
+"""The typed objects that everything else is built from: `ModelConfig`, `RopeConfig`, `BuildConfig`.
+
+A Hugging Face or TensorRT-LLM config.json is read once, at the door (`families` and `checkpoint`), into a frozen
+`ModelConfig`; nothing later sees a dict or guesses a default. `BuildConfig` is what `thoughtx-build` was asked for, after
+flags and YAML are merged; it is what the engine's config.json and manifest record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+DTYPES = ("float32", "float16", "bfloat16")
+BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding. `kind` is none | linear | yarn | llama3; unused fields keep their defaults.
+
+    Sources: linear (kaiokendev's position interpolation), YaRN (arXiv 2309.00071), llama3 (Llama 3.1 model card);
+    field meanings follow transformers' `modeling_rope_utils`.
+    """
+
+    theta: float
+    kind: str = "none"
+    factor: float = 1.0
+    original_max_position: int = 0  # yarn, llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: 0.1 * ln(factor) + 1
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One dense decoder, whatever its family. Sizes are element counts."""
+
+    family: str  # qwen2 | qwen3 | llama
+    architecture: str  # Hugging Face class name, e.g. Qwen2ForCausalLM
+    dtype: str  # of the weights: float32 | float16 | bfloat16
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position: int  # max_position_embeddings as the checkpoint states it
+    tied: bool  # lm_head shares the embedding
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of K and V of all layers for one position."""
+        return 2 * self.num_layers * self.kv_size * (4 if dtype == "float32" else 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What to build. Lengths are tokens; `stages` holds the first layer of each stage after the first."""
+
+    dtype: str = "float32"
+    backends: tuple[str, ...] = ("tensorrt-rtx", "onnxruntime")
+    max_batch_size: int = 4
+    max_input_len: int = 512  # longest piece of a prompt that one prefill call takes
+    max_seq_len: int = 2048  # KV capacity: prompt and answer
+    use_chunked_attention: bool = False
+    chunk_size: int = 0  # default chunk of the engine, a run-time input; 0 without chunked attention
+    sink_tokens: int = 0
+    left_chunks: int = 0
+    stages: tuple[int, ...] = ()
+    compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
+    optimization_level: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,0 +1,158 @@
+"""An engine directory as data: what `thoughtx-build` writes and everything else reads.
+
+    config.json      version, pretrained_config (TensorRT-LLM's fields), build_config (trtllm-build's names), thoughtx (ours)
+    rank0.onnx/.data the graph and its weights; rank0.stage{k} and rank0.head when cut into stages
+    rank0.engine     the TensorRT plan of the graph of that name (rank0.trt.engine for plain TensorRT)
+    manifest.json    sha256 of every file, what they were made from
+    tokenizer files  as they came with the checkpoint
+
+Nothing here loads an engine; `verify` compares hashes and must pass before one is loaded, because a plan is a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trtllm_thoughtx import __version__, report
+from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
+from trtllm_thoughtx.files import read_json
+
+CONFIG = "config.json"
+PLAN_SUFFIX = {"tensorrt-rtx": ".engine", "tensorrt": ".trt.engine"}
+
+
+@dataclass(frozen=True)
+class EngineDir:
+    """`parts` are dicts: name, first_layer, last_layer, embeds, head, onnx, data (None without onnxruntime), graph_sha256,
+    weights_sha256 (None without data), plans {backend: {file, sha256, graph_sha256, weights_sha256, compute_capabilities}}."""
+
+    root: Path
+    config: ModelConfig
+    build: BuildConfig
+    parts: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, root: Path) -> EngineDir:
+        """Read and check config.json. E101 when `root` is not an engine directory, E121 when it is malformed."""
+        root = Path(root)
+        where = str(root / CONFIG)
+        if not root.is_dir() or not (root / CONFIG).exists():
+            raise ThoughtxError(
+                "E101",
+                "not an engine directory",
+                where=shown(str(root)),
+                why="an engine directory holds config.json, manifest.json and at least one engine" if root.is_dir() else "there is no such directory",
+                fix="give the --output_dir of thoughtx-build",
+            )
+        raw = read_json(root, CONFIG, code="E121")
+        if not isinstance(raw, dict) or "thoughtx" not in raw:
+            raise ThoughtxError(
+                "E101",
+                "not an engine directory of this package",
+                where=where,
+                why="its config.json has no `thoughtx` section: it looks like a checkpoint, or like another tool's engine",
+                fix="build an engine from it first: thoughtx-build --checkpoint_dir ... --output_dir ...",
+            )
+        mine = _table(raw, "thoughtx", where)
+        build = _build_config(_table(mine, "build", where), where)
+        parts = mine.get("parts")
+        if not isinstance(parts, list) or not parts or not all(_is_part(part) for part in parts):
+            raise _malformed(where, "thoughtx.parts is not a list of parts")
+        config = model_config_from_trtllm(_table(raw, "pretrained_config", where), where)
+        return cls(root, config, build, parts)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """What was built, in the order of preference for running."""
+        plans = [backend for backend in ("tensorrt", "tensorrt-rtx") if all(backend in part["plans"] for part in self.parts)]
+        return (*(["onnxruntime"] if all(part["data"] for part in self.parts) else []), *plans)
+
+    def files_of(self, backend: str) -> list[str]:
+        """The files that `backend` loads."""
+        if backend == "onnxruntime":
+            return [part[key] for part in self.parts for key in ("onnx", "data")]
+        return [part["plans"][backend]["file"] for part in self.parts]
+
+    def choose(self, backend: str | None) -> str:
+        """`backend`, or the first that this directory holds; E101 when it holds none such."""
+        if backend is None:
+            return self.backends[0]
+        if backend not in self.backends:
+            raise ThoughtxError(
+                "E101",
+                f"this directory holds no {shown(backend)} engine",
+                where=str(self.root),
+                why=f"it was built for {', '.join(self.backends)}",
+                fix=f"choose one of those with --backend, or build again with --backend {shown(backend)}",
+            )
+        return backend
+
+    def verify(self, backend: str) -> None:
+        """Hash what `backend` would load, and config.json, against the manifest. E120 on any difference."""
+        report.verify_files(self.root, [CONFIG, *self.files_of(backend)])
+
+
+def config_json(config: ModelConfig, build: BuildConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The engine's config.json: trtllm-build's three keys, and ours."""
+    return {
+        "version": __version__,
+        "pretrained_config": trtllm_config(config, dtype=build.dtype, tp_size=1, pp_size=1),
+        "build_config": {
+            "max_batch_size": build.max_batch_size,
+            "max_input_len": build.max_input_len,
+            "max_seq_len": build.max_seq_len,
+            "max_beam_width": 1,
+            "max_num_tokens": build.max_batch_size * build.max_input_len,
+            "kv_cache_type": "CONTINUOUS",
+            "strongly_typed": True,
+            "plugin_config": {},
+        },
+        "thoughtx": {"build": build.as_dict(), "parts": parts},
+    }
+
+
+def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
+    known = {field.name: field for field in fields(BuildConfig)}
+    if set(raw) != set(known):
+        raise _malformed(where, f"thoughtx.build has the fields {shown(sorted(raw))}, wanted {sorted(known)}")
+    blank = BuildConfig()
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        like = getattr(blank, name)
+        if isinstance(like, tuple):
+            value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not type(like) and name != "optimization_level":
+            raise _malformed(where, f"thoughtx.build.{name} is {shown(value)}")
+        values[name] = value
+    build = BuildConfig(**values)
+    if build.dtype not in DTYPES or not set(build.backends) <= set(BACKENDS):
+        raise _malformed(where, "thoughtx.build names an unknown dtype or backend")
+    if min(build.max_batch_size, build.max_input_len, build.max_seq_len) < 1 or (build.use_chunked_attention and build.chunk_size < 1):
+        raise _malformed(where, "thoughtx.build has a limit below 1")
+    return build
+
+
+def _is_part(part: object) -> bool:
+    kinds = {"name": str, "first_layer": int, "last_layer": int, "embeds": bool, "head": bool, "onnx": str, "graph_sha256": str, "plans": dict}
+    return (
+        isinstance(part, dict)
+        and all(isinstance(part.get(key), kind) for key, kind in kinds.items())
+        and all(part.get(key) is None or isinstance(part[key], str) for key in ("data", "weights_sha256"))
+        and all(isinstance(plan, dict) and isinstance(plan.get("file"), str) for plan in part["plans"].values())
+    )
+
+
+def _table(raw: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, dict):
+        raise _malformed(where, f"{key} is {shown(value)}, not an object")
+    return value
+
+
+def _malformed(where: str, why: str) -> ThoughtxError:
+    return ThoughtxError("E121", "the engine's config.json is malformed", where=where, why=why, fix="build the engine again")

@@ -1,0 +1,261 @@
+"""The decoder as ONNX graphs, authored straight from a `ModelConfig`: one graph, or one per stage and one for the head.
+
+Standard operators of opset 24, plus `thoughtx::ChunkedAttention` when asked for. Nothing is traced and no weight is read
+here: `decoder_graph` returns the graph with its large initializers marked external, and the list of what belongs in them
+(`Initializer`), which `graph.weights` streams to disk and `engines` hand to their builders from memory.
+
+Shapes: B batch, S tokens of this call, T live cache slots, K rows of logits, H hidden, N = B * S, D head_dim. The residual
+stream is kept flat, [N, H], so that each linear layer is one Gemm that takes the checkpoint's [out, in] weight as it lies
+on disk, with its bias, and tied heads share the embedding's bytes.
+
+The KV cache is static and written in place (TensorScatter); only its first T slots, those in use, are attended to, so that
+the work per token follows the live cache and not max_seq_len. In TensorRT the cache must be a network input of static length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.graph import chunked_attention, rope
+
+IR_VERSION = 11
+INLINE_BYTES = 1024  # smaller initializers stay inside the graph
+ELEM_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Layers [first_layer, last_layer) with the embedding before and the head after them, if so marked."""
+
+    name: str
+    first_layer: int
+    last_layer: int
+    embeds: bool
+    head: bool
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, or a computed array."""
+
+    name: str
+    shape: tuple[int, ...]
+    weight: str = ""
+    array: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph without its large weights. `num_attention` is what a parser must find in it."""
+
+    part: Part
+    model: onnx.ModelProto
+    initializers: tuple[Initializer, ...]
+    num_attention: int
+
+
+def parts_of(config: ModelConfig, stages: tuple[int, ...]) -> list[Part]:
+    """`stages` holds the first layer of each stage after the first; none: a single graph with everything in it."""
+    if not stages:
+        return [Part("rank0", 0, config.num_layers, embeds=True, head=True)]
+    edges = [0, *stages, config.num_layers]
+    body = [Part(f"rank0.stage{k}", a, b, embeds=k == 0, head=False) for k, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+    return [*body, Part("rank0.head", config.num_layers, config.num_layers, embeds=False, head=True)]
+
+
+def layer_output(layer: int) -> str:
+    """Graph value that holds the residual stream after a layer, [N, H]; layer -1 is the embedding."""
+    return "embedding.output" if layer < 0 else f"layers.{layer}.output"
+
+
+class _Builder:
+    """Collects nodes and initializers; names follow the checkpoint's, in construction order, so that bytes repeat."""
+
+    def __init__(self, config: ModelConfig, build: BuildConfig, part: Part) -> None:
+        self.config, self.build, self.part = config, build, part
+        self.elem_type = ELEM_TYPE[build.dtype]
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.inline: list[onnx.TensorProto] = []
+        self.external: list[Initializer] = []
+        self.num_attention = 0
+
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+    def constant(self, name: str, value: list[int] | int) -> str:
+        self.inline.append(numpy_helper.from_array(np.array(value, np.int64), name))
+        return name
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> str:
+        if all(x.name != name for x in self.external):
+            self.external.append(Initializer(name, shape, weight=name))
+        return name
+
+    def table(self, name: str, array: np.ndarray) -> str:
+        self.external.append(Initializer(name, array.shape, array=array))
+        return name
+
+    def input(self, name: str, elem_type: int, shape: list[str | int]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+        return name
+
+    def output(self, name: str, elem_type: int, shape: list[str | int]) -> str:
+        self.outputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+        return name
+
+    def norm(self, x: str, weight: str, output: str, size: int) -> str:
+        return self.node("RMSNormalization", [x, self.weight(weight, (size,))], output, axis=-1, epsilon=self.config.norm_eps)
+
+    def linear(self, x: str, prefix: str, output: str, num_out: int, num_in: int, bias: bool = False) -> str:
+        inputs = [x, self.weight(f"{prefix}.weight", (num_out, num_in))]
+        if bias:
+            inputs.append(self.weight(f"{prefix}.bias", (num_out,)))
+        return self.node("Gemm", inputs, output, transB=1)
+
+
+def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
+    """The graph of one part; the same arguments give the same bytes."""
+    b = _Builder(config, build, part)
+    x = _enter(b)
+    if part.last_layer > part.first_layer:
+        _shared_inputs(b)
+        for layer in range(part.first_layer, part.last_layer):
+            x = _layer(b, layer, x)
+    _leave(b, x)
+    graph = helper.make_graph(b.nodes, part.name, b.inputs, b.outputs, b.inline)
+    opsets = [helper.make_opsetid("", chunked_attention.OPSET)]
+    functions = []
+    if build.use_chunked_attention and b.num_attention:
+        opsets.append(helper.make_opsetid(chunked_attention.DOMAIN, 1))
+        functions.append(chunked_attention.function_proto())
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
+    return Graph(part, model, tuple(b.external), b.num_attention)
+
+
+def _enter(b: _Builder) -> str:
+    hidden = b.config.hidden_size
+    b.constant("shape.flat", [-1, hidden])
+    if b.part.embeds:
+        ids = b.input("input_ids", TensorProto.INT64, ["B", "S"])
+        table = b.weight("transformer.vocab_embedding.weight", (b.config.vocab_size, hidden))
+        x = b.node("Gather", [table, ids], "embedding.lookup")
+        return b.node("Reshape", [x, "shape.flat"], layer_output(-1))
+    x = b.input("hidden_states", b.elem_type, ["B", "S", hidden])
+    return b.node("Reshape", [x, "shape.flat"], "hidden_states.flat")
+
+
+def _shared_inputs(b: _Builder) -> None:
+    """What all layers of the part share: positions, live slots, rotary tables, shapes."""
+    config = b.config
+    positions = b.input("positions", TensorProto.INT64, ["B", "S"])
+    b.input("kv_positions", TensorProto.INT64, ["B", "T"])
+    b.input("write_indices", TensorProto.INT64, ["B"])
+    cos, sin = rope.tables(config.rope, config.head_dim, config.max_position, b.build.max_seq_len)
+    b.table("rope.cos", cos)
+    b.table("rope.sin", sin)
+    b.node("Shape", [positions], "shape.tokens")
+    for name, num_heads in (("q", config.num_heads), ("kv", config.num_kv_heads)):
+        heads = b.constant(f"shape.{name}_heads", [num_heads, config.head_dim])
+        b.node("Concat", ["shape.tokens", heads], f"shape.{name}", axis=0)
+    b.constant("shape.attention", [-1, config.q_size])
+    b.constant("qkv.sizes", [config.q_size, config.kv_size, config.kv_size])
+    b.node("Shape", ["kv_positions"], "live.slots", start=1, end=2)
+    b.constant("live.start", [0])
+    b.constant("live.axis", [2])
+    if b.build.use_chunked_attention:
+        b.input("chunk_size", TensorProto.INT64, ["B"])
+        return
+    b.constant("mask.query_axes", [1, 3])
+    b.constant("mask.key_axes", [1, 2])
+    b.constant("mask.zero", 0)
+    p = b.node("Unsqueeze", [positions, "mask.query_axes"], "mask.p")
+    j = b.node("Unsqueeze", ["kv_positions", "mask.key_axes"], "mask.j")
+    past = b.node("LessOrEqual", [j, p], "mask.is_past")
+    live = b.node("GreaterOrEqual", [j, "mask.zero"], "mask.is_live")
+    b.node("And", [past, live], "mask.visible")
+
+
+def _layer(b: _Builder, layer: int, x: str) -> str:
+    config, name, hidden = b.config, f"layers.{layer}", b.config.hidden_size
+    weights = f"transformer.layers.{layer}"
+    h = b.norm(x, f"{weights}.input_layernorm.weight", f"{name}.attention.norm", hidden)
+    a = _attention(b, layer, h)
+    o = b.linear(a, f"{weights}.attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
+    x = b.node("Add", [x, o], f"{name}.attention.residual")
+    h = b.norm(x, f"{weights}.post_layernorm.weight", f"{name}.mlp.norm", hidden)
+    # TensorRT-LLM names: fc is the activated projection (gate_proj), gate is up_proj.
+    fc = b.linear(h, f"{weights}.mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
+    gate = b.linear(h, f"{weights}.mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)
+    active = b.node("Swish", [fc], f"{name}.mlp.active")
+    product = b.node("Mul", [active, gate], f"{name}.mlp.product")
+    down = b.linear(product, f"{weights}.mlp.proj", f"{name}.mlp.proj", hidden, config.intermediate_size)
+    return b.node("Add", [x, down], layer_output(layer))
+
+
+def _attention(b: _Builder, layer: int, h: str) -> str:
+    config, name, weights = b.config, f"layers.{layer}.attention", f"transformer.layers.{layer}.attention"
+    qkv = b.linear(h, f"{weights}.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
+    split = [f"{name}.{x}.flat" for x in "qkv"]
+    b.nodes.append(helper.make_node("Split", [qkv, "qkv.sizes"], split, name=f"{name}.split", axis=-1))
+    heads = {}
+    for x, flat in zip("qkv", split, strict=True):
+        shaped = b.node("Reshape", [flat, "shape.q" if x == "q" else "shape.kv"], f"{name}.{x}.heads")
+        if config.qk_norm and x != "v":
+            shaped = b.norm(shaped, f"{weights}.{x}_layernorm.weight", f"{name}.{x}.norm", config.head_dim)
+        heads[x] = b.node("Transpose", [shaped], f"{name}.{x}", perm=[0, 2, 1, 3])
+    for x in "qk":
+        heads[x] = b.node("RotaryEmbedding", [heads[x], "rope.cos", "rope.sin", "positions"], f"{name}.{x}.rotated")
+    live = {}
+    for x, kind in (("k", "key"), ("v", "value")):
+        cache: list[str | int] = ["B", config.num_kv_heads, b.build.max_seq_len, config.head_dim]
+        past = b.input(f"past_{kind}_{layer}", b.elem_type, cache)
+        present = b.output(f"present_{kind}_{layer}", b.elem_type, cache)
+        b.node("TensorScatter", [past, heads[x], "write_indices"], present, axis=-2)
+        live[x] = b.node("Slice", [present, "live.start", "live.slots", "live.axis"], f"{name}.{x}.live")
+    scale = float(config.head_dim) ** -0.5
+    b.num_attention += 1
+    if b.build.use_chunked_attention:
+        inputs = [heads["q"], live["k"], live["v"], "positions", "kv_positions", "chunk_size"]
+        sizes = {"sink": b.build.sink_tokens, "left": b.build.left_chunks}
+        y = b.node(chunked_attention.NAME, inputs, f"{name}.heads", domain=chunked_attention.DOMAIN, scale=scale, **sizes)
+    else:
+        y = b.node("Attention", [heads["q"], live["k"], live["v"], "mask.visible"], f"{name}.heads", scale=scale)
+    y = b.node("Transpose", [y], f"{name}.tokens", perm=[0, 2, 1, 3])
+    return b.node("Reshape", [y, "shape.attention"], f"{name}.flat")
+
+
+def _leave(b: _Builder, x: str) -> None:
+    config, hidden = b.config, b.config.hidden_size
+    b.constant("shape.hidden_tail", [hidden])
+    # A head on its own has no `positions` to take B and S from.
+    tokens = "shape.tokens"
+    if not b.num_attention:
+        tokens = b.node("Shape", ["hidden_states"], tokens, start=0, end=2)
+    shape = b.node("Concat", [tokens, "shape.hidden_tail"], "shape.hidden", axis=0)
+    if not b.part.head:
+        out = b.output("hidden_states_out", b.elem_type, ["B", "S", hidden])
+        b.node("Reshape", [x, shape], out)
+        return
+    shaped = b.node("Reshape", [x, shape], "head.hidden")
+    rows = b.input("logit_indices", TensorProto.INT64, ["B", "K"])
+    b.constant("head.index_axis", [2])
+    index = b.node("Unsqueeze", [rows, "head.index_axis"], "head.index")
+    picked = b.node("GatherND", [shaped, index], "head.rows", batch_dims=1)
+    flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
+    normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
+    matrix = "transformer.vocab_embedding.weight" if config.tied else "lm_head.weight"
+    logits = b.node("Gemm", [normed, b.weight(matrix, (config.vocab_size, hidden))], "head.logits", transB=1)
+    logits = b.node("Cast", [logits], "head.logits.float32", to=TensorProto.FLOAT)
+    b.node("Shape", [rows], "shape.rows")
+    b.constant("shape.vocab_tail", [config.vocab_size])
+    b.node("Concat", ["shape.rows", "shape.vocab_tail"], "shape.logits", axis=0)
+    out = b.output("logits", TensorProto.FLOAT, ["B", "K", config.vocab_size])
+    b.node("Reshape", [logits, "shape.logits"], out)

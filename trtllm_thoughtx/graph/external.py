@@ -1,0 +1,87 @@
+"""A graph's large initializers: where each lies in the external data file, and the bytes that belong there, one at a time.
+
+`bind` appends the initializers to the graph as external tensors; `arrays` yields their values in that order, cast to the graph's
+type; `write_data` streams them to disk. A builder that takes weights from memory uses `bind` and `arrays` and no file at all.
+The layout depends on the config alone, so the same checkpoint gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.weights import NUMPY_DTYPES, WeightSource
+
+ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A graph with its external tensors declared: `model` serialized, the data file's name and size."""
+
+    graph: Graph
+    dtype: str
+    model: bytes
+    location: str
+    offsets: dict[str, int]
+    num_bytes: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model).hexdigest()
+
+
+def bind(graph: Graph, dtype: str, location: str) -> Bound:
+    """Declare every large initializer as external data in the file `location` beside the graph."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    offsets, end, item = {}, 0, NUMPY_DTYPES[dtype].itemsize
+    for entry in graph.initializers:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        num_bytes = int(np.prod(entry.shape, dtype=np.int64)) * item
+        tensor = model.graph.initializer.add(name=entry.name, data_type=ELEM_TYPE[dtype], dims=entry.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", str(start)), ("length", str(num_bytes))):
+            tensor.external_data.add(key=key, value=value)
+        offsets[entry.name], end = start, start + num_bytes
+    return Bound(graph, dtype, model.SerializeToString(deterministic=True), location, offsets, end)
+
+
+def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Initializer, np.ndarray]]:
+    """The initializers' values in the graph's type, C-contiguous, in layout order; one is alive at a time."""
+    for entry in graph.initializers:
+        if entry.array is not None:
+            yield entry, entry.array.astype(NUMPY_DTYPES[dtype])
+        else:
+            assert source.shape(entry.weight) == entry.shape, (entry.weight, entry.shape)
+            yield entry, source.read(entry.weight, dtype)
+
+
+def write_data(bound: Bound, source: WeightSource, path: Path, progress: Progress) -> str:
+    """Write the external data file and return its sha256."""
+    digest = hashlib.sha256()
+    with path.open("xb") as out, progress.stage(f"weights of {bound.graph.part.name}", bound.num_bytes, "bytes") as stage:
+        end = 0
+        for entry, value in arrays(bound.graph, bound.dtype, source):
+            padding = bytes(bound.offsets[entry.name] - end)
+            data = memoryview(value.reshape(-1).view(np.uint8))
+            for piece in (padding, data):
+                out.write(piece)
+                digest.update(piece)
+            end = bound.offsets[entry.name] + data.nbytes
+            stage.advance(len(padding) + data.nbytes)
+    return digest.hexdigest()
+
+
+def read_data(bound: Bound, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The same tensors back from a data file that `write_data` made, as read-only maps."""
+    for entry in bound.graph.initializers:
+        mapped = np.memmap(path, NUMPY_DTYPES[bound.dtype], "r", bound.offsets[entry.name], entry.shape)
+        yield entry.name, mapped
