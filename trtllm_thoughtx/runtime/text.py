@@ -1,0 +1,354 @@
+"""Text to token ids and back: the tokenizer of a checkpoint, its special ids and its chat template.
+
+`Text.load` reads the files that Hugging Face writes and that checkpoints and engines of this project carry along:
+tokenizer.json (the Rust `tokenizers` library does the work), tokenizer_config.json, special_tokens_map.json,
+chat_template.jinja and generation_config.json. Their meaning follows transformers 5 with a tokenizer.json present: ids are the
+same as from `apply_chat_template`. All of it is hostile input: sizes are bounded, names go through `files`, templates are
+rendered in a process of their own (`chat`), and nothing is executed. Everything wrong in these files is E112, in
+generation_config.json E102.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.files import parse_json, read_inside, read_json
+from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages
+from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
+from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
+from trtllm_thoughtx.runtime.stream import TextStream
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Prompt", "Text", "TextStream", "prompt_ids", "read_generation_config", "read_prompts"]
+
+TOKENIZER_BYTES = 64 << 20
+CONFIG_BYTES = 16 << 20
+TEMPLATE_BYTES = 1 << 20
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# How models mark the start and end of their thinking.
+THINK_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+NO_LIMIT = b"1000000000000000019884624838656"  # int(1e30), which transformers writes as model_max_length; no JSON integer of ours
+
+
+class Text:
+    """A tokenizer with its special ids. Fields: `bos_id`, `pad_id` (or None), `eos_ids` (rising, maybe empty),
+    `special` (name -> text, as templates see it), `generation_config` (the raw object, {} when absent)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        where: str,
+        *,
+        special: dict[str, str] | None = None,
+        templates: dict[str, ChatTemplate] | None = None,
+        generation_config: dict[str, Any] | None = None,
+        add_bos: bool = False,
+    ) -> None:
+        self._tokenizer, self._where, self._templates = tokenizer, where, templates or {}
+        self.special, self.generation_config = special or {}, generation_config or {}
+        source = f"{where}/generation_config.json"
+        stated = {key: token_ids(self.generation_config, f"{key}_token_id", source) for key in ("bos", "pad", "eos")}
+        named = {key: self._id_of(self.special.get(f"{key}_token")) for key in stated}
+        self.bos_id = next((i for i in (named["bos"], *stated["bos"]) if i is not None), None)
+        self.pad_id = next((i for i in (named["pad"], *stated["pad"]) if i is not None), None)
+        self.eos_ids = tuple(sorted({*stated["eos"], *(() if named["eos"] is None else (named["eos"],))}))
+        self._add_bos = add_bos and self.bos_id is not None
+        added = tokenizer.get_added_tokens_decoder()
+        self._hidden = frozenset(i for i, token in added.items() if token.special)
+        has_bytes = tokenizer.decoder is not None and b'"ByteFallback"' in tokenizer.decoder.__getstate__()
+        self._byte_ids = frozenset(i for b in range(256) if has_bytes and (i := self._id_of(f"<0x{b:02X}>")) is not None)
+
+    @classmethod
+    def load(cls, root: Path) -> Text | None:
+        """From a Hugging Face, TensorRT-LLM or engine directory; None when it has no tokenizer.json."""
+        if not os.path.lexists(root / "tokenizer.json"):
+            return None
+        where = shown(str(root), 400)
+        tokenizer = _tokenizer(read_inside(root, "tokenizer.json", TOKENIZER_BYTES, code="E112"), f"{where}/tokenizer.json")
+        config = _object(root, "tokenizer_config.json")
+        added = config.get("added_tokens_decoder")
+        if added is None:  # otherwise transformers does not look at special_tokens_map.json either
+            config = {**config, **_object(root, "special_tokens_map.json")}
+        else:
+            _add_tokens(tokenizer, added, where)
+        special = {name: text for name in NAMED if (text := _token(config.get(name), name, where)) is not None}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        texts = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else _refuse("extra_special_tokens", where)
+        _mark_special(tokenizer, [*special.values(), *(_token(text, "extra_special_tokens", where) or "" for text in texts)])
+        return cls(
+            tokenizer,
+            where,
+            special=special,
+            templates=_templates(root, config, where),
+            generation_config=read_generation_config(root),
+            add_bos=config.get("add_bos_token") is True,
+        )
+
+    # --- ids -----------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids. `add_special` adds what the tokenizer puts around a text (often a BOS); special tokens in the text count."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _bad_prompt("the text is not valid Unicode", f"half of a surrogate pair at character {error.start}") from None
+        with _guarded(self._where):
+            ids = list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+        if add_special and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)  # add_bos_token, where the tokenizer.json does not do it itself
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids, bytes that are no UTF-8 as U+FFFD. Ids that the tokenizer does not know (padding rows) give nothing."""
+        with _guarded(self._where):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """For one answer that is shown as it grows."""
+        decode = functools.partial(self.decode, skip_special=skip_special)
+        hidden = self._hidden if skip_special else frozenset()
+        return TextStream(decode, lambda i: i in hidden or self._tokenizer.id_to_token(i) is None, self._byte_ids)
+
+    def default_params(self, **overrides: Any) -> GenerationParams:
+        """The checkpoint's sampling settings with `overrides` (None: keep); every EOS of the tokenizer stops too."""
+        if overrides.get("stop_ids") is None:
+            overrides["stop_ids"] = self.eos_ids
+        return GenerationParams.from_generation_config(self.generation_config, where=f"{self._where}/generation_config.json", **overrides)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """E112 when the tokenizer or generation_config.json can name a token that the model's embedding does not have."""
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        stated = max([*self.eos_ids, self.bos_id or 0, self.pad_id or 0])
+        if max(highest, stated) >= vocab_size:
+            what = f"the tokenizer's highest token id is {highest}" if highest >= vocab_size else f"a special token has the id {stated}"
+            raise ThoughtxError(
+                "E112",
+                f"{what}, and the model has only {vocab_size} tokens",
+                where=self._where,
+                why="the tokenizer and the weights do not belong together: such an id has no embedding",
+                fix="take tokenizer files and weights from the same checkpoint",
+            )
+
+    # --- chat ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._templates)
+
+    def chat(
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        *,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a chat, ready for generation. A text is one user message.
+
+        `enable_thinking` reaches the template only when it is not None (Qwen3 reads it). A checkpoint without a template: a text
+        is encoded as it is, messages are E140. E140 also for an empty result.
+        """
+        if not self._templates and isinstance(prompt, str):
+            ids = self.encode(prompt)
+        else:
+            ids = self.encode(self.render(prompt, enable_thinking, add_generation_prompt, tools), add_special=False)
+        if not ids:
+            raise _bad_prompt("the prompt has no tokens", "nothing is left of it after the chat template and the tokenizer")
+        return ids
+
+    def render(
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text that `chat` tokenizes."""
+        messages = plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "the prompt")
+        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        return self._template("tool_use" if tools and "tool_use" in self._templates else "default").render(
+            **self.special,
+            **switch,
+            messages=messages,
+            tools=None if tools is None else list(tools),
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    @functools.cached_property
+    def think_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Ids of the tags around the thinking, or None. Tags that are single tokens win; else the tags that the template writes,
+        which may be several tokens long and may then be cut differently beside other text."""
+        for tags in THINK_TAGS:
+            single = [self._id_of(tag) for tag in tags]
+            if None not in single:
+                return tuple((i,) for i in single if i is not None)  # type: ignore[return-value]
+        for first, last in THINK_TAGS:
+            if any(first in template.source or last in template.source for template in self._templates.values()):
+                return tuple(self.encode(first, add_special=False)), tuple(self.encode(last, add_special=False))
+        return None
+
+    def _template(self, name: str) -> ChatTemplate:
+        if name in self._templates:
+            return self._templates[name]
+        if not self._templates:
+            raise _bad_prompt("messages need a chat template, and this checkpoint has none", "there is no chat_template in its files")
+        raise ThoughtxError(
+            "E112",
+            f"there are several chat templates and none is the default: {shown(sorted(self._templates))}",
+            where=self._where,
+            why="which one to use is not written down",
+            fix='name one of them "default" in tokenizer_config.json',
+        )
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def prompt_ids(prompt: Prompt, text: Text | None, *, enable_thinking: bool | None = None) -> list[int]:
+    """Token ids of a prompt in any of its forms. E140 when it needs a tokenizer and there is none."""
+    if prompt.input_ids is not None:
+        return list(prompt.input_ids)
+    if text is None:
+        raise _bad_prompt("a text needs a tokenizer, and there is no tokenizer.json", "the engine was built from files without one")
+    return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), enable_thinking=enable_thinking)
+
+
+def read_generation_config(root: Path) -> dict[str, Any]:
+    """generation_config.json as it is, {} when there is none; E102 unless it is a JSON object."""
+    if not os.path.lexists(root / "generation_config.json"):
+        return {}
+    raw = read_json(root, "generation_config.json", limit=CONFIG_BYTES)
+    if not isinstance(raw, dict):
+        where = shown(str(root / "generation_config.json"), 400)
+        raise ThoughtxError("E102", "the file must hold a JSON object", where=where, why=f"it is {shown(raw, 40)}", fix="correct the file")
+    return raw
+
+
+# --- the files of a tokenizer ------------------------------------------------------------------------------------------
+
+
+def _tokenizer(data: bytes, where: str) -> Tokenizer:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ThoughtxError(
+            "E201", "tokenizers is not installed", where=where, why="texts need it", fix="pip install tokenizers, or give --input_ids"
+        ) from None
+    with _guarded(where):
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 at byte {error.start}") from None
+        if getattr(tokenizer.model, "dropout", None):
+            raise ValueError("the model has dropout, so that equal texts get different ids")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def _object(root: Path, name: str) -> dict[str, Any]:
+    """A JSON object, {} when the file is absent."""
+    if not os.path.lexists(root / name):
+        return {}
+    where = shown(str(root / name), 400)
+    raw = parse_json(read_inside(root, name, CONFIG_BYTES, code="E112").replace(NO_LIMIT, b"0"), where, "E112")
+    return raw if isinstance(raw, dict) else _refuse("the whole file", where)
+
+
+def _token(value: object, name: str, where: str) -> str | None:
+    """A token as config files write it: a text, or an object with its content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if text is None or (isinstance(text, str) and len(text) <= 1000) else _refuse(name, where)
+
+
+def _add_tokens(tokenizer: Tokenizer, added: object, where: str) -> None:
+    """Tokens that only tokenizer_config.json lists. Their ids must come out as written there."""
+    from tokenizers import AddedToken
+
+    if not isinstance(added, dict) or not all(i.isascii() and i.isdigit() and len(i) < 10 for i in added):
+        _refuse("added_tokens_decoder", where)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for i, entry in sorted(added.items(), key=lambda item: int(item[0])):
+        content = _token(entry, f"added_tokens_decoder.{i}", where)
+        if not content or not isinstance(entry, dict):
+            _refuse(f"added_tokens_decoder.{i}", where)
+        if content not in known:
+            flags = {key: entry.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+            tokenizer.add_tokens([AddedToken(content, **flags)])
+        if tokenizer.token_to_id(content) != int(i):
+            raise ThoughtxError(
+                "E112",
+                f"the id of {shown(content)!r} is {i} in tokenizer_config.json and {tokenizer.token_to_id(content)} in tokenizer.json",
+                where=where,
+                why="the two files do not belong together",
+                fix="take both from the same checkpoint",
+            )
+
+
+def _mark_special(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Tokens that the config names as special and the vocabulary holds as plain ones become special, as in transformers."""
+    from tokenizers import AddedToken
+
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    plain = [text for text in dict.fromkeys(texts) if text and text not in known and tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in plain])
+
+
+def _templates(root: Path, config: dict[str, Any], where: str) -> dict[str, ChatTemplate]:
+    """Name -> template: chat_template.jinja, or tokenizer_config.json's text or list of named ones."""
+    if os.path.lexists(root / "chat_template.jinja"):
+        path = f"{where}/chat_template.jinja"
+        try:
+            text = read_inside(root, "chat_template.jinja", TEMPLATE_BYTES, code="E112").decode()
+        except UnicodeDecodeError:
+            _refuse("chat_template.jinja", path)
+        return {"default": ChatTemplate(text.replace("\r\n", "\n").replace("\r", "\n"), path)}
+    raw = config.get("chat_template")
+    named = raw if isinstance(raw, list) else [] if raw is None else [{"name": "default", "template": raw}]
+    found: dict[str, ChatTemplate] = {}
+    for entry in named:
+        name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str) or len(source) > TEMPLATE_BYTES or len(found) == 64:
+            _refuse("chat_template", where)
+        found[name] = ChatTemplate(source, f"{where}/tokenizer_config.json")
+    return found
+
+
+@contextlib.contextmanager
+def _guarded(where: str) -> Iterator[None]:
+    """The tokenizer library says what is wrong in plain exceptions, and in panics, which are no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, ThoughtxError):
+        raise
+    except BaseException as error:
+        raise ThoughtxError(
+            "E112",
+            f"the tokenizer does not work: {shown(str(error))}",
+            where=where,
+            why="tokenizer.json is malformed, or of a kind that the tokenizers library does not know",
+            fix="download tokenizer.json again; an older checkpoint may need saving anew with AutoTokenizer",
+        ) from None
+
+
+def _refuse(field: str, where: str) -> NoReturn:
+    raise ThoughtxError(
+        "E112",
+        f"{shown(field)} has a wrong type or size",
+        where=where,
+        why="the tokenizer's configuration is not what Hugging Face writes",
+        fix="download the tokenizer files again",
+    )
+
+
+def _bad_prompt(what: str, why: str) -> ThoughtxError:
+    return ThoughtxError("E140", what, where="the prompt", why=why, fix="correct the prompt, or give token ids (--input_ids)")
