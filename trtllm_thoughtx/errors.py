@@ -60,7 +60,8 @@ class ThoughtxError(Exception):
     def __init__(self, code: str, what: str, *, where: str, why: str, fix: str) -> None:
         assert code in CODES, code
         super().__init__(f"[{code}] {what}")
-        self.code, self.what, self.where, self.why, self.fix = code, what, where, why, fix
+        self.code, self.what, self.why, self.fix = code, what, why, fix
+        self.where = shown(where, 400)  # nearly always a path, which may hold anything
 
     @property
     def exit(self) -> Exit:
