@@ -1,0 +1,112 @@
+"""A Hugging Face config.json, read strictly into a `ModelConfig`.
+
+Missing optional fields take the defaults of transformers' config classes. Whatever would change the model's arithmetic
+and is not implemented is refused by name; keys that mean nothing to inference are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trtllm_thoughtx.config import DTYPES, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families import family_named
+from trtllm_thoughtx.families.family import Family
+from trtllm_thoughtx.families.fields import BOUNDS, Fields
+from trtllm_thoughtx.families.rope import rope_from_hf
+
+
+def dtype_of(raw: Fields, fallback: str | None) -> str:
+    """`dtype` (transformers 5) or `torch_dtype` (4); both have to agree."""
+    given = {raw.text(key).removeprefix("torch.") for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
+    if len(given) > 1:
+        raw.wrong("dtype", f"and torch_dtype differ: {shown(' and '.join(sorted(given)))}")
+    dtype = given.pop() if given else fallback
+    if dtype is None:
+        raw.wrong("dtype", "is missing")
+    if dtype not in DTYPES:
+        raw.unsupported(f"weights of type {shown(dtype)} are not supported", f"supported types are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _refuse(raw: Fields, family: Family) -> None:
+    """Everything that is valid for transformers and not implemented here."""
+    if raw.get("auto_map"):
+        raise ThoughtxError(
+            "E110",
+            "config.json has auto_map: the model brings its own code",
+            where=raw.where,
+            why="code from a checkpoint is never run",
+            fix="remove auto_map if the model is a plain Qwen2, Qwen3 or Llama; otherwise it cannot be used",
+        )
+    if raw.get("quantization_config"):
+        raw.unsupported("the checkpoint is already quantized", f"weights must be {', '.join(DTYPES)}", "use the original checkpoint")
+    activation = raw.text("hidden_act", "silu")
+    if activation != "silu":
+        raw.unsupported(f"hidden_act {shown(activation)} is not supported", "these families use silu")
+    if raw.boolean("mlp_bias", False):
+        raw.unsupported("mlp_bias is true", "biases in the MLP are not supported")
+    if family.qkv_bias is not None and raw.boolean("attention_bias", family.qkv_bias) != family.qkv_bias:
+        raw.unsupported(
+            f"attention_bias is {str(not family.qkv_bias).lower()}",
+            f"{family.model_type} models have biases on query, key and value" if family.qkv_bias else "biases are not supported",
+        )
+    if raw.boolean("use_sliding_window", False):
+        raw.unsupported("the model uses a sliding window", "every layer must attend to the full context", "set use_sliding_window to false")
+    kinds = raw.get("layer_types", [])
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raw.wrong("layer_types", "is not a list of strings")
+    other = sorted({kind for kind in kinds if kind != "full_attention"})
+    if other:
+        raw.unsupported(f"layer_types has {shown(', '.join(other))}", "every layer must be full_attention")
+
+
+def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str | None = "float32") -> ModelConfig:
+    """`ModelConfig` of a parsed config.json; `weights_dtype` is used when the file names none.
+
+    E102: malformed or impossible; E103: valid but not supported; E110: wants to run code.
+    """
+    fields = Fields(raw, where)
+    family = family_named(fields.text("model_type"), where)
+    architectures = fields.get("architectures", [family.architecture])
+    if architectures != [family.architecture]:
+        fields.unsupported(f"architectures is {shown(architectures)}", f"a {family.model_type} checkpoint must be {family.architecture}")
+    _refuse(fields, family)
+
+    num_layers = fields.integer("num_hidden_layers", 1, BOUNDS["layers"])
+    hidden_size = fields.integer("hidden_size", 1, BOUNDS["hidden"])
+    num_heads = fields.integer("num_attention_heads", 1, BOUNDS["heads"])
+    kinds = fields.get("layer_types")
+    if kinds is not None and len(kinds) != num_layers:
+        fields.wrong("layer_types", f"has {len(kinds)} entries for {num_layers} layers")
+    num_kv_default = num_heads if "num_key_value_heads" in raw else family.defaults.get("num_key_value_heads", num_heads)
+    num_kv_heads = fields.integer("num_key_value_heads", 1, BOUNDS["heads"], num_kv_default)
+    if num_heads % num_kv_heads:
+        fields.wrong("num_key_value_heads", f"is {num_kv_heads}, which does not divide num_attention_heads, {num_heads}")
+    head_dim_default = family.defaults.get("head_dim")
+    if head_dim_default is None and fields.get("head_dim") is None and hidden_size % num_heads:
+        fields.wrong("hidden_size", f"is {hidden_size}, which num_attention_heads, {num_heads}, does not divide, and head_dim is missing")
+    head_dim = fields.integer("head_dim", 2, BOUNDS["head_dim"], head_dim_default or hidden_size // num_heads)
+    if head_dim % 2:
+        fields.wrong("head_dim", f"is {head_dim}, and rotary embedding needs an even number")
+    max_position = fields.integer("max_position_embeddings", 1, BOUNDS["context"], family.defaults["max_position_embeddings"])
+    attention_bias = fields.boolean("attention_bias", False) if family.qkv_bias is None else False
+    return ModelConfig(
+        family=family.model_type,
+        architecture=family.architecture,
+        dtype=dtype_of(fields, weights_dtype),
+        vocab_size=fields.integer("vocab_size", 1, BOUNDS["vocab"]),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size", 1, BOUNDS["intermediate"]),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+        rope=rope_from_hf(fields, max_position),
+        max_position=max_position,
+        tied=fields.boolean("tie_word_embeddings", False),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        o_bias=attention_bias if family.o_bias is None else family.o_bias,
+        qk_norm=family.qk_norm,
+    )

@@ -1,0 +1,361 @@
+"""`WeightSource`: the tensors of a checkpoint under TensorRT-LLM's names, whichever of the two formats it is stored in.
+
+A Hugging Face directory and the TensorRT-LLM directory converted from it give the same names, shapes and bytes. Names and
+shapes are all checked when the source is opened; values (finite, in range of the wanted type) when they are read. Reading goes
+through plain `pread` into the caller's array: no mapped pages pile up, so memory is what the caller allocates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import ml_dtypes
+import numpy as np
+
+from trtllm_thoughtx import checkpoint, files
+from trtllm_thoughtx.config import ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
+from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
+BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+)
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_CAST_ELEMENTS = 1 << 16  # a piece whose temporaries stay in the processor's cache
+
+
+@dataclass
+class Findings:
+    """What is wrong with the values read so far."""
+
+    num_nonfinite: int = 0
+    num_overflowed: int = 0  # finite, but beyond the range of the wanted type
+    num_differing: int = 0  # rows of a tied model's stored head that are not the embedding's
+
+    def __bool__(self) -> bool:
+        return bool(self.num_nonfinite or self.num_overflowed or self.num_differing)
+
+    def add(self, other: Findings) -> None:
+        self.num_nonfinite += other.num_nonfinite
+        self.num_overflowed += other.num_overflowed
+        self.num_differing += other.num_differing
+
+
+@functools.cache
+def _every_value(source: str, target: str) -> np.ndarray:
+    """The bits in `target` of each of the 65,536 values of a 16-bit type: faster than computing them for every element."""
+    values = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16).view(NUMPY_DTYPES[source]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _bits(values.astype(NUMPY_DTYPES[target]))
+
+
+def cast_into(source: np.ndarray, target: np.ndarray) -> int:
+    """Round `source` to the type of `target` (nearest, ties to even); both flat. Returns how many finite values became infinite."""
+    num_overflowed = 0
+    table = _every_value(source.dtype.name, target.dtype.name) if source.itemsize == 2 else None
+    for begin in range(0, source.size, _CAST_ELEMENTS):
+        piece, result = source[begin : begin + _CAST_ELEMENTS], target[begin : begin + _CAST_ELEMENTS]
+        if table is not None:
+            np.take(table, _bits(piece).astype(np.intp), out=_bits(result), mode="clip")
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(result, piece, casting="same_kind")
+        if result.itemsize == 2 and (num_bad := checkpoint.count_nonfinite(result)):
+            num_overflowed += num_bad - checkpoint.count_nonfinite(piece)
+    return num_overflowed
+
+
+class WeightSource:
+    """An opened checkpoint. Use as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        config: ModelConfig,
+        table: tuple[Tensor, ...],
+        stored: dict[str, checkpoint.TensorInfo],
+        shards: list[str],
+        *,
+        allow_nonfinite: bool,
+    ) -> None:
+        self.path, self.kind, self.config = path, kind, config
+        self.allow_nonfinite = allow_nonfinite
+        self.shards = shards
+        self._tensors = {t.name: t for t in table}
+        self._stored = stored
+        self._handles: dict[str, BinaryIO] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
+        self._scratch = np.empty(BLOCK_BYTES, np.uint8)
+        # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
+        self._twin = HEAD if config.tied and HEAD in stored else None
+        for name in shards:
+            self._handles[name] = files.open_inside(path, name)
+            self._stamps[name] = _stamp(self._handles[name])
+
+    def names(self) -> tuple[str, ...]:
+        """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`."""
+        return tuple(name for name in self._tensors if name != HEAD or not self.config.tied)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of a TensorRT-LLM checkpoint, layer-major, with the head of a tied model."""
+        return tuple(self._tensors.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the checkpoint's dtype."""
+        return math.prod(self.shape(name)) * NUMPY_DTYPES[self.config.dtype].itemsize
+
+    def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers."""
+        tensor = self._tensors[name]
+        dtype = dtype or self.config.dtype
+        out = np.empty(tensor.shape, NUMPY_DTYPES[dtype])
+        findings, row = Findings(), 0
+        for part in tensor.parts:
+            for begin, end in self.blocks(part):
+                findings.add(self.read_rows(part, begin, end, out[row + begin : row + end]))
+            row += part.shape[0]
+        self.refuse({name: findings} if findings else {}, dtype)
+        return out
+
+    def blocks(self, part: Part) -> Iterator[tuple[int, int]]:
+        """Row ranges that cover a part; none takes more than `BLOCK_BYTES`, in any dtype."""
+        step = BLOCK_BYTES // (4 * math.prod(part.shape[1:]))
+        for begin in range(0, part.shape[0], step):
+            yield begin, min(begin + step, part.shape[0])
+
+    def read_rows(self, part: Part, begin: int, end: int, into: np.ndarray) -> Findings:
+        """One of the `blocks` of a part, cast to the dtype of `into` (C-contiguous). Counts what is wrong with the values."""
+        info = self._stored[part.source]
+        dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]]
+        raw = into if dtype == into.dtype else self._scratch[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
+        self._pread(info, part.first_row + begin, raw)
+        findings = Findings()
+        if not self.allow_nonfinite:
+            findings.num_nonfinite = checkpoint.count_nonfinite(raw)
+        if self._twin and part.source in (EMBEDDING, "model.embed_tokens.weight"):
+            twin = self._stored[self._twin]
+            other = np.empty(into.shape, NUMPY_DTYPES[STORED_DTYPES[twin.dtype]])
+            self._pread(twin, begin, other)
+            if twin.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
+                findings.num_differing += end - begin
+        if raw is not into:
+            findings.num_overflowed = cast_into(raw.reshape(-1), into.reshape(-1))
+        return findings
+
+    def _pread(self, info: checkpoint.TensorInfo, first_row: int, into: np.ndarray) -> None:
+        row_bytes = into.nbytes // into.shape[0]
+        view, offset = into.reshape(-1).view(np.uint8).data, info.offset + first_row * row_bytes
+        fd = self._handles[info.file].fileno()
+        while view:
+            num_read = os.preadv(fd, [view], offset)
+            if num_read <= 0:
+                self.verify_unchanged()
+                raise _changed(self.path / info.file)
+            view, offset = view[num_read:], offset + num_read
+
+    def refuse(self, found: dict[str, Findings], dtype: str) -> None:
+        """E108 / E107 listing every tensor in `found`; nothing when it is empty."""
+        differing = [name for name, f in found.items() if f.num_differing]
+        if differing:
+            raise ThoughtxError(
+                "E107",
+                "the model is tied, but its stored lm_head.weight is not the embedding",
+                where=str(self.path),
+                why="tie_word_embeddings is true, so transformers would ignore the stored head",
+                fix="set tie_word_embeddings to false if the head is meant, or delete the tensor if it is not",
+            )
+        lines = []
+        for name, f in found.items():
+            if f.num_nonfinite:
+                lines.append(f"{name}: {f.num_nonfinite} values are NaN or infinite")
+            if f.num_overflowed:
+                lines.append(f"{name}: {f.num_overflowed} values are beyond the range of {dtype}")
+        if lines:
+            overflows = any(f.num_overflowed for f in found.values())
+            raise ThoughtxError(
+                "E108",
+                f"{len(found)} tensor(s) hold values that cannot be used",
+                where=str(self.path),
+                why=listed(lines),
+                fix="choose a dtype with more range, such as bfloat16"
+                if overflows
+                else "get an intact checkpoint, or pass --allow_nonfinite to keep the values as they are",
+            )
+
+    def carried(self) -> dict[str, Path]:
+        """Files that belong to the model beside its weights and travel with it: tokenizer, chat template, licence."""
+        found = {}
+        for name in CARRIED:
+            if os.path.lexists(self.path / name):
+                files.open_inside(self.path, name).close()
+                found[name] = self.path / name
+        return found
+
+    def inputs(self) -> list[Path]:
+        """Every file that determines the result."""
+        index = self.path / "model.safetensors.index.json"
+        has_index = self.kind == "huggingface" and index.is_file()
+        return [self.path / "config.json", *([index] if has_index else []), *(self.path / s for s in self.shards), *self.carried().values()]
+
+    def verify_unchanged(self) -> None:
+        """E111 when a weight file is no longer the one that was opened."""
+        for name, handle in self._handles.items():
+            with files.open_inside(self.path, name) as now:
+                if not _stamp(now) == _stamp(handle) == self._stamps[name]:
+                    raise _changed(self.path / name)
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
+
+    def __enter__(self) -> WeightSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.dtype(f"u{array.itemsize}"))
+
+
+def _stamp(handle: BinaryIO) -> tuple[int, int, int]:
+    status = os.fstat(handle.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> ThoughtxError:
+    return ThoughtxError(
+        "E111",
+        f"{shown(path.name)} changed while it was read",
+        where=str(path),
+        why="its size, time or identity is no longer what it was when the run began",
+        fix="let whatever writes the checkpoint finish, then run again",
+    )
+
+
+def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
+    """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all)."""
+    path = Path(path)
+    kind = checkpoint.kind_of(path)
+    if kind not in ("huggingface", "tensorrt-llm"):
+        raise ThoughtxError(
+            "E101",
+            f"{shown(path.name)} is not a checkpoint (it looks like: {kind})",
+            where=str(path),
+            why="a Hugging Face directory or a TensorRT-LLM checkpoint is needed",
+            fix="pass the directory that holds config.json and the safetensors files",
+        )
+    where = str(path / "config.json")
+    raw = files.read_json(path, "config.json")
+    if kind == "huggingface":
+        model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
+        shards = checkpoint.shard_files(path)
+        stored = checkpoint.read_tensors(path, shards)
+        _refuse_quantized(stored, path)
+        used = {STORED_DTYPES[info.dtype] for info in stored.values() if info.dtype in STORED_DTYPES}
+        config = model_config_from_hf(raw, where, weights_dtype=used.pop() if len(used) == 1 else None)
+        table = tensors_of(config)
+    else:
+        tp, pp, cp = mapping_of(raw, where)
+        if tp * pp * cp != 1:
+            raise ThoughtxError(
+                "E103",
+                f"the checkpoint is split for {tp * pp * cp} ranks",
+                where=where,
+                why=f"tp_size {tp}, pp_size {pp}, cp_size {cp}; only TensorRT-LLM runs sharded checkpoints",
+                fix="convert the original model with tp_size 1 and pp_size 1",
+            )
+        config = model_config_from_trtllm(raw, where)
+        shards = ["rank0.safetensors"]
+        stored = checkpoint.read_tensors(path, shards)
+        _refuse_quantized(stored, path)
+        if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
+            config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
+        table = in_trtllm_terms(tensors_of(config), tied=config.tied)
+    _check_tensors(table, stored, config, path)
+    return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite)
+
+
+def _refuse_quantized(stored: dict[str, checkpoint.TensorInfo], path: Path) -> None:
+    quantized = [
+        f"{shown(name)}: {info.dtype}"
+        for name, info in stored.items()
+        if info.dtype not in STORED_DTYPES and name.endswith(("weight", "scales", "qzeros"))
+    ]
+    if quantized:
+        raise ThoughtxError(
+            "E103",
+            "the checkpoint is already quantized",
+            where=str(path),
+            why=f"weights must be F32, F16 or BF16:\n           {listed(quantized)}",
+            fix="use the original, unquantized checkpoint",
+        )
+
+
+def _check_tensors(table: tuple[Tensor, ...], stored: dict[str, checkpoint.TensorInfo], config: ModelConfig, path: Path) -> None:
+    """E107 with every tensor that is missing, extra, misshapen or of the wrong type."""
+    rows: dict[str, int] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for tensor in table:
+        for part in tensor.parts:
+            rows[part.source] = max(rows.get(part.source, 0), part.first_row + part.shape[0])
+            wanted[part.source] = (rows[part.source], *part.shape[1:])
+    if config.tied and HEAD in stored:
+        wanted[HEAD] = (config.vocab_size, config.hidden_size)
+    problems = [f"{name}: missing, wanted {list(shape)}" for name, shape in wanted.items() if name not in stored]
+    for name, info in stored.items():
+        if name not in wanted:
+            if not _HARMLESS.fullmatch(name):
+                problems.append(f"{shown(name)}: not a tensor of this model")
+        elif info.dtype not in STORED_DTYPES:
+            problems.append(f"{shown(name)}: has type {info.dtype}, wanted F32, F16 or BF16")
+        elif info.shape != wanted[name]:
+            problems.append(f"{shown(name)}: has shape {list(info.shape)}, wanted {list(wanted[name])}")
+    if not problems:
+        return
+    is_base = "model.embed_tokens.weight" in wanted and "embed_tokens.weight" in stored
+    raise ThoughtxError(
+        "E107",
+        "the tensors are those of a base model, without a language-model head"
+        if is_base
+        else f"{len(problems)} tensors do not fit the configuration",
+        where=str(path),
+        why="names lack the prefix `model.`" if is_base else listed(problems),
+        fix="save the model as a causal language model" if is_base else "use the config.json that belongs to these weights",
+    )
