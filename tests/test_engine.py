@@ -57,9 +57,7 @@ def test_pieces_of_prefill_change_nothing(chunked, piece):
 
 def test_decoding_gives_the_logits_of_prefill(full, chunked):
     for engine in (full, chunked):
-        for mine, row, n, logits in zip(
-            engine.decode_logits(ROWS, [2, 3, 17, 1]), ROWS, [2, 3, 17, 1], engine.forward(ROWS), strict=True
-        ):
+        for mine, row, n, logits in zip(engine.decode_logits(ROWS, [2, 3, 17, 1]), ROWS, [2, 3, 17, 1], engine.forward(ROWS), strict=True):
             assert len(mine) == len(row) - n + 1
             np.testing.assert_allclose(mine, logits[n - 1 :], atol=1e-5)
 

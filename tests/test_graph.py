@@ -1,8 +1,9 @@
-"""The graph against independent definitions: the operator against NumPy, the rotary tables against transformers, its bytes against themselves."""
+"""The graph against other definitions: the operator against NumPy, rotary tables against transformers, its bytes against themselves."""
 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -97,7 +98,8 @@ def test_mask_without_sinks_is_the_chunked_mask_of_transformers(chunk):
     theirs = masking.create_chunked_causal_mask(
         config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=torch.arange(length)[None]
     )
-    theirs = np.ones((length, length), bool) if theirs is None else np.asarray(theirs[0, 0] == 0 if theirs.is_floating_point() else theirs[0, 0])
+    assert theirs is not None
+    theirs = np.asarray(theirs[0, 0] == 0 if theirs.is_floating_point() else theirs[0, 0])
     positions = np.arange(length)
     assert np.array_equal(theirs, chunked_attention.visible(positions, positions, np.array(chunk)))
 
@@ -143,7 +145,8 @@ def test_graphs_pass_the_checker_and_repeat_byte_for_byte(tmp_path, dtype, stage
             (tmp_path / "g.onnx").write_bytes(first.model)
             onnx.checker.check_model(str(tmp_path / "g.onnx"), full_check=True)
             ops = [node.op_type for node in first.graph.model.graph.node]
-            assert ops.count("ChunkedAttention" if chunked else "Attention") == first.graph.num_attention == part.last_layer - part.first_layer
+            num_layers = part.last_layer - part.first_layer
+            assert ops.count("ChunkedAttention" if chunked else "Attention") == first.graph.num_attention == num_layers
             for node in first.graph.model.graph.node:
                 if node.op_type == "ChunkedAttention":
                     assert {a.name for a in node.attribute} == {"scale", "sink", "left"}
@@ -233,6 +236,6 @@ def test_large_models_are_cut_into_stages_for_tensorrt_only(tmp_path):
     edges = [0, *settings_.stages, 28]
     per_layer = layer_weights(config) * 2
     head = 152064 * 3584 * 2
-    sizes = [(b - a) * per_layer + (head if a == 0 else 0) for a, b in zip(edges, edges[1:], strict=False)]
+    sizes = [(b - a) * per_layer + (head if a == 0 else 0) for a, b in pairwise(edges)]
     assert len(settings_.stages) >= 3 and max(sizes) <= STAGE_BYTES
     assert resolve(config, {"dtype": "float16", "backend": ("onnxruntime",)}).stages == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def sum_task(rng: random.Random, num_steps: int) -> tuple[str, str]:
 def lookup_task(rng: random.Random, num_hops: int) -> tuple[str, str]:
     """Follow `key > value` facts from a start for a number of hops, among distractors."""
     names = rng.sample(LETTERS, num_hops + 5)
-    facts = list(zip(names[:num_hops], names[1 : num_hops + 1], strict=True))
+    facts = list(pairwise(names[: num_hops + 1]))
     facts += [(name, rng.choice(names)) for name in names[num_hops + 1 :]]
     rng.shuffle(facts)
     return " ".join(f"{a} > {b} ;" for a, b in facts) + f" ? {names[0]} {num_hops}", names[num_hops]

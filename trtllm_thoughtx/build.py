@@ -10,7 +10,6 @@ would repeat what the output already holds (same inputs, same settings, files in
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import importlib.metadata
 import platform
 import time
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from trtllm_thoughtx import __version__, engine_dir, files, report
 from trtllm_thoughtx.build_options import resolve
-from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
@@ -32,8 +30,9 @@ from trtllm_thoughtx.weights import WeightSource, open_weights
 
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
+Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
 MAX_LOGIT_ROWS = 8  # of one sequence and call in a TensorRT plan: enough to check drafts, small enough to cost no memory
-MEMORY_FACTOR = 3.0  # a TensorRT build's peak memory over the weights of its largest part, as measured on CPU hosts
+MEMORY_FACTOR = 3.2  # a TensorRT build's peak memory over the weights of its largest part, as measured on CPU hosts
 
 
 def build(
@@ -210,7 +209,7 @@ def _build_plan(
     return plan, {"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}
 
 
-def profiles_of(graph: Graph, settings: BuildConfig) -> list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
+def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:
     """Shape ranges (min, opt, max) by input for prefill and for decode, in the order of `PROFILES`."""
     batch, length, piece = settings.max_batch_size, settings.max_seq_len, settings.max_input_len
     slots = (1, max(1, length // 2), length)
@@ -223,7 +222,7 @@ def profiles_of(graph: Graph, settings: BuildConfig) -> list[dict[str, tuple[tup
         shapes = {}
         for value in graph.model.graph.input:
             dims = [by_phase[phase][d.dim_param] if d.dim_param else (d.dim_value,) * 3 for d in value.type.tensor_type.shape.dim]
-            shapes[value.name] = tuple(tuple(dim[i] for dim in dims) for i in range(3))
+            shapes[value.name] = (tuple(d[0] for d in dims), tuple(d[1] for d in dims), tuple(d[2] for d in dims))
         profiles.append(shapes)
     return profiles
 

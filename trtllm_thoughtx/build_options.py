@@ -10,11 +10,11 @@ from trtllm_thoughtx.errors import ThoughtxError, shown
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
-STAGE_BYTES = 4 << 30  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
+STAGE_BYTES = 2816 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
-KNOWN = frozenset(
-    "dtype backend max_batch_size max_input_len max_seq_len use_chunked_attention chunk_size sink_tokens left_chunks "
-    "early_exit_layers num_stages compute_capabilities optimization_level".split()
+KNOWN = (
+    *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", "chunk_size", "sink_tokens"),
+    *("left_chunks", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
 )
 
 
@@ -25,7 +25,7 @@ def refuse(flag: str, value: object, why: str, fix: str) -> ThoughtxError:
 def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
     """What the user set (None counts as not set) -> a complete, checked `BuildConfig`."""
     given = {key: value for key, value in options.items() if value is not None}
-    assert set(given) <= KNOWN, set(given) - KNOWN
+    assert set(given) <= set(KNOWN), set(given) - set(KNOWN)
     backends = tuple(dict.fromkeys(_listed(given.get("backend")) or ("tensorrt-rtx", "onnxruntime")))
     for backend in backends:
         if backend not in BACKENDS:
@@ -95,19 +95,31 @@ def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends:
         good = all(type(edge) is int and 0 < edge < num_layers for edge in edges) and list(edges) == sorted(set(edges))
         if not edges or not good:
             why = f"it must list layers between 1 and {num_layers - 1}, rising, none twice (the model has {num_layers} layers)"
-            raise refuse("early_exit_layers", ",".join(map(str, edges)), why, "for example --early_exit_layers " + str(max(1, num_layers // 2)))
+            example = f"for example --early_exit_layers {max(1, num_layers // 2)}"
+            raise refuse("early_exit_layers", ",".join(map(str, edges)), why, example)
         return edges
     if "num_stages" in given:
         count = _whole(given, "num_stages", 1, 1, num_layers)
     elif set(backends) - {"onnxruntime"}:
-        layer_bytes = layer_weights(config) * (4 if dtype == "float32" else 2)
-        head_bytes = config.vocab_size * config.hidden_size * (4 if dtype == "float32" else 2)
-        total = layer_bytes * num_layers + head_bytes * (1 if config.tied else 2)
-        per_stage = max(1, int((STAGE_BYTES - head_bytes) // layer_bytes)) if head_bytes < STAGE_BYTES else 1
-        count = 1 if total <= STAGE_BYTES else -(-num_layers // per_stage)
+        return _stages_by_size(config, dtype)
     else:
         count = 1
     return tuple(num_layers * k // count for k in range(1, count))
+
+
+def _stages_by_size(config: ModelConfig, dtype: str) -> tuple[int, ...]:
+    """Stages of at most STAGE_BYTES, a layer at the least; none when everything fits into one."""
+    item = 4 if dtype == "float32" else 2
+    layer, table = layer_weights(config) * item, config.vocab_size * config.hidden_size * item
+    if layer * config.num_layers + table * (1 if config.tied else 2) <= STAGE_BYTES:
+        return ()
+    edges, held = [], table
+    for index in range(config.num_layers):
+        if held + layer > STAGE_BYTES and index:
+            edges.append(index)
+            held = 0
+        held += layer
+    return tuple(edges) or (config.num_layers // 2,) if config.num_layers > 1 else ()
 
 
 def layer_weights(config: ModelConfig) -> int:

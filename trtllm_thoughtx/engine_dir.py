@@ -46,7 +46,7 @@ class EngineDir:
                 "E101",
                 "not an engine directory",
                 where=shown(str(root)),
-                why="an engine directory holds config.json, manifest.json and at least one engine" if root.is_dir() else "there is no such directory",
+                why="it has no config.json" if root.is_dir() else "there is no such directory",
                 fix="give the --output_dir of thoughtx-build",
             )
         raw = read_json(root, CONFIG, code="E121")
@@ -138,7 +138,8 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
 
 
 def _is_part(part: object) -> bool:
-    kinds = {"name": str, "first_layer": int, "last_layer": int, "embeds": bool, "head": bool, "onnx": str, "graph_sha256": str, "plans": dict}
+    names = dict.fromkeys(("name", "onnx", "graph_sha256"), str)
+    kinds = {**names, "first_layer": int, "last_layer": int, "embeds": bool, "head": bool, "plans": dict}
     return (
         isinstance(part, dict)
         and all(isinstance(part.get(key), kind) for key, kind in kinds.items())

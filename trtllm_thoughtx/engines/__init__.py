@@ -36,7 +36,14 @@ class Runner(Protocol):
 
 
 def open_runner(
-    root: Path, parts: list[dict[str, Any]], backend: str, config: ModelConfig, build: BuildConfig, *, num_threads: int | None, tap_layers: bool
+    root: Path,
+    parts: list[dict[str, Any]],
+    backend: str,
+    config: ModelConfig,
+    build: BuildConfig,
+    *,
+    num_threads: int | None,
+    tap_layers: bool,
 ) -> Runner:
     """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
 

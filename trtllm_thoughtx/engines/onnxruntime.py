@@ -25,7 +25,7 @@ QUIET = 3  # errors only: warnings here are about folded constants
 
 
 def available_device() -> str:
-    """"cuda" when onnxruntime has the CUDA provider (which still needs a GPU to run), else "cpu"."""
+    """ "cuda" when onnxruntime has the CUDA provider (which still needs a GPU to run), else "cpu"."""
     return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
 
 

@@ -61,9 +61,7 @@ def function_proto() -> onnx.FunctionProto:
     return onnx.parser.parse_function(_BODY)
 
 
-def visible(
-    q_positions: np.ndarray, kv_positions: np.ndarray, chunk_size: np.ndarray | None, sink: int = 0, left: int = 0
-) -> np.ndarray:
+def visible(q_positions: np.ndarray, kv_positions: np.ndarray, chunk_size: np.ndarray | None, sink: int = 0, left: int = 0) -> np.ndarray:
     """The mask itself: bool [..., S, T] from positions int [..., S] and [..., T], chunk_size int [...] (None: full attention)."""
     p, j = q_positions[..., :, None], kv_positions[..., None, :]
     causal = (j >= 0) & (j <= p)

@@ -15,6 +15,8 @@ the work per token follows the live cache and not max_seq_len. In TensorRT the c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import onnx
@@ -64,7 +66,7 @@ def parts_of(config: ModelConfig, stages: tuple[int, ...]) -> list[Part]:
     if not stages:
         return [Part("rank0", 0, config.num_layers, embeds=True, head=True)]
     edges = [0, *stages, config.num_layers]
-    body = [Part(f"rank0.stage{k}", a, b, embeds=k == 0, head=False) for k, (a, b) in enumerate(zip(edges, edges[1:], strict=False))]
+    body = [Part(f"rank0.stage{k}", a, b, embeds=k == 0, head=False) for k, (a, b) in enumerate(pairwise(edges))]
     return [*body, Part("rank0.head", config.num_layers, config.num_layers, embeds=False, head=True)]
 
 
@@ -86,7 +88,7 @@ class _Builder:
         self.external: list[Initializer] = []
         self.num_attention = 0
 
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
         return output
 

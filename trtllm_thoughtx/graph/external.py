@@ -71,7 +71,7 @@ def write_data(bound: Bound, source: WeightSource, path: Path, progress: Progres
         end = 0
         for entry, value in arrays(bound.graph, bound.dtype, source):
             padding = bytes(bound.offsets[entry.name] - end)
-            data = memoryview(value.reshape(-1).view(np.uint8))
+            data = value.reshape(-1).view(np.uint8).data
             for piece in (padding, data):
                 out.write(piece)
                 digest.update(piece)

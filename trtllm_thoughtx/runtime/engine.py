@@ -104,9 +104,7 @@ class Engine:
         """
         return self._forward(ids, chunk_size, piece)
 
-    def decode_logits(
-        self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
-    ) -> list[np.ndarray]:
+    def decode_logits(self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None) -> list[np.ndarray]:
         """Teacher-forced decoding: prefill the first `num_prompt[b]` tokens of each row, then feed one token a step.
 
         Returns float32 logits [length - num_prompt + 1, vocab] per row, for positions num_prompt-1 .. length-1.
@@ -188,9 +186,7 @@ class Engine:
             for ids, reason, prompt, rows in zip(output, reasons, prompts, kept, strict=True)
         ]
 
-    def _reason(
-        self, token: int, num_new: int, num_prompt: int, params: GenerationParams, eos_ids: frozenset[int]
-    ) -> str | None:
+    def _reason(self, token: int, num_new: int, num_prompt: int, params: GenerationParams, eos_ids: frozenset[int]) -> str | None:
         if token in eos_ids:
             return "eos"
         if token in params.stops:

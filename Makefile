@@ -1,0 +1,40 @@
+# Everything a developer types. `make setup` is idempotent; the other targets run it when pyproject.toml or constraints.txt changed.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+STAMP := $(VENV)/.stamp
+JOBS ?= 2
+
+.PHONY: help setup demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the package (editable) and everything that demo, test and lint need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## sample checkpoint -> engine -> proof -> answer, in ./demo-out
+	@$(VENV)/bin/python -m trtllm_thoughtx.demo
+
+test: $(STAMP) ## all tests that this machine can run
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=10
+
+lint: $(STAMP) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP) ## tokens per second of the demo's engine beside transformers eager
+	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.demo
+	@$(VENV)/bin/thoughtx-bench --engine_dir demo-out/engine --against trtllm_thoughtx/samples/thoughtx-tiny
+
+clean: ## remove what demo and the tools wrote (keeps .venv)
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,245 @@
+"""The rules of the house, as tests: imports flow one way, files are opened at the doors, the documentation names what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from trtllm_thoughtx.errors import CODES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "trtllm_thoughtx"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if ".mypy_cache" not in path.parts)
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+LIMIT_LINES = 400
+
+# A file imports from its own row and the rows above it.
+LAYERS = (
+    ("__init__", "errors", "config"),
+    ("strictjson", "progress"),
+    ("files", "header"),
+    ("checkpoint", "report"),
+    ("families",),
+    ("weights",),
+    ("convert",),
+    ("graph",),
+    ("engine_dir", "engines"),
+    ("runtime", "build_options"),
+    ("build",),
+    ("golden", "parity", "reference"),
+    ("validate",),
+    ("describe", "bench", "requests"),
+    ("console", "recipes"),
+    ("cli",),
+    ("__main__", "demo"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# file -> why it reads something that does not come through files.py
+READERS = {
+    "files.py": "it is the door",
+    "console.py": "writes the traceback of a bug; points stdout at the null device",
+    "engines/onnxruntime.py": "loads a graph after its hash was compared with the manifest",
+    "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process; the kernel's memory table",
+    "engines/trt_builder.py": "the kernel's account of its own memory use",
+    "graph/external.py": "reads back the weights that this build wrote",
+    "reference.py": "the kernel's memory table",
+}
+RUNTIMES = {
+    "onnxruntime": "engines/",
+    "tensorrt": "engines/",
+    "tensorrt_rtx": "engines/",
+    "torch": "reference.py",
+    "transformers": "reference.py",
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module as a dotted name, `from package import name` with its name, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _noun(dotted: str) -> str:
+    """First part below the package, `__init__` for the package itself."""
+    first = dotted.removeprefix("trtllm_thoughtx").lstrip(".").partition(".")[0]
+    return first if first in LEVEL else "__init__"
+
+
+def test_every_file_has_a_place():
+    nouns = {name.partition("/")[0].removesuffix(".py") for name in TREES}
+    assert nouns == set(LEVEL), "add the file to LAYERS, at the place where it belongs"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_flow_one_way(name):
+    own = LEVEL[name.partition("/")[0].removesuffix(".py")]
+    if name == "__init__.py":
+        return  # offers Engine lazily, see its __getattr__
+    wrong = [
+        f"line {line}: {dotted}"
+        for dotted, line in _imports(TREES[name])
+        if dotted.startswith("trtllm_thoughtx") and LEVEL[_noun(dotted)] > own
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_runtimes_stay_in_their_place(name):
+    wrong = []
+    for dotted, line in _imports(TREES[name]):
+        top = dotted.partition(".")[0]
+        assert top not in ("pickle", "marshal", "shelve", "dill"), f"{name} line {line}: {top}"
+        if top in RUNTIMES and not name.startswith(RUNTIMES[top]):
+            wrong.append(f"line {line}: {dotted}")
+    assert not wrong, wrong
+
+
+def _reads(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Calls that open a file for reading, or could: writing into a directory of our own is not meant."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        modes = [
+            arg.value
+            for arg in (*node.args, *(word.value for word in node.keywords))
+            if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+        ]
+        writes = any(re.fullmatch(r"[wx]b?", mode) for mode in modes)
+        is_open = called in ("open", "io.open", "os.open", "os.fdopen") or (
+            called.endswith(".open") and not called.split(".")[-2][:1].isupper()
+        )
+        is_reader = re.search(
+            r"\.(read_text|read_bytes|memmap|fromfile|loadtxt)$|^(np|numpy|torch|json|pickle|onnx|safe_open)\.load$", called
+        )
+        if (is_open and not writes) or is_reader:
+            yield called, node.lineno
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_files_are_opened_at_the_door(name):
+    found = [f"line {line}: {called}" for called, line in _reads(TREES[name])]
+    assert not found or name in READERS, f"use files.open_inside or files.read_named: {found}"
+
+
+def test_the_list_of_readers_is_not_longer_than_needed():
+    assert [name for name in READERS if name not in TREES or not list(_reads(TREES[name]))] == []
+
+
+def test_the_door_check_sees_what_it_must():
+    bad = "open(p)\nPath(p).read_text()\nos.open(p, 0)\nnp.load(p)\np.open('rb')\n(a / b).read_bytes()\ntorch.load(p)\nonnx.load(p)"
+    assert len(list(_reads(ast.parse(bad)))) == 8
+    assert list(_reads(ast.parse("p.open('xb')\nopen(p, 'w')\nEngineDir.open(p)"))) == []
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_files_are_small_and_say_what_they_are(name):
+    text = (PACKAGE / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LIMIT_LINES
+    assert not text.strip() or ast.get_docstring(TREES[name]), "a docstring at the top says what the file does and why"
+
+
+@pytest.mark.parametrize(
+    "path", [*FILES, ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("build_configs/*"))], ids=lambda path: path.name
+)
+def test_no_path_of_some_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(work|tmp|home|root|mnt|Users)\b", text)
+
+
+def test_every_error_code_is_documented_and_used():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (E\d{3}) \| \d+ \| (.+?) \|$", readme, re.MULTILINE))
+    assert rows == {code: meaning for code, (_, meaning) in CODES.items()}
+    exits = {code: int(status) for code, status in re.findall(r"^\| (E\d{3}) \| (\d+) \|", readme, re.MULTILINE)}
+    assert exits == {code: int(status) for code, (status, _) in CODES.items()}
+    source = "".join(path.read_text(encoding="utf-8") for path in FILES if path.name != "errors.py")
+    assert [code for code in CODES if f'"{code}"' not in source] == []
+
+
+def test_every_recipe_parses():
+    from trtllm_thoughtx import cli
+    from trtllm_thoughtx.recipes import read_recipe
+
+    recipes = sorted(ROOT.glob("build_configs/*.yaml"))
+    assert len(recipes) >= 3
+    for path in recipes:
+        context = click.Context(cli.build, info_name="thoughtx-build")
+        settings = read_recipe(path, cli.build, context, cli.COMMANDS.values())
+        assert settings, path.name
+        context.default_map = settings
+        for param in cli.build.params:  # click itself takes every value
+            if param.name in settings:
+                assert param.type_cast_value(context, settings[param.name]) is not None
+
+
+def test_every_recipe_resolves():
+    """Each recipe fits the model that its name says."""
+    from trtllm_thoughtx import cli
+    from trtllm_thoughtx.build_options import resolve
+    from trtllm_thoughtx.config import ModelConfig, RopeConfig
+    from trtllm_thoughtx.recipes import read_recipe
+
+    layers = {"thoughtx-tiny": 8, "qwen2.5-0.5b": 24, "qwen2.5-7b": 28}
+    for path in sorted(ROOT.glob("build_configs/*.yaml")):
+        context = click.Context(cli.build, info_name="thoughtx-build")
+        settings = read_recipe(path, cli.build, context, ())
+        flat = {p.name: p.type_cast_value(context, settings[p.name]) for p in cli.build.params if p.name in settings}
+        flat["backend"] = tuple(name for names in flat["backend"] for name in names)
+        num_layers = next(count for name, count in layers.items() if path.name.startswith(name))
+        model = ModelConfig(
+            family="qwen2",
+            architecture="Qwen2ForCausalLM",
+            dtype="bfloat16",
+            vocab_size=1000,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=num_layers,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            norm_eps=1e-6,
+            rope=RopeConfig(theta=1e6),
+            max_position=1024 if num_layers == 8 else 32768,
+            tied=True,
+            qkv_bias=True,
+            o_bias=False,
+            qk_norm=False,
+        )
+        assert resolve(model, flat).max_seq_len == settings["max_seq_len"]
+
+
+def test_declared_dependencies_cover_the_imports():
+    """Whatever the package imports from outside is a dependency or belongs to an extra."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = {name.lower().replace("-", "_") for name in re.findall(r'"([A-Za-z][\w-]*)(?:[<>=\[]|")', text)}
+    alias = {"yaml": "pyyaml", "google": "onnx", "cuda": "cuda_python"}
+    outside = {dotted.partition(".")[0] for tree in TREES.values() for dotted, _ in _imports(tree)} - set(sys.stdlib_module_names)
+    missing = sorted(name for name in outside - {"trtllm_thoughtx"} if alias.get(name, name).lower() not in declared)
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    pytest.importorskip("hatchling", reason="the build backend is not installed")
+    script = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"trtllm_thoughtx"}
+    assert "trtllm_thoughtx/samples/thoughtx-tiny/model.safetensors" in names
+    assert "trtllm_thoughtx/build_configs/thoughtx-tiny.yaml" in names
+    assert not [name for name in names if "cache" in name]

@@ -1,0 +1,74 @@
+"""The README's marked blocks are run, in order, in one directory, exactly as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, re.DOTALL)
+NAMES = ("convert", "build", "validate", "run", "bench", "inspect")
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """A directory that looks like the repository, and an environment in which the installed scripts are this source tree."""
+    top = tmp_path_factory.mktemp("readme")
+    work, scripts = top / "work", top / "bin"
+    work.mkdir()
+    scripts.mkdir()
+    for name in ("trtllm_thoughtx", "build_configs"):
+        (work / name).symlink_to(ROOT / name, target_is_directory=True)
+    for name in NAMES:
+        script = scripts / f"thoughtx-{name}"
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m trtllm_thoughtx {name} "$@"\n')
+        script.chmod(0o755)
+    return work, {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 5
+    assert README.count("<!-- run -->") == len(BLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.rtx
+def test_the_blocks_run(shell):
+    pytest.importorskip("tensorrt_rtx", reason="the README builds a TensorRT-RTX engine")
+    pytest.importorskip("transformers", reason="the README compares with transformers")
+    work, environment = shell
+    outputs = []
+    for language, text in BLOCKS:
+        words = ["bash", "-eu", "-o", "pipefail", "-c", text] if language == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        outputs.append(done.stdout)
+    assert outputs[0].rstrip().endswith("A 8")
+    assert "PASSED" in outputs[0] and "PASSED" in outputs[2]
+    assert outputs[-1].rstrip().endswith("A 8 eos")
+    made = {path.name for path in work.iterdir() if not path.is_symlink()}
+    assert {"ckpt", "engine", "engine-from-recipe", "engine-in-stages", "golden.safetensors", "report.xml", "logits.npy"} <= made
+
+
+def test_the_first_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE) + re.findall(r"`make (\w+)`", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_file_that_the_readme_names_exists():
+    for name in re.findall(r"`(tests/\w+\.py|build_configs/|constraints\.txt)`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_exit_statuses_are_the_ones_of_the_program():
+    from trtllm_thoughtx.errors import Exit
+
+    section = README.split("## Exit statuses")[1].split("| code |")[0]
+    assert [int(status) for status in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [int(status) for status in Exit]

@@ -1,0 +1,6 @@
+"""`python -m trtllm_thoughtx` is `thoughtx`."""
+
+from trtllm_thoughtx.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The commands: each parses its flags, calls one function of the package and prints what that returned.
+
+Heavy modules are imported inside the commands, so that `--help` and a wrong flag answer at once, with no TensorRT, torch or
+onnx on the machine. Flags are spelled with underscores, as trtllm-build does; dashes work as well. Every flag of a command
+may also stand in a YAML file (`--config`), and the command line wins.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from trtllm_thoughtx import __version__
+from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FilePath, FiniteFloat, OneOf, emit, run
+from trtllm_thoughtx.errors import Exit
+from trtllm_thoughtx.progress import Progress
+
+PATH = FilePath()
+POSITIVE = Count(min=1, max=1 << 24)
+COUNT = Count(min=0, max=1 << 24)
+LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
+TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
+TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
+SEVERAL_BACKENDS = CommaList(
+    "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
+)
+DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
+COMMANDS: dict[str, click.Command] = {}
+
+
+def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and not ctx.resilient_parsing:
+        from trtllm_thoughtx.recipes import read_recipe
+
+        ctx.default_map = read_recipe(value, ctx.command, ctx, COMMANDS.values())
+    return value
+
+
+def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a command with the common options; its help ends with `examples` and the exit codes."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}"
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        for option in (
+            click.version_option(__version__, prog_name="trtllm-thoughtx"),
+            click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+            click.option(
+                "--config",
+                type=PATH,
+                is_eager=True,
+                callback=_load_recipe,
+                expose_value=False,
+                help="YAML file with flags of this command.",
+            ),
+        ):
+            function = option(function)
+        COMMANDS[name] = click.command(name, context_settings=CONTEXT, epilog=epilog)(function)
+        return COMMANDS[name]
+
+    return wrap
+
+
+@command(
+    "convert",
+    "thoughtx-convert --model_dir ./DistilQwen2.5-ThoughtX-7B --output_dir ./ckpt",
+    "thoughtx-convert --model_dir ./model --output_dir ./ckpt --dtype float16 --force",
+)
+@click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory (safetensors).")
+@click.option("--output_dir", type=PATH, required=True, help="Where the TensorRT-LLM checkpoint goes.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Type of the weights; auto keeps the checkpoint's.")
+@click.option("--tp_size", type=Count(1, 64), default=1, help="Tensor parallel ranks (for tensorrt-llm).")
+@click.option("--pp_size", type=Count(1, 64), default=1, help="Pipeline parallel ranks (for tensorrt-llm).")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--allow_nonfinite", is_flag=True, help="Accept NaN and infinity in weights, and record it.")
+def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
+    from trtllm_thoughtx.convert import convert
+    from trtllm_thoughtx.describe import summary_table
+
+    summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
+    following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
+    emit("convert", summary, as_json=as_json, human=[summary_table("checkpoint", summary), following])
+
+
+@command(
+    "build",
+    "thoughtx-build --checkpoint_dir ./ckpt --output_dir ./engine --use_chunked_attention",
+    "thoughtx-build --config build_configs/thoughtx-tiny.yaml --checkpoint_dir ./ckpt --output_dir ./engine",
+)
+@click.option("--checkpoint_dir", type=PATH, required=True, help="TensorRT-LLM checkpoint or Hugging Face directory.")
+@click.option("--output_dir", type=PATH, required=True, help="Where the engine directory goes.")
+@click.option(
+    "--backend", type=SEVERAL_BACKENDS, multiple=True, help=f"What to build for: {', '.join(BACKENDS)}.  [default: {DEFAULT_BACKENDS}]"
+)
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), help="Type that the engine computes in.  [default: auto, the checkpoint's]")
+@click.option("--max_batch_size", type=POSITIVE, help="Most sequences in one call.")
+@click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are read in pieces.")
+@click.option("--max_seq_len", type=POSITIVE, help="Most tokens of prompt and answer together.")
+@click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
+@click.option("--chunk_size", type=POSITIVE, help="Default tokens per chunk; each request may set its own.")
+@click.option("--sink_tokens", type=COUNT, help="First tokens of the prompt that stay visible.")
+@click.option("--left_chunks", type=COUNT, help="Whole chunks that stay visible behind the current one.")
+@click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
+@click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
+@click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")
+@click.option("--optimization_level", type=Count(0, 5), help="TensorRT builder effort.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--dry_run", is_flag=True, help="Check everything and print the plan; write nothing.")
+def build(
+    checkpoint_dir: Path, output_dir: Path, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any
+) -> None:
+    """Build an engine directory from a checkpoint."""
+    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.describe import build_tables
+
+    backends = tuple(name for names in options.pop("backend") for name in names)
+    chosen = {key: value for key, value in {**options, "backend": backends or None}.items() if value is not None}
+    summary = build(checkpoint_dir, output_dir, chosen, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
+    following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
+    emit("build", summary, as_json=as_json, human=[*build_tables(summary), *following])
+
+
+@command(
+    "validate",
+    "thoughtx-validate --engine_dir ./engine --reference ./model --record golden.safetensors",
+    "thoughtx-validate --engine_dir ./engine --golden golden.safetensors --junit report.xml",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to judge.")
+@click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
+@click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
+@click.option("--record", type=PATH, help="Write the reference values to this file.")
+@click.option("--backend", type=OneOf(BACKENDS), help="Judge this backend's part of the engine.  [default: all that it holds]")
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
+@click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
+@click.option("--strict", is_flag=True, help="A skipped check counts as failed.")
+@click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
+def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Compare an engine with PyTorch; status 1 when they differ."""
+    from trtllm_thoughtx import report
+    from trtllm_thoughtx.validate import validate
+
+    if junit_file is not None:
+        report.check_file_output(junit_file)
+    result = validate(engine_dir, progress=Progress(quiet=quiet), **options)
+    checks = [report.plain(check) for check in result.checks]
+    for check in checks:
+        if strict and check["status"] == "skipped":
+            check.update(status="failed", reason=f"skipped, and --strict was given: {check['reason']}")
+    count = {status: sum(check["status"] == status for check in checks) for status in report.STATUSES}
+    ok = bool(result.ok) and not count["failed"]
+    if junit_file is not None:
+        report.junit(junit_file, checks)
+    rows = [[check["status"], check["name"], check.get("reason") or report.brief(check.get("evidence"))] for check in checks]
+    verdict = "FAILED" if not ok else "PASSED WHAT WAS CHECKED" if count["skipped"] else "PASSED"
+    closing = f"{verdict}: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
+    human = [report.table(f"checks of {engine_dir}", ["status", "check", "evidence or reason"], rows), closing]
+    body = {"engine_dir": str(engine_dir), "expected_from": result.expected_from, "checks": checks, "count": count}
+    emit("validate", body, as_json=as_json, ok=ok, human=human)
+    if not ok:
+        raise click.exceptions.Exit(Exit.NO)
+
+
+@command(
+    "run",
+    'thoughtx-run --engine_dir ./engine --prompt "x1 = 3 x2 = 5 ?"',
+    "thoughtx-run --engine_dir ./engine --input_ids 4,49,8,16 --max_new_tokens 16 --temperature 0 --json",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to run.")
+@click.option("--prompt", help="Text of one request; the chat template is applied.")
+@click.option("--input_ids", type=TOKENS, help="Token ids of one request, comma-separated.")
+@click.option("--prompts", type=PATH, help='JSONL file, one request a line: {"prompt": TEXT} or {"input_ids": [...]}.')
+@click.option("--no_chat_template", is_flag=True, help="Use the prompt's text as it is.")
+@click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.  [default: one that runs here]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
+@click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
+@click.option("--top_k", type=COUNT, help="Sample among the K likeliest; 0 is all.  [default: the checkpoint's]")
+@click.option(
+    "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Sample within this probability mass.  [default: the checkpoint's]"
+)
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
+@click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
+@click.option("--chunk_size", type=POSITIVE, help="Tokens per attention chunk, for an engine with chunked attention.")
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
+def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Generate text or token ids with an engine."""
+    from trtllm_thoughtx.requests import run_requests
+
+    stream = None if as_json else sys.stdout
+    result = run_requests(stream=stream, progress=Progress(quiet=quiet), **options)
+    emit("run", result, as_json=as_json)
+
+
+@command(
+    "bench",
+    "thoughtx-bench --engine_dir ./engine --prompt_len 128 --max_new_tokens 64",
+    "thoughtx-bench --engine_dir ./engine --against ./model --num_threads 2 --json",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to time.")
+@click.option("--against", type=PATH, help="Hugging Face directory that transformers runs eagerly in the same process.")
+@click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to time.  [default: one that runs here]")
+@click.option("--prompt_len", type=POSITIVE, default=64, help="Tokens of each random prompt.")
+@click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
+@click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
+@click.option("--warmup", type=Count(0, 1000), default=1, help="Untimed runs before.")
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")
+def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Time prefill and decode of an engine."""
+    from trtllm_thoughtx.bench import bench, bench_table
+
+    result = bench(engine_dir, progress=Progress(quiet=quiet), **options)
+    emit("bench", result, as_json=as_json, human=bench_table(result))
+
+
+@command("inspect", "thoughtx-inspect ./engine", "thoughtx-inspect ./engine/rank0.onnx --json")
+@click.argument("path", type=PATH)
+def inspect(path: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Say what PATH is: a model, a checkpoint, an engine directory, an .onnx or an .engine file."""
+    from trtllm_thoughtx.describe import describe, description_tables
+
+    description = describe(path)
+    ok = description.get("matches_manifest") is not False
+    emit("inspect", description, as_json=as_json, ok=ok, human=description_tables(description))
+    if not ok:
+        raise click.exceptions.Exit(Exit.REFUSED)
+
+
+class _Group(click.Group):
+    """Lists the commands in the order in which one uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group("thoughtx", cls=_Group, commands=COMMANDS, context_settings=CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="trtllm-thoughtx")
+def thoughtx() -> None:
+    """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove that they are right."""
+
+
+def main() -> NoReturn:
+    sys.exit(run(thoughtx, "thoughtx"))
+
+
+def convert_main() -> NoReturn:
+    sys.exit(run(convert, "thoughtx-convert"))
+
+
+def build_main() -> NoReturn:
+    sys.exit(run(build, "thoughtx-build"))
+
+
+def validate_main() -> NoReturn:
+    sys.exit(run(validate, "thoughtx-validate"))
+
+
+def run_main() -> NoReturn:
+    sys.exit(run(run_command, "thoughtx-run"))
+
+
+def bench_main() -> NoReturn:
+    sys.exit(run(bench, "thoughtx-bench"))
+
+
+def inspect_main() -> NoReturn:
+    sys.exit(run(inspect, "thoughtx-inspect"))

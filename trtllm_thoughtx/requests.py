@@ -1,0 +1,142 @@
+"""`thoughtx-run`: prompts in any form in, answers out, streamed when there is one reader and one request.
+
+The text of a single request is written as it grows and is all that stdout gets; speed and the reason for stopping go to
+stderr. Several requests are printed one after the other, each under its id, when all are done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from trtllm_thoughtx import files, report
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.engine import Completion, Engine
+from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
+from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.text import Text, prompt_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+
+
+def _usage(what: str, why: str, fix: str) -> ThoughtxError:
+    return ThoughtxError("E001", what, where="thoughtx-run", why=why, fix=fix)
+
+
+def _requests(prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None) -> list[Prompt]:
+    """The requests that the flags name; E001 unless exactly one of the three is given."""
+    given = [flag for flag, value in (("--prompt", prompt), ("--input_ids", input_ids), ("--prompts", prompts)) if value is not None]
+    if len(given) != 1:
+        why = f"given: {', '.join(given)}" if given else "none was given"
+        raise _usage("exactly one of --prompt, --input_ids and --prompts is needed", why, "thoughtx-run --help shows an example of each")
+    if prompts is not None:
+        return read_prompts(prompts)
+    if prompt == "":
+        raise ThoughtxError("E140", "the prompt is empty", where="--prompt", why="there is nothing to answer", fix="give some text")
+    return [Prompt(id="1", prompt=prompt, input_ids=input_ids)]
+
+
+def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
+    if use_template or request.prompt is None or text is None:
+        return prompt_ids(request, text)
+    return text.encode(request.prompt)
+
+
+def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+    """What to call with each token of the one answer, and at its end. Without a tokenizer, ids are written."""
+    if text is None:
+
+        def ids_on_token(row: int, token: int) -> None:
+            stream.write(f"{token} ")
+            stream.flush()
+
+        return ids_on_token, lambda: None
+    growing = text.stream()
+
+    def on_token(row: int, token: int) -> None:
+        stream.write(growing.push(token))
+        stream.flush()
+
+    def at_end() -> None:
+        stream.write(growing.end())
+
+    return on_token, at_end
+
+
+def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "num_prompt_tokens": done.num_prompt_tokens,
+        "num_output_tokens": len(done.output_ids),
+        "output_ids": done.output_ids,
+        "text": text.decode(done.output_ids) if text else None,
+        "stop_reason": done.stop_reason,
+        "chunk_size": done.chunk_size,
+    }
+
+
+def run_requests(
+    *,
+    engine_dir: Path,
+    prompt: str | None = None,
+    input_ids: tuple[int, ...] | None = None,
+    prompts: Path | None = None,
+    no_chat_template: bool = False,
+    backend: str | None = None,
+    chunk_size: int | None = None,
+    num_threads: int | None = None,
+    output_logits_npy: Path | None = None,
+    stream: TextIO | None = None,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Complete the requests and return one row for each; `stream` gets the text for people. Sampling flags of None keep the
+    checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine."""
+    assert set(sampling) <= set(SAMPLING), sampling
+    progress = progress or Progress.silent()
+    requests = _requests(prompt, input_ids, prompts)
+    if output_logits_npy is not None and len(requests) != 1:
+        raise _usage("--output_logits_npy takes one request", f"there are {len(requests)}", "run the requests one by one")
+    if output_logits_npy is not None:
+        report.check_file_output(output_logits_npy)
+    engine = Engine.load(engine_dir, backend, num_threads)
+    try:
+        rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
+        given = {name: value for name, value in sampling.items() if value is not None}
+        params = engine.text.default_params(**given) if engine.text else GenerationParams(**given)
+        is_streamed = stream is not None and len(requests) == 1
+        on_token, at_end = _streaming(engine.text, stream) if is_streamed and stream is not None else (None, None)
+        completions = engine.generate(rows, params, on_token, return_logits=output_logits_npy is not None, chunk_size=chunk_size)
+        if at_end is not None and stream is not None:
+            at_end()
+            stream.write("\n")
+    finally:
+        engine.close()
+    results = [_row(request, done, engine.text) for request, done in zip(requests, completions, strict=True)]
+    if output_logits_npy is not None:
+        with files.atomic_file(output_logits_npy) as file:
+            np.save(file, np.asarray(completions[0].logits, np.float32), allow_pickle=False)
+    if stream is not None and not is_streamed:
+        for row in results:
+            stream.write(f"[{row['id']}] {row['text'] if row['text'] is not None else row['output_ids']}\n")
+    stats = engine.stats
+    speed = stats.num_decoded / stats.decode_seconds if stats.num_decoded and stats.decode_seconds else None
+    num_new = sum(row["num_output_tokens"] for row in results)
+    reasons = ", ".join(dict.fromkeys(row["stop_reason"] for row in results))
+    rate = f"{speed:.1f} tokens/s decoding" if speed else "no decode step"
+    progress.note(f"{num_new} tokens, stopped by {reasons}; {rate}, {engine.backend}")
+    return {
+        "engine_dir": str(engine_dir),
+        "backend": engine.backend,
+        "results": results,
+        "tokens_per_second": speed,
+        "prefill_seconds": stats.prefill_seconds,
+        "decode_seconds": stats.decode_seconds,
+        "sampling": {name: getattr(params, name) for name in SAMPLING},
+    }
