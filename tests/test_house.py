@@ -47,7 +47,6 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 READERS = {
     "files.py": "it is the door",
     "console.py": "writes the traceback of a bug; points stdout at the null device",
-    "engines/onnxruntime.py": "loads a graph after its hash was compared with the manifest",
     "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process; the kernel's memory table",
     "engines/trt_builder.py": "the kernel's account of its own memory use",
     "graph/external.py": "reads back the weights that this build wrote",

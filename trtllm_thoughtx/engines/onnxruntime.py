@@ -16,11 +16,13 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
+from trtllm_thoughtx import files
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.decoder import layer_output
 from trtllm_thoughtx.graph.twin import float32_twin, is_bfloat16
 
+MAX_GRAPH_BYTES = 256 << 20  # a graph without its weights takes kilobytes per layer
 QUIET = 3  # errors only: warnings here are about folded constants
 
 
@@ -58,22 +60,20 @@ class OnnxRuntimeRunner:
         options.enable_mem_pattern = False  # the live cache grows each step: no two steps have the same shapes
         options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
         providers = ["CPUExecutionProvider"] if self.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        path = root / part["onnx"]
-        model = onnx.load(path, load_external_data=False)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
+        graph = files.read_inside(root, part["onnx"], MAX_GRAPH_BYTES, code="E121")
         try:
-            if not tap_layers and not is_bfloat16(model):
-                return ort.InferenceSession(path, options, providers=providers)
+            model = onnx.ModelProto.FromString(graph)
             if is_bfloat16(model):
                 model = float32_twin(model)
             if tap_layers:
                 self._tap(model, part)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
             return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
         except Exception as error:  # onnxruntime raises its own types, all of them derived from Exception alone
             raise ThoughtxError(
                 "E121",
                 "onnxruntime cannot load the graph",
-                where=str(path),
+                where=str(root / part["onnx"]),
                 why=str(error).strip()[:500],
                 fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
             ) from None
