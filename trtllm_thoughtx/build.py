@@ -194,7 +194,7 @@ def _build_plan(
         compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
         optimization_level=settings.optimization_level,
         num_attention=graph.num_attention,
-        decomposable=settings.dtype == "float32",
+        decomposable=True,
         log_path=output_dir.parent / f"{output_dir.name}.{backend}.log",
         progress=progress,
     )
