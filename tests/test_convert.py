@@ -388,13 +388,16 @@ def test_sharded_and_wrong_inputs(tmp_path: Path) -> None:
 
 def test_output_rules(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "out")
-    refused("E130", convert, tmp_path / "hf", tmp_path / "out")
+    assert not convert(tmp_path / "hf", tmp_path / "out")["up_to_date"]
+    assert convert(tmp_path / "hf", tmp_path / "out")["up_to_date"]
+    refused("E130", convert, tmp_path / "hf", tmp_path / "out", dtype="float16")
     refused("E130", convert, tmp_path / "hf", tmp_path / "hf", force=True)
     refused("E130", convert, tmp_path / "hf", tmp_path / "hf" / "inside")
     before = (tmp_path / "out" / "rank0.safetensors").stat().st_ino
     convert(tmp_path / "hf", tmp_path / "out", force=True)
     assert (tmp_path / "out" / "rank0.safetensors").stat().st_ino != before
+    (tmp_path / "out" / "config.json").write_text("{}")
+    refused("E130", convert, tmp_path / "hf", tmp_path / "out")
     assert only(tmp_path, "hf", "out")
 
 

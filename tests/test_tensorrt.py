@@ -66,7 +66,7 @@ def job(path: Path, dtype: str = "float16", **changes: Any) -> dict[str, Any]:
         "compute_capabilities": ("8.9",),
         "optimization_level": None,
         "num_attention": graph.num_attention,
-        "decomposable": dtype == "float32",
+        "float32": dtype == "float32",
         "log_path": path.with_suffix(".log"),
         "progress": Progress.silent(),
     }

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx import __version__, engine_dir, files, report
+from trtllm_thoughtx import engine_dir, files, report
 from trtllm_thoughtx.build_options import resolve
 from trtllm_thoughtx.config import BuildConfig
-from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
@@ -59,10 +58,11 @@ def build(
         plan = _plan(source, settings, bounds, output_dir)
         if dry_run:
             return {**plan, "dry_run": True}
+        recorded = {"build": settings.as_dict(), "model": report.plain(config)}
         pool = concurrent.futures.ThreadPoolExecutor(1, "hash-inputs")
         inputs = pool.submit(report.manifest_inputs, source.inputs())
         try:
-            if not force and _is_up_to_date(output_dir, settings, inputs):
+            if not force and report.is_current(output_dir, recorded, inputs.result):
                 return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
             files.check_output(output_dir, force=force, inputs=[checkpoint_dir])
             files.require_space(output_dir.parent, plan["disk_bytes"])
@@ -76,7 +76,7 @@ def build(
                     partial,
                     command=_command(checkpoint_dir, output_dir, settings),
                     inputs=inputs.result(),
-                    config={"build": settings.as_dict(), "model": report.plain(config)},
+                    config=recorded,
                     checks=checks,
                     environment=_environment(),
                     hashes=hashes,
@@ -107,27 +107,13 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
     }
 
 
-def _is_up_to_date(output_dir: Path, settings: BuildConfig, inputs: concurrent.futures.Future[list[dict[str, Any]]]) -> bool:
-    if not (output_dir / report.MANIFEST).is_file():
-        return False
-    try:
-        manifest = report.read_manifest(output_dir)
-        same = manifest["tool"].get("version") == __version__ and manifest["config"].get("build") == report.plain(settings.as_dict())
-        if not same or manifest["inputs"] != inputs.result():
-            return False
-        report.verify_files(output_dir)
-    except ThoughtxError:
-        return False
-    return True
-
-
 def _load_backends(settings: BuildConfig) -> None:
-    """Fail before any work when a backend's package is missing."""
+    """Fail before any work when a backend's package is missing or does not know a target."""
     for backend in settings.backends:
         if backend != "onnxruntime":
-            from trtllm_thoughtx.engines.tensorrt import load_module
+            from trtllm_thoughtx.engines.tensorrt import load_module, targets
 
-            load_module(backend)
+            targets(load_module(backend), backend, settings.compute_capabilities)
 
 
 def _build_parts(
@@ -194,7 +180,7 @@ def _build_plan(
         compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
         optimization_level=settings.optimization_level,
         num_attention=graph.num_attention,
-        decomposable=True,
+        float32=settings.dtype == "float32",
         log_path=output_dir.parent / f"{output_dir.name}.{backend}.log",
         progress=progress,
     )

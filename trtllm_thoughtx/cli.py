@@ -86,6 +86,8 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 
     summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
     following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
+    if summary["up_to_date"]:
+        following = f"up to date: the same inputs and settings made what is there, and its files are intact\n{following}"
     emit("convert", summary, as_json=as_json, human=[summary_table("checkpoint", summary), following])
 
 

@@ -170,6 +170,9 @@ def convert(
         config = source.config
         target = config.dtype if dtype == "auto" else dtype
         _check_parallel(config, tp_size, pp_size)
+        settings = {"dtype": target, "tp_size": tp_size, "pp_size": pp_size, "allow_nonfinite": allow_nonfinite}
+        if not force and report.is_current(output_dir, settings, lambda: report.manifest_inputs(source.inputs(), progress)):
+            return {"output_dir": str(output_dir), "model_type": config.family, **settings, "up_to_date": True}
         files.check_output(output_dir, force=force, inputs=[model_dir])
         stages = [_stage_tensors(source, layers, stage, pp_size) for stage, layers in enumerate(rank_layers(config.num_layers, pp_size))]
         shapes = [
@@ -204,12 +207,20 @@ def convert(
                 hashes[name] = _write(partial / name, files.read_inside(model_dir, name, _CARRIED_LIMIT))
             rows = inputs.rows()
             source.verify_unchanged()
-            settings = {"dtype": target, "tp_size": tp_size, "pp_size": pp_size, "allow_nonfinite": allow_nonfinite}
-            report.write_manifest(partial, command="convert", inputs=rows, config=settings, checks=[], environment={}, hashes=hashes)
+            report.write_manifest(
+                partial,
+                command=_command(model_dir, output_dir, settings),
+                inputs=rows,
+                config=settings,
+                checks=[],
+                environment={},
+                hashes=hashes,
+            )
     return {
         "output_dir": str(output_dir),
         "model_type": config.family,
         **settings,
+        "up_to_date": False,
         "num_tensors": sum(len(stage) for stage in stages),
         "num_bytes": num_bytes,
         "files": dict(sorted(hashes.items())),
@@ -265,6 +276,13 @@ def _deal(source: WeightSource, tensor: Tensor, outputs: list[_RankFile], dtype:
             if num_zero_rows:
                 lanes.send(outputs[rank], bytes(num_zero_rows * math.prod(part.shape[1:]) * kind.itemsize))
     return found
+
+
+def _command(model_dir: Path, output_dir: Path, settings: dict[str, Any]) -> str:
+    """The command that makes the same checkpoint again, with names instead of this machine's paths."""
+    flags = " ".join(f"--{name} {value}" for name, value in settings.items() if name != "allow_nonfinite")
+    words = f"thoughtx-convert --model_dir {model_dir.name} --output_dir {output_dir.name} {flags}"
+    return words + (" --allow_nonfinite" if settings["allow_nonfinite"] else "")
 
 
 def _write(path: Path, data: bytes) -> str:

@@ -2,7 +2,8 @@
 
 Every step is one installed command, printed as one would type it and run as a process of its own; the first that fails ends
 the demo with its status. What was made and what was proved is read back from the files that the commands wrote, not from
-memory. All output goes to ./demo-out; a second run finds the engine up to date.
+memory. All output goes to ./demo-out. A second run finds checkpoint and engine up to date, and compares the engine with the values
+that the first run recorded from PyTorch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from trtllm_thoughtx.errors import Exit
 
 SAMPLE = Path(__file__).parent / "samples" / "thoughtx-tiny"
 QUESTION, ANSWER = "x1 = 3 x2 = 5 x3 = 9 ?", "7"  # the sample adds digits modulo 10
-BACKENDS = "onnxruntime,tensorrt-rtx"
 
 
 class StepFailed(Exception):
@@ -53,6 +53,19 @@ def _run(console: Console, title: str, *words: str, capture: bool = False) -> st
         raise StepFailed(done.returncode)
     console.print(f"({time.perf_counter() - began:.1f} s)", style="dim", highlight=False)
     return done.stdout or ""
+
+
+def _make(console: Console, title: str, output: Path, *words: str) -> bool:
+    """Run a command that makes `output`, again with --force if an older one is in its way. True when `output` is new."""
+    manifest = output / report.MANIFEST
+    before = files.sha256_of(manifest) if manifest.is_file() else None
+    try:
+        _run(console, title, *words)
+    except StepFailed as failed:
+        if failed.status != Exit.REFUSED or not output.exists():
+            raise
+        _run(console, "What is there was made otherwise: make it again", *words, "--force")
+    return files.sha256_of(manifest) != before
 
 
 def _made(directories: list[Path]) -> list[list[object]]:
@@ -86,19 +99,16 @@ def main() -> int:
     sample, checkpoint, engine, junit = _near(SAMPLE), _near(out / "checkpoint"), _near(out / "engine"), _near(out / "validate.xml")
     began = time.perf_counter()
     try:
-        _run(
-            console,
-            "1/5 Convert to a TensorRT-LLM checkpoint",
-            *f"thoughtx-convert --model_dir {sample} --output_dir {checkpoint} --force".split(),
-        )
-        build = f"thoughtx-build --checkpoint_dir {checkpoint} --output_dir {engine} --backend {BACKENDS} --use_chunked_attention".split()
-        try:
-            _run(console, "2/5 Build the engine (no GPU needed)", *build)
-        except StepFailed as failed:
-            if failed.status != Exit.REFUSED or not (out / "engine").exists():
-                raise
-            _run(console, "The engine there is an older one: build it again", *build, "--force")
-        validate = f"thoughtx-validate --engine_dir {engine} --reference {sample} --junit {junit}"
+        convert = f"thoughtx-convert --model_dir {sample} --output_dir {checkpoint}".split()
+        _make(console, "1/5 Convert to a TensorRT-LLM checkpoint", out / "checkpoint", *convert)
+        build = f"thoughtx-build --checkpoint_dir {checkpoint} --output_dir {engine} --use_chunked_attention".split()
+        is_new = _make(console, "2/5 Build the engine (no GPU needed)", out / "engine", *build)
+        recorded = out / "golden.safetensors"
+        against = f"--golden {_near(recorded)}"
+        if is_new or not recorded.exists():
+            recorded.unlink(missing_ok=True)
+            against = f"--reference {sample} --record {_near(recorded)}"
+        validate = f"thoughtx-validate --engine_dir {engine} {against} --junit {junit}"
         _run(console, "3/5 Compare it with PyTorch", *validate.split())
         run = ["thoughtx-run", "--engine_dir", engine, "--prompt", QUESTION]
         completion = _run(console, "4/5 Ask it something", *run, capture=True)

@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +182,20 @@ def brief(evidence: object) -> str:
         return "" if evidence is None else str(evidence)
     short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in evidence.items()}
     return ", ".join(f"{key} {value}" for key, value in short.items() if not isinstance(value, (Mapping, list)))
+
+
+def is_current(root: Path, config: Mapping[str, Any], inputs: Callable[[], list[dict[str, Any]]]) -> bool:
+    """Whether `root` holds, intact, what this version would make of `inputs()` with `config`: then there is nothing to do."""
+    if not (root / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(root)
+        if manifest["tool"].get("version") != __version__ or manifest["config"] != plain(config) or manifest["inputs"] != inputs():
+            return False
+        verify_files(root)
+    except ThoughtxError:
+        return False
+    return True
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

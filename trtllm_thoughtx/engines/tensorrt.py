@@ -85,14 +85,14 @@ def build_plan(
     compute_capabilities: Sequence[str],
     optimization_level: int | None,
     num_attention: int,
-    decomposable: bool,
+    float32: bool,
     log_path: Path,
     progress: Progress,
 ) -> PlanInfo:
     """Build the plan of a serialized ONNX model whose large initializers are external; `initializers()` yields their values by name.
 
     `profiles`: per optimization profile, (min, opt, max) shape by input. `num_attention`: attention layers that the parser must find.
-    `decomposable`: the graph is float32. The builder's messages are appended to `log_path`.
+    `float32`: the graph is, so no TF32. The builder's messages are appended to `log_path`.
     Raises ThoughtxError E103, E130, E201-E206; on any failure and on KeyboardInterrupt no plan is left and the builder is gone.
     """
     module = load_module(backend)
@@ -103,7 +103,7 @@ def build_plan(
         "targets": targets(module, backend, compute_capabilities),
         "optimization_level": optimization_level,
         "num_attention": num_attention,
-        "decomposable": decomposable,
+        "float32": float32,
     }
     plan_path, log_path = Path(plan_path), Path(log_path)
     with contextlib.ExitStack() as stack:

@@ -3,9 +3,9 @@
 Why a process of its own:
 - A builder that crashes, or that the system kills for memory, becomes an error message instead of the end of the command; Ctrl-C
   takes effect at once although the build is one long call into C++; memory goes back to the system after each plan.
-- The order of tensors in a plan follows addresses of C++ objects. A process that always starts alike, with address randomization off,
-  gives the same bytes nearly always; hence the fixed environment, the bytecode cache turned off and the script's independence from
-  the rest of the package. What is left are the builder's own threads and clocks: one large plan in four still came out otherwise.
+- The order of tensors in a plan follows addresses of C++ objects. A process that always starts alike, with address randomization off
+  and its threads taking turns on one processor (the builder keeps one busy at a time), gives the same bytes; hence the fixed
+  environment, the bytecode cache turned off and the script's independence from the rest of the package.
 
 stdin is a memory file: the bytes of the weights and of the graph, then the request in JSON, then its offset and size. stdout takes
 events, one JSON object a line. stderr is the log. argv: a word for the restart, the descriptor that the plan is written to.
@@ -92,6 +92,7 @@ class PlanFile:
         return 0 if self.error else len(block)
 
     def _run(self) -> None:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # of this thread: the others stay on theirs
         while (block := self.blocks.get()) is not None:
             if self.error:
                 continue
@@ -134,6 +135,13 @@ def same_addresses() -> bool:
     return False
 
 
+def take_turns() -> None:
+    """Keep this thread, and those that it starts, on one processor; a thread that wakes waits until the running one has to wait."""
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: PlanFile) -> dict[str, Any]:
     """Parse and build what `job` holds; returns the facts of the plan."""
     base = ctypes.addressof(ctypes.c_char.from_buffer(job))
@@ -161,8 +169,9 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
         raise BuildError("E205", what, "other operators or a plugin took their place: the engine would be slow, or wrong")
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    if request["decomposable"]:
-        _keep_float32(trt, network, config)
+    _allow_decomposition(trt, network)
+    if request["float32"]:
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
     _configure(trt, builder, config, request)
     seconds_parse = time.monotonic() - began
     emit("step", what="parsed")
@@ -222,14 +231,13 @@ def _parser_errors(parser: Any, messages: Messages) -> str:
     return "; ".join(errors)[:MAX_ERROR_CHARS] or messages.reason()
 
 
-def _keep_float32(trt: Any, network: Any, config: Any) -> None:
-    """No fused kernel takes float32 attention, so it may be decomposed; and float32 means float32, not TF32."""
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Without it a build fails where no fused kernel fits (float32, two heads, a tiny head_dim); where one fits, the plan is the same."""
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type.name == "ATTENTION_INPUT":
             layer.__class__ = trt.IAttentionInputLayer  # the network hands out plain ILayer objects
             layer.attention.decomposable = True
-    config.clear_flag(trt.BuilderFlag.TF32)
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: dict[str, Any]) -> None:
@@ -256,6 +264,7 @@ def _peak_bytes() -> int:
 def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no builder outlives the command that started it
     fixed = same_addresses()
+    take_turns()
     messages, plan = Messages(2), PlanFile(int(sys.argv[2]))
     job = mmap.mmap(0, 0, access=mmap.ACCESS_COPY)
     offset, size = TRAILER.unpack(job[-TRAILER.size :])
