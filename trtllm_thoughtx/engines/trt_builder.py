@@ -3,9 +3,11 @@
 Why a process of its own:
 - A builder that crashes, or that the system kills for memory, becomes an error message instead of the end of the command; Ctrl-C
   takes effect at once although the build is one long call into C++; memory goes back to the system after each plan.
-- The order of tensors in a plan follows addresses of C++ objects. A process that always starts alike, with address randomization off
-  and its threads taking turns on one processor (the builder keeps one busy at a time), gives the same bytes; hence the fixed
-  environment, the bytecode cache turned off and the script's independence from the rest of the package.
+- The builder numbers tensors in an order that follows addresses of C++ objects and the timing of its short-lived threads. A process
+  that always starts alike, with address randomization off and its threads taking turns on one processor (the builder keeps one
+  busy at a time), gives the same bytes for small plans and, for large ones, most of the time: otherwise some tens of bytes
+  differ, all of them such numbers. Hence the fixed environment, the bytecode cache turned off and the script's independence
+  from the rest of the package.
 
 stdin is a memory file: the bytes of the weights and of the graph, then the request in JSON, then its offset and size. stdout takes
 events, one JSON object a line. stderr is the log. argv: a word for the restart, the descriptor that the plan is written to.
