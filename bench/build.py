@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from convert import ROOT, SHAPES, make_checkpoint, measured
+from convert import ROOT, SHAPES, make_checkpoint
 
-BUILD = "import sys; from trtllm_thoughtx.cli import main; main(['build', *sys.argv[1:]])"
+BUILD = "import sys; from trtllm_thoughtx.cli import build_main; sys.argv[0] = 'thoughtx-build'; build_main()"
 BARE = """
 import json, sys
 import tensorrt_rtx as trt
@@ -50,6 +53,18 @@ for index, target in enumerate(targets):
     config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
 assert builder.build_serialized_network_to_stream(network, config, Writer(plan))
 """
+
+
+def measured(command: list[str]) -> tuple[float, float]:
+    """(seconds, MiB of the largest process) of a command and the processes that it waits for."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[3:])[:200]} failed with status {process.returncode}")
+    return seconds, usage.ru_maxrss / 1024
 
 
 def bare_seconds(checkpoint: Path, engine: Path, work: Path) -> float:

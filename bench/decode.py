@@ -95,6 +95,9 @@ def main() -> None:
             out = Path(work, "genai")
             builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(args.model_dir), "-o", str(out)]
             subprocess.run([*builder, "-p", "fp32", "-e", "cpu", "-c", str(Path(work, "cache"))], check=True, capture_output=True)
+            settings = json.loads((out / "genai_config.json").read_text())
+            settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = args.num_threads  # its own default is fewer
+            (out / "genai_config.json").write_text(json.dumps(settings))
             systems["onnxruntime-genai"] = (GENAI, out)
         rates: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
         for _ in range(args.rounds):

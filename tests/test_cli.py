@@ -591,3 +591,18 @@ def test_completion_scripts(shell):
     if "Bash version" in done.stderr or "bash" in done.stderr:
         pytest.skip(f"click cannot find out the version of this machine's {shell}")
     assert "thoughtx" in done.stdout
+
+
+def test_run_says_which_settings_it_does_not_apply(tmp_path, engine):
+    import json
+    import shutil
+
+    from trtllm_thoughtx.requests import run_requests
+
+    with_penalty = tmp_path / "e"
+    shutil.copytree(engine, with_penalty)
+    config = json.loads((with_penalty / "generation_config.json").read_text())
+    (with_penalty / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.05}))
+    done = run_requests(engine_dir=with_penalty, input_ids=(4, 5), max_new_tokens=2, top_p=0.5, temperature=0.0)
+    assert done["not_applied"] == ["repetition_penalty", "--top_p"]
+    assert run_requests(engine_dir=engine, input_ids=(4, 5), max_new_tokens=2)["not_applied"] == []

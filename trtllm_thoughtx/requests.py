@@ -16,7 +16,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.sampling import GenerationParams, unused_settings
 from trtllm_thoughtx.runtime.text import Text, prompt_ids
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ def run_requests(
         rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}
         params = engine.text.default_params(**given) if engine.text else GenerationParams(**given)
+        ignored = unused_settings(engine.text.generation_config) if engine.text else ()
+        ignored += tuple(f"--{name}" for name in ("top_k", "top_p") if name in given and params.is_greedy)
+        if ignored:
+            progress.note(f"not applied: {', '.join(ignored)} (decoding is greedy, or the checkpoint's setting is not supported)")
         is_streamed = stream is not None and len(requests) == 1
         on_token, at_end = _streaming(engine.text, stream) if is_streamed and stream is not None else (None, None)
         completions = engine.generate(rows, params, on_token, return_logits=output_logits_npy is not None, chunk_size=chunk_size)
@@ -138,5 +142,6 @@ def run_requests(
         "tokens_per_second": speed,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
+        "not_applied": list(ignored),
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }
