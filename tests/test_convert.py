@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -464,3 +465,13 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) ->
     assert num_bytes > 280_000_000
     _, peak_mib = bench.convert_once(tmp_path / "hf", tmp_path / "out", dtype)
     assert peak_mib < 140, f"{peak_mib:.0f} MiB for {num_bytes / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_threads_may_read_from_one_source(tmp_path: Path, dtype: str) -> None:
+    write_tiny(tmp_path / "hf", dtype="bfloat16", num_layers=4)
+    with open_weights(tmp_path / "hf") as source, ThreadPoolExecutor(4) as pool:
+        alone = {name: source.read(name, dtype).tobytes() for name in source.names()}
+        for _ in range(20):
+            together = pool.map(lambda name: source.read(name, dtype).tobytes(), alone)
+            assert all(a == b for a, b in zip(alone.values(), together, strict=True))

@@ -1,7 +1,7 @@
 """`thoughtx-build`: a checkpoint becomes an engine directory.
 
 checkpoint -> graph per part -> weights streamed beside it (onnxruntime) and a plan per part (TensorRT). With only a TensorRT backend the
-weights never touch the disk: the builder takes them from memory, one part at a time, so a host never holds more than a part.
+weights never touch the disk: the builder takes them from memory, a part at a time, while the next part's are read.
 
 Everything that can be refused is refused before the first byte is written; the directory appears whole or not at all. A build that
 would repeat what the output already holds (same inputs, same settings, files intact) does nothing and says so.
@@ -10,12 +10,15 @@ would repeat what the output already holds (same inputs, same settings, files in
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import platform
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,11 +30,14 @@ from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.weights import WeightSource, open_weights
 
+if TYPE_CHECKING:
+    from trtllm_thoughtx.engines.tensorrt import HeldWeights
+
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
 MAX_LOGIT_ROWS = 8  # of one sequence and call in a TensorRT plan: enough to check drafts, small enough to cost no memory
-MEMORY_FACTOR = 3.2  # a TensorRT build's peak memory over the weights of its largest part, as measured on CPU hosts
+MEMORY_FACTOR = 4.2  # of a TensorRT build, over the weights of its largest part: 3.2 as measured, and the next part's weights
 
 
 def build(
@@ -68,7 +74,7 @@ def build(
             files.require_space(output_dir.parent, plan["disk_bytes"])
             _load_backends(settings)
             with files.atomic_dir(output_dir, force=force) as partial:
-                hashes, parts, checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
+                parts, checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
                 _copy(source.carried(), partial)
                 _write_json(partial / engine_dir.CONFIG, engine_dir.config_json(config, settings, parts))
                 source.verify_unchanged()
@@ -79,7 +85,7 @@ def build(
                     config=recorded,
                     checks=checks,
                     environment=_environment(),
-                    hashes=hashes,
+                    hashes=_hashes(parts),
                 )
                 made = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         finally:
@@ -116,65 +122,97 @@ def _load_backends(settings: BuildConfig) -> None:
             targets(load_module(backend), backend, settings.compute_capabilities)
 
 
+@dataclass
+class _Ready:
+    """A part whose graph and weights are written, or held in memory, so that its plans can be built."""
+
+    entry: dict[str, Any]
+    held: HeldWeights | None
+
+    def close(self) -> None:
+        if self.held:
+            self.held.close()
+
+
 def _build_parts(
     partial: Path, source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path, progress: Progress
-) -> tuple[dict[str, str], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write every part's files into `partial`; returns known hashes, the parts of config.json, and checks for the manifest."""
-    hashes: dict[str, str] = {}
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write every part's files into `partial`; returns the parts of config.json, and checks for the manifest.
+
+    A builder keeps one core busy, so the next part's weights are read meanwhile.
+    """
     parts, checks = [], []
-    for bound in bounds:
-        part = bound.graph.part
-        onnx_file = f"{part.name}.onnx"
-        (partial / onnx_file).write_bytes(bound.model)
-        hashes[onnx_file] = bound.sha256
-        entry: dict[str, Any] = {
-            "name": part.name,
-            "first_layer": part.first_layer,
-            "last_layer": part.last_layer,
-            "embeds": part.embeds,
-            "head": part.head,
-            "onnx": onnx_file,
-            "data": None,
-            "graph_sha256": bound.sha256,
-            "weights_sha256": None,
-            "plans": {},
-        }
-        if "onnxruntime" in settings.backends:
-            entry["data"] = bound.location
-            entry["weights_sha256"] = hashes[bound.location] = external.write_data(bound, source, partial / bound.location, progress)
-        for backend in settings.backends:
-            if backend != "onnxruntime":
-                entry["plans"][backend], check = _build_plan(partial, source, settings, bound, entry, backend, output_dir, progress)
-                hashes[entry["plans"][backend]["file"]] = entry["plans"][backend]["sha256"]
-                checks.append(check)
-        parts.append(entry)
-    return hashes, parts, checks
+    stop = threading.Event()
+    upcoming: concurrent.futures.Future[_Ready] = concurrent.futures.Future()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1, "next-part") as pool, contextlib.ExitStack() as stack:
+            stack.callback(stop.set)
+            upcoming = pool.submit(_prepare, partial, source, settings, bounds[0], stop, progress)
+            for number, bound in enumerate(bounds, 1):
+                with contextlib.closing(upcoming.result()) as ready:
+                    if number < len(bounds):
+                        upcoming = pool.submit(_prepare, partial, source, settings, bounds[number], stop, Progress.silent())
+                    for backend in settings.backends:
+                        if backend != "onnxruntime":
+                            ready.entry["plans"][backend], check = _build_plan(
+                                partial, settings, bound, ready, backend, output_dir, progress
+                            )
+                            checks.append(check)
+                    parts.append(ready.entry)
+    finally:
+        if upcoming.done() and not upcoming.exception():
+            upcoming.result().close()
+    return parts, checks
+
+
+def _prepare(
+    partial: Path, source: WeightSource, settings: BuildConfig, bound: external.Bound, stop: threading.Event, progress: Progress
+) -> _Ready:
+    """Write the part's graph, and its weights for onnxruntime; hold the weights for TensorRT."""
+    part, onnx_file = bound.graph.part, f"{bound.graph.part.name}.onnx"
+    (partial / onnx_file).write_bytes(bound.model)
+    entry: dict[str, Any] = {
+        "name": part.name,
+        "first_layer": part.first_layer,
+        "last_layer": part.last_layer,
+        "embeds": part.embeds,
+        "head": part.head,
+        "onnx": onnx_file,
+        "data": None,
+        "graph_sha256": bound.sha256,
+        "weights_sha256": None,
+        "plans": {},
+    }
+    data = partial / bound.location
+    if "onnxruntime" in settings.backends:
+        entry["data"] = bound.location
+        entry["weights_sha256"] = external.write_data(bound, source, data, progress)
+    if set(settings.backends) <= {"onnxruntime"}:
+        return _Ready(entry, None)
+    from trtllm_thoughtx.engines.tensorrt import HeldWeights
+
+    def initializers() -> Iterator[tuple[str, np.ndarray]]:
+        arrays = ((item.name, value) for item, value in external.arrays(bound.graph, settings.dtype, source))
+        for pair in external.read_data(bound, data) if entry["data"] else arrays:
+            if stop.is_set():
+                raise InterruptedError("another part failed")
+            yield pair
+
+    return _Ready(entry, HeldWeights(initializers, part.name, progress))
 
 
 def _build_plan(
-    partial: Path,
-    source: WeightSource,
-    settings: BuildConfig,
-    bound: external.Bound,
-    entry: Mapping[str, Any],
-    backend: str,
-    output_dir: Path,
-    progress: Progress,
+    partial: Path, settings: BuildConfig, bound: external.Bound, ready: _Ready, backend: str, output_dir: Path, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     from trtllm_thoughtx.engines.tensorrt import build_plan
 
-    graph, data = bound.graph, partial / bound.location
-
-    def initializers() -> Iterable[tuple[str, np.ndarray]]:
-        if entry["data"]:
-            return external.read_data(bound, data)
-        return ((item.name, value) for item, value in external.arrays(graph, settings.dtype, source))
-
+    graph = bound.graph
+    assert ready.held
     file = f"{graph.part.name}{engine_dir.PLAN_SUFFIX[backend]}"
     info = build_plan(
         backend=backend,
         model=bound.model,
-        initializers=initializers,
+        initializers=ready.held,
         plan_path=partial / file,
         profiles=profiles_of(graph, settings),
         compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
@@ -188,11 +226,21 @@ def _build_plan(
         "file": file,
         "sha256": info.sha256,
         "graph_sha256": bound.sha256,
-        "weights_sha256": entry["weights_sha256"],
+        "weights_sha256": ready.entry["weights_sha256"],
         "compute_capabilities": list(settings.compute_capabilities) if backend == "tensorrt-rtx" else ["native"],
     }
     evidence = {"expected": graph.num_attention, "found": info.num_attention}
     return plan, {"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}
+
+
+def _hashes(parts: list[dict[str, Any]]) -> dict[str, str]:
+    """sha256 of the parts' files, as known from writing them."""
+    hashes = {}
+    for part in parts:
+        hashes[part["onnx"]] = part["graph_sha256"]
+        hashes |= {part["data"]: part["weights_sha256"]} if part["data"] else {}
+        hashes |= {plan["file"]: plan["sha256"] for plan in part["plans"].values()}
+    return hashes
 
 
 def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:

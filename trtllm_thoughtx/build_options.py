@@ -10,7 +10,7 @@ from trtllm_thoughtx.errors import ThoughtxError, shown
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
-STAGE_BYTES = 2816 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
+STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
 KNOWN = (
     *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", "chunk_size", "sink_tokens"),

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,8 +96,15 @@ def cast_into(source: np.ndarray, target: np.ndarray) -> int:
     return num_overflowed
 
 
+class _Scratch(threading.local):
+    """Room for one block as stored, before it is cast; each reading thread has its own."""
+
+    def __init__(self) -> None:
+        self.block = np.empty(BLOCK_BYTES, np.uint8)
+
+
 class WeightSource:
-    """An opened checkpoint. Use as a context manager, or call `close`."""
+    """An opened checkpoint. Use as a context manager, or call `close`. Several threads may read from it."""
 
     def __init__(
         self,
@@ -116,7 +124,7 @@ class WeightSource:
         self._stored = stored
         self._handles: dict[str, BinaryIO] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
-        self._scratch = np.empty(BLOCK_BYTES, np.uint8)
+        self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
         self._twin = HEAD if config.tied and HEAD in stored else None
         for name in shards:
@@ -161,7 +169,7 @@ class WeightSource:
         """One of the `blocks` of a part, cast to the dtype of `into` (C-contiguous). Counts what is wrong with the values."""
         info = self._stored[part.source]
         dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]]
-        raw = into if dtype == into.dtype else self._scratch[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
+        raw = into if dtype == into.dtype else self._scratch.block[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
         self._pread(info, part.first_row + begin, raw)
         findings = Findings()
         if not self.allow_nonfinite:

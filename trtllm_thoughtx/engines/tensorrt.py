@@ -28,7 +28,7 @@ from trtllm_thoughtx.engines.trt_runner import TensorRTRunner
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.progress import Progress
 
-__all__ = ["PlanInfo", "TensorRTRunner", "build_plan", "describe_plan", "load_module", "num_gpus", "targets"]
+__all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "describe_plan", "load_module", "num_gpus", "targets"]
 
 Initializers = Callable[[], Iterable[tuple[str, np.ndarray]]]
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -75,11 +75,44 @@ class PlanInfo:
         return f"{errors}{self.num_warnings} warnings ({self.num_distinct_warnings} distinct), see {log_path}"
 
 
+class HeldWeights:
+    """The weights of one graph in an anonymous memory file, ready for a builder. Close it, or use it as a context manager."""
+
+    def __init__(self, initializers: Initializers, label: str, progress: Progress) -> None:
+        """One weight at a time is also alive outside the file. E204 when they do not fit."""
+        self.fd = os.memfd_create("thoughtx-weights")
+        self.table: list[tuple[str, int, int]] = []  # name, offset, bytes
+        try:
+            with progress.stage(f"weights for {label}", None, "bytes") as stage:
+                for name, value in initializers():
+                    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+                    self.table.append((name, _append(self.fd, data.data), data.nbytes))
+                    stage.advance(data.nbytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for *_, size in self.table)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> HeldWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def build_plan(
     *,
     backend: str,
     model: bytes,
-    initializers: Initializers,
+    initializers: Initializers | HeldWeights,
     plan_path: Path,
     profiles: Sequence[Shapes],
     compute_capabilities: Sequence[str],
@@ -89,7 +122,8 @@ def build_plan(
     log_path: Path,
     progress: Progress,
 ) -> PlanInfo:
-    """Build the plan of a serialized ONNX model whose large initializers are external; `initializers()` yields their values by name.
+    """Build the plan of a serialized ONNX model whose large initializers are external; `initializers()` yields their values by name,
+    or they are held already (and stay so).
 
     `profiles`: per optimization profile, (min, opt, max) shape by input. `num_attention`: attention layers that the parser must find.
     `float32`: the graph is, so no TF32. The builder's messages are appended to `log_path`.
@@ -107,15 +141,17 @@ def build_plan(
     }
     plan_path, log_path = Path(plan_path), Path(log_path)
     with contextlib.ExitStack() as stack:
-        job = os.memfd_create("thoughtx-build")
-        stack.callback(os.close, job)
-        _write_job(job, model, initializers, request, plan_path.name, progress)
+        held = initializers
+        if not isinstance(held, HeldWeights):
+            held = stack.enter_context(HeldWeights(held, plan_path.name, progress))
+        _require_memory(held.num_bytes)
+        _add_request(held, model, request)
         log = stack.enter_context(_opened(log_path, os.O_APPEND, "the builder's log"))
         os.write(log, f"--- {plan_path.name}: {module.__name__} {module.__version__}\n".encode())
         plan = stack.enter_context(_opened(plan_path, os.O_EXCL, "the plan"))
         try:
             with progress.stage(f"build {plan_path.name}", len(profiles) + 2, "steps") as stage:
-                info = _run_builder(job, log, plan, log_path, stage)
+                info = _run_builder(held.fd, log, plan, log_path, stage)
                 stage.advance(len(profiles) + 2 - stage.done)
         except BaseException:
             plan_path.unlink(missing_ok=True)
@@ -131,18 +167,11 @@ def _module_dirs(name: str) -> list[str]:
     return [*dict.fromkeys(os.path.dirname(os.path.dirname(os.path.abspath(spec.origin))) for spec in specs if spec and spec.origin)]
 
 
-def _write_job(job: int, model: bytes, initializers: Initializers, request: dict[str, Any], label: str, progress: Progress) -> None:
-    """Fill the memory file that the builder reads; one weight at a time is also alive outside it."""
-    table: list[tuple[str, int, int]] = []
-    with progress.stage(f"weights for {label}", None, "bytes") as stage:
-        for name, value in initializers():
-            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            table.append((name, _append(job, data.data), data.nbytes))
-            stage.advance(data.nbytes)
-    _require_memory(sum(size for *_, size in table))
-    request |= {"initializers": table, "model": (_append(job, memoryview(model)), len(model))}
+def _add_request(held: HeldWeights, model: bytes, request: dict[str, Any]) -> None:
+    """Put the graph and the request behind the weights; the builder reads the last request in the file."""
+    request |= {"initializers": held.table, "model": (_append(held.fd, memoryview(model)), len(model))}
     text = json.dumps(request, sort_keys=True).encode()
-    _append(job, memoryview(text + trt_builder.TRAILER.pack(_end(job), len(text))))
+    _append(held.fd, memoryview(text + trt_builder.TRAILER.pack(_end(held.fd), len(text))))
 
 
 def _end(job: int) -> int:

@@ -1,14 +1,16 @@
-"""A graph's large initializers: where each lies in the external data file, and the bytes that belong there, one at a time.
+"""A graph's large initializers: where each lies in the external data file, and the bytes that belong there.
 
 `bind` appends the initializers to the graph as external tensors; `arrays` yields their values in that order, cast to the graph's
-type; `write_data` streams them to disk. A builder that takes weights from memory uses `bind` and `arrays` and no file at all.
-The layout depends on the config alone, so the same checkpoint gives the same bytes.
+type, a few read ahead; `write_data` streams them to disk. A builder that takes weights from memory uses `bind` and `arrays` and
+no file at all. The layout depends on the config alone, so the same checkpoint gives the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.weights import NUMPY_DTYPES, WeightSource
 
+NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
 
 
@@ -55,13 +58,24 @@ def bind(graph: Graph, dtype: str, location: str) -> Bound:
 
 
 def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Initializer, np.ndarray]]:
-    """The initializers' values in the graph's type, C-contiguous, in layout order; one is alive at a time."""
-    for entry in graph.initializers:
+    """The initializers' values in the graph's type, C-contiguous, in layout order; read ahead by NUM_READERS tensors."""
+
+    def value(entry: Initializer) -> np.ndarray:
         if entry.array is not None:
-            yield entry, entry.array.astype(NUMPY_DTYPES[dtype])
-        else:
-            assert source.shape(entry.weight) == entry.shape, (entry.weight, entry.shape)
-            yield entry, source.read(entry.weight, dtype)
+            return entry.array.astype(NUMPY_DTYPES[dtype])
+        assert source.shape(entry.weight) == entry.shape, (entry.weight, entry.shape)
+        return source.read(entry.weight, dtype)
+
+    with ThreadPoolExecutor(NUM_READERS, "read-weights") as pool:
+        ahead: deque[tuple[Initializer, Future[np.ndarray]]] = deque()
+        for entry in graph.initializers:
+            ahead.append((entry, pool.submit(value, entry)))
+            if len(ahead) > NUM_READERS:
+                entry, future = ahead.popleft()
+                yield entry, future.result()
+        while ahead:
+            entry, future = ahead.popleft()
+            yield entry, future.result()
 
 
 def write_data(bound: Bound, source: WeightSource, path: Path, progress: Progress) -> str:
