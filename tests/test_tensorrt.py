@@ -19,8 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny import write_tiny
 
-from trtllm_thoughtx.build import profiles_of
+from trtllm_thoughtx.build import build, profiles_of
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, RopeConfig
 from trtllm_thoughtx.engines import tensorrt, trt_builder, trt_module, trt_runner
 from trtllm_thoughtx.errors import ThoughtxError
@@ -452,3 +453,30 @@ class TestRunner:
         with pytest.raises(ThoughtxError) as caught:
             trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
         assert caught.value.code == "E201" and "cuda-python" in caught.value.fix
+
+
+@pytest.mark.rtx
+@pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not installed")
+def test_a_stage_that_fails_takes_the_whole_build_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next stage's weights are being read by then: they are let go of, and nothing is left."""
+    write_tiny(tmp_path / "m", num_layers=4, dtype="bfloat16")
+    built = []
+
+    def fails_at_the_second(**arguments: Any) -> tensorrt.PlanInfo:
+        built.append(arguments["initializers"])
+        if len(built) == 2:
+            raise ThoughtxError("E205", "the builder crashed", where="log", why="a test", fix="none")
+        return real(**arguments)
+
+    real = tensorrt.build_plan
+    monkeypatch.setattr(tensorrt, "build_plan", fails_at_the_second)
+    options = {"backend": ("tensorrt-rtx",), "dtype": "float16", "num_stages": 4, "max_seq_len": 64}
+    with pytest.raises(ThoughtxError, match="crashed"):
+        build(tmp_path / "m", tmp_path / "e", options)
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "e.tensorrt-rtx.log"}
+    assert len(built) == 2 and all(held.fd == -1 for held in built)
+    held = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and "thoughtx-weights" in os.readlink(fd)]
+    assert held == []
+    monkeypatch.setattr(tensorrt, "build_plan", real)
+    summary = build(tmp_path / "m", tmp_path / "e", options)
+    assert [part["name"] for part in summary["parts"]] == [*(f"rank0.stage{k}" for k in range(4)), "rank0.head"]
