@@ -594,9 +594,6 @@ def test_completion_scripts(shell):
 
 
 def test_run_says_which_settings_it_does_not_apply(tmp_path, engine):
-    import json
-    import shutil
-
     from trtllm_thoughtx.requests import run_requests
 
     with_penalty = tmp_path / "e"

@@ -159,6 +159,16 @@ def test_nothing_is_loaded_unless_its_hash_fits(tmp_path):
     assert caught.value.code == "E121"
 
 
+def test_an_engine_without_any_backend_is_malformed(tmp_path):
+    root = made(tmp_path)
+    config = json.loads((root / "config.json").read_text())
+    config["thoughtx"]["parts"][0]["data"] = None
+    (root / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ThoughtxError) as caught:
+        Engine.load(root)
+    assert caught.value.code == "E121"
+
+
 def test_build_twice_does_nothing_and_force_gives_the_same_bytes(tmp_path):
     root = made(tmp_path, **CHUNKED)
     before = {p.name: p.read_bytes() for p in root.iterdir()}

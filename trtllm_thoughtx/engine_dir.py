@@ -64,7 +64,10 @@ class EngineDir:
         if not isinstance(parts, list) or not parts or not all(_is_part(part) for part in parts):
             raise _malformed(where, "thoughtx.parts is not a list of parts")
         config = model_config_from_trtllm(_table(raw, "pretrained_config", where), where)
-        return cls(root, config, build, parts)
+        directory = cls(root, config, build, parts)
+        if not directory.backends:
+            raise _malformed(where, "no backend has an engine for every part")
+        return directory
 
     @property
     def backends(self) -> tuple[str, ...]:
