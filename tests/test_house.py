@@ -24,7 +24,7 @@ LIMIT_LINES = 400
 # A file imports from its own row and the rows above it.
 LAYERS = (
     ("__init__", "errors", "config"),
-    ("strictjson", "progress"),
+    ("strictjson", "progress", "tasks"),
     ("files", "header"),
     ("checkpoint", "report"),
     ("families",),

@@ -1,0 +1,73 @@
+"""One generated question: what is asked, the chain that answers it, and the point at which the chain suffices.
+
+Text is words parted by blanks, so that the sample's word-level tokenizer reads one word as one token. A chain of thought is a
+list of steps; every step ends with a blank line, the boundary that runtimes look for. After the sound steps may come
+redundant ones: an earlier step once more behind the word `ok`. An item's prompt decides its split by a hash, so that no
+prompt of the test split can be met in training, whatever the seeds are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+
+BOUNDARY = "\n\n"
+RECHECK = "ok"
+UNKNOWN = "?"  # the right answer when the thought was cut before it sufficed
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """`steps` are the sound chain; after `num_sufficient` of them the answer is known (0: it can be read off the question)."""
+
+    task: str
+    prompt: str
+    steps: tuple[str, ...]
+    answer: str
+    num_sufficient: int
+    size: int  # what makes an item of this task harder: operands, hops, operations, rules
+    traits: dict[str, int] = field(default_factory=dict)  # e.g. distance and length in words
+
+    def answer_after(self, num_steps: int) -> str:
+        """What is right to answer when the thought ends after `num_steps` sound steps."""
+        return self.answer if num_steps >= self.num_sufficient else UNKNOWN
+
+    def rechecks(self, num: int, rng: random.Random) -> tuple[str, ...]:
+        """`num` redundant steps, each an earlier one again."""
+        return tuple(f"{RECHECK} {rng.choice(self.steps)}" for _ in range(num))
+
+
+def thought(steps: tuple[str, ...] | list[str]) -> str:
+    return " ".join(f"{step} {BOUNDARY}" for step in steps)
+
+
+def steps_of(text: str) -> list[str]:
+    """The steps of a thought that a model wrote; text behind the last boundary counts as a step too."""
+    return [" ".join(part.split()) for part in text.split(BOUNDARY) if part.strip()]
+
+
+def judge(item: Item, steps: list[str]) -> list[bool]:
+    """Which steps are sound: the next one of the item's chain, or a recheck of one already made."""
+    verdicts, made = [], 0
+    for step in steps:
+        if made < len(item.steps) and step == item.steps[made]:
+            made += 1
+            verdicts.append(True)
+        else:
+            verdicts.append(step.startswith(f"{RECHECK} ") and step[len(RECHECK) + 1 :] in item.steps[:made])
+    return verdicts
+
+
+def coherence(item: Item, steps: list[str]) -> float:
+    """Share of sound steps in [0, 1]; an empty thought is coherent only where none is needed."""
+    if not steps:
+        return float(item.num_sufficient == 0)
+    return sum(judge(item, steps)) / len(steps)
+
+
+def split_of(prompt: str) -> str:
+    """80 % of all prompts train, 10 % validate, 10 % test: by a hash of the prompt alone."""
+    bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
