@@ -6,17 +6,43 @@ context wants. `?` asks for the start and the hops: `? a 3` is three hops from a
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 
 from trtllm_thoughtx.tasks.item import Item
 
-GREEK = tuple("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega".split())
+GREEK = tuple(
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "pi",
+        "rho",
+        "sigma",
+        "tau",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+    ]
+)
 NODES = tuple(string.ascii_lowercase) + GREEK
 MAX_HOPS = 8
-ADJECTIVES = tuple("old new grey calm warm dark small long".split())
-NOUNS = tuple("river garden road tower market forest window harbour".split())
-VERBS = tuple("meets faces follows leaves shades passes".split())
+ADJECTIVES = tuple(["old", "new", "grey", "calm", "warm", "dark", "small", "long"])
+NOUNS = tuple(["river", "garden", "road", "tower", "market", "forest", "window", "harbour"])
+VERBS = tuple(["meets", "faces", "follows", "leaves", "shades", "passes"])
 FILLER_WORDS, FACT_WORDS = 8, 4
 
 
@@ -28,7 +54,7 @@ def facts_and_chain(rng: random.Random, hops: int, num_facts: int) -> tuple[list
     """Every key has one fact; the first `hops` of the returned facts make the chain, the rest distract."""
     names = rng.sample(NODES, min(num_facts + 1, len(NODES)))
     chain = names[: hops + 1]
-    facts = list(zip(chain, chain[1:], strict=False))
+    facts = list(itertools.pairwise(chain))
     facts += [(key, rng.choice([name for name in names if name != key])) for key in names[hops + 1 :]]
     return facts, chain
 

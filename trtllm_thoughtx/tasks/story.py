@@ -10,8 +10,8 @@ import random
 
 from trtllm_thoughtx.tasks.item import Item, split_of
 
-NAMES = tuple("Ann Bob Cy Dee Eve Finn Gus Hal Ivy Jo Kim Leo Mia Ned Ola Pam".split())
-THINGS = tuple("apples pens books coins cards shells stamps nuts keys cups hats eggs".split())
+NAMES = tuple(["Ann", "Bob", "Cy", "Dee", "Eve", "Finn", "Gus", "Hal", "Ivy", "Jo", "Kim", "Leo", "Mia", "Ned", "Ola", "Pam"])
+THINGS = tuple(["apples", "pens", "books", "coins", "cards", "shells", "stamps", "nuts", "keys", "cups", "hats", "eggs"])
 STARTS = ("{n} has {k} {t} .", "there are {k} {t} in the box of {n} .", "at first {n} has {k} {t} .")
 GAINS = {
     "finds": "{n} finds {k} more .",
