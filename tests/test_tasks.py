@@ -4,17 +4,15 @@ import random
 
 import pytest
 
-from trtllm_thoughtx.tasks import chain, item, loan, lookup, story
-
-MAKERS = {"chain": chain.make, "lookup": lookup.make, "story": story.make, "loan": loan.make}
+from trtllm_thoughtx.tasks import TASKS, chain, draw, item, loan, lookup, story
 
 
-@pytest.mark.parametrize("task", MAKERS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_sound_chain_is_judged_sound_and_suffices(task, size):
     for seed in range(50):
-        made = MAKERS[task](random.Random(seed), size)
-        assert made == MAKERS[task](random.Random(seed), size)
+        made = draw(task, "train", size=size, seed=seed)
+        assert made == draw(task, "train", size=size, seed=seed) and made.size == size
         steps = [*made.steps, *made.rechecks(2, random.Random(seed))]
         assert item.steps_of(item.thought(steps)) == steps
         assert item.coherence(made, steps) == 1
@@ -53,5 +51,46 @@ def test_lookup_stretches_to_the_length_asked_for():
     assert 1000 < made.traits["num_words"] <= 1024 and made.traits["distance"] <= made.traits["num_words"]
 
 
-def test_splits_share_no_prompt():
-    assert {item.split_of(str(i)) for i in range(100)} == set(item.SPLITS)
+def test_chain_sums_add_up():
+    for size in range(1, chain.MAX_OPERANDS + 1):
+        made = chain.make(random.Random(size), size)
+        values = [int(word) for word in made.prompt.split() if word.isdigit()]
+        assert len(values) == len(made.steps) == size and int(made.answer) == sum(values) % 100
+
+
+def test_lookup_answers_can_be_read_off_the_prompt():
+    for seed in range(100):
+        made = lookup.make(random.Random(seed), 1 + seed % 8)
+        words = made.prompt.split()
+        facts = {words[i - 1]: words[i + 1] for i, word in enumerate(words) if word == ">"}
+        assert lookup.follow(facts, words[-2], int(words[-1])) == (made.steps, made.answer)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_share_nothing(task):
+    seen = {split: [draw(task, split, size=1, seed=seed) for seed in range(300)] for split in item.SPLITS}
+    held_out = {split: {made.template or made.prompt for made in items} for split, items in seen.items()}
+    for split, others in (("test", ("train", "validation")), ("validation", ("train",))):
+        assert held_out[split] and not any(held_out[split] & held_out[other] for other in others)
+
+
+def test_a_storys_template_has_no_names_or_amounts():
+    words = set(" ".join(draw("story", "test", size=3, seed=seed).template for seed in range(50)).split())
+    assert not words & {*story.NAMES, *story.THINGS} and not any(word.isdigit() for word in words)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "poem"},
+        {"split": "dev"},
+        {"size": 0},
+        {"size": chain.MAX_OPERANDS + 1},
+        {"num_words": 9},
+        {"task": "lookup", "num_facts": 1},
+        {"task": "lookup", "num_facts": lookup.MAX_FACTS + 1},
+    ],
+)
+def test_what_cannot_be_made_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"tasks are|sizes 1 to|context to stretch|facts, not"):
+        draw(**{"task": "chain", "split": "train", "size": 1, "seed": 0, **wrong})

@@ -1,9 +1,8 @@
 """One generated question: what is asked, the chain that answers it, and the point at which the chain suffices.
 
-Text is words parted by blanks, so that the sample's word-level tokenizer reads one word as one token. A chain of thought is a
-list of steps; every step ends with a blank line, the boundary that runtimes look for. After the sound steps may come
-redundant ones: an earlier step once more behind the word `ok`. An item's prompt decides its split by a hash, so that no
-prompt of the test split can be met in training, whatever the seeds are.
+Text is words parted by blanks, for a word-level tokenizer; numbers have two digits. A chain of thought is a list of steps;
+every step ends with a blank line, the boundary that runtimes look for. After the sound steps may come redundant ones: an
+earlier step once more behind the word `ok`. A hash of the item decides its split, not the seed that made it: see `Item.split`.
 """
 
 from __future__ import annotations
@@ -29,6 +28,13 @@ class Item:
     num_sufficient: int
     size: int  # what makes an item of this task harder: operands, hops, operations, rules
     traits: dict[str, int] = field(default_factory=dict)  # e.g. distance and length in words
+    template: str = ""  # what the split holds out; empty: the prompt itself
+
+    @property
+    def split(self) -> str:
+        """80 % of all templates train, 10 % validate, 10 % test."""
+        bucket = hashlib.sha256((self.template or self.prompt).encode()).digest()[0] % 10
+        return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
     def answer_after(self, num_steps: int) -> str:
         """What is right to answer when the thought ends after `num_steps` sound steps."""
@@ -65,9 +71,3 @@ def coherence(item: Item, steps: list[str]) -> float:
     if not steps:
         return float(item.num_sufficient == 0)
     return sum(judge(item, steps)) / len(steps)
-
-
-def split_of(prompt: str) -> str:
-    """80 % of all prompts train, 10 % validate, 10 % test: by a hash of the prompt alone."""
-    bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
-    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"

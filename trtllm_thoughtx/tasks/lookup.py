@@ -1,7 +1,7 @@
 """Multi-hop lookup: follow `k > v ;` facts for a number of hops, among distractor facts and sentences that say nothing.
 
-`num_words` stretches the context with such sentences, so that a fact can be as far from the question as a test of long
-context wants. `?` asks for the start and the hops: `? a 3` is three hops from a.
+`num_words` stretches the context with such sentences, and an item records how far back
+from the question its farthest needed fact stands. `?` asks for the start and the hops: `? a 3` is three hops from a.
 """
 
 from __future__ import annotations
@@ -12,37 +12,15 @@ import string
 
 from trtllm_thoughtx.tasks.item import Item
 
-GREEK = tuple(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "pi",
-        "rho",
-        "sigma",
-        "tau",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-    ]
-)
+GREEK = (
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu",
+    "nu", "xi", "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega",
+)  # fmt: skip
 NODES = tuple(string.ascii_lowercase) + GREEK
-MAX_HOPS = 8
-ADJECTIVES = tuple(["old", "new", "grey", "calm", "warm", "dark", "small", "long"])
-NOUNS = tuple(["river", "garden", "road", "tower", "market", "forest", "window", "harbour"])
-VERBS = tuple(["meets", "faces", "follows", "leaves", "shades", "passes"])
+MAX_HOPS, MAX_FACTS = 8, len(NODES) - 1
+ADJECTIVES = ("old", "new", "grey", "calm", "warm", "dark", "small", "long")
+NOUNS = ("river", "garden", "road", "tower", "market", "forest", "window", "harbour")
+VERBS = ("meets", "faces", "follows", "leaves", "shades", "passes")
 FILLER_WORDS, FACT_WORDS = 8, 4
 
 
@@ -52,7 +30,7 @@ def filler(rng: random.Random) -> str:
 
 def facts_and_chain(rng: random.Random, hops: int, num_facts: int) -> tuple[list[tuple[str, str]], list[str]]:
     """Every key has one fact; the first `hops` of the returned facts make the chain, the rest distract."""
-    names = rng.sample(NODES, min(num_facts + 1, len(NODES)))
+    names = rng.sample(NODES, num_facts + 1)
     chain = names[: hops + 1]
     facts = list(itertools.pairwise(chain))
     facts += [(key, rng.choice([name for name in names if name != key])) for key in names[hops + 1 :]]
@@ -73,7 +51,7 @@ def follow(facts: dict[str, str], start: str, hops: int) -> tuple[tuple[str, ...
 
 
 def make(rng: random.Random, size: int, num_facts: int | None = None, num_words: int = 0) -> Item:
-    num_facts = max(size + 1, num_facts if num_facts is not None else rng.randint(size + 1, 12))
+    num_facts = num_facts or rng.randint(size + 1, 12)
     facts, chain = facts_and_chain(rng, size, num_facts)
     steps, answer = follow(dict(facts), chain[0], size)
     sentences = [(f"{key} > {value} ;", i < size) for i, (key, value) in enumerate(facts)]
