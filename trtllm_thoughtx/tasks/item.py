@@ -8,7 +8,6 @@ earlier step once more behind the word `ok`. A hash of the item decides its spli
 from __future__ import annotations
 
 import hashlib
-import random
 from dataclasses import dataclass, field
 
 BOUNDARY = "\n\n"
@@ -40,9 +39,9 @@ class Item:
         """What is right to answer when the thought ends after `num_steps` sound steps."""
         return self.answer if num_steps >= self.num_sufficient else UNKNOWN
 
-    def rechecks(self, num: int, rng: random.Random) -> tuple[str, ...]:
-        """`num` redundant steps, each an earlier one again."""
-        return tuple(f"{RECHECK} {rng.choice(self.steps)}" for _ in range(num))
+    def rechecks(self, num: int) -> tuple[str, ...]:
+        """`num` redundant steps: the last ones of the chain once more, in order."""
+        return tuple(f"{RECHECK} {step}" for step in self.steps[len(self.steps) - num :])
 
 
 def thought(steps: tuple[str, ...] | list[str]) -> str:
