@@ -36,8 +36,11 @@ LAYERS = (
     ("build",),
     ("golden", "parity", "reference"),
     ("validate",),
-    ("describe", "bench", "requests"),
+    ("describe", "bench", "requests", "evaluate"),
+    ("distill",),
     ("console", "recipes"),
+    ("command",),
+    ("cli_distill", "cli_eval"),
     ("cli",),
     ("__main__", "demo"),
 )
@@ -56,8 +59,13 @@ RUNTIMES = {
     "onnxruntime": "engines/",
     "tensorrt": "engines/",
     "tensorrt_rtx": "engines/",
-    "torch": "reference.py",
-    "transformers": "reference.py",
+    "torch": ("reference.py", "evaluate/models.py", "distill/"),
+    "transformers": ("reference.py", "evaluate/models.py", "distill/"),
+    "trl": "distill/",
+    "datasets": "distill/",
+    "accelerate": "distill/",
+    "lm_eval": "evaluate/harness.py",
+    "matplotlib": "evaluate/plot.py",
 }
 
 

@@ -8,63 +8,26 @@ may also stand in a YAML file (`--config`), and the command line wins.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from trtllm_thoughtx import __version__
+from trtllm_thoughtx.cli_distill import distill
+from trtllm_thoughtx.command import COMMANDS, COUNT, LAYERS, PATH, POSITIVE, command
 from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
-from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FilePath, FiniteFloat, OneOf, emit, run
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.progress import Progress
 
-PATH = FilePath()
-POSITIVE = Count(min=1, max=1 << 24)
-COUNT = Count(min=0, max=1 << 24)
-LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
 TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
 TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
 SEVERAL_BACKENDS = CommaList(
     "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
 )
 DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
-COMMANDS: dict[str, click.Command] = {}
-
-
-def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and not ctx.resilient_parsing:
-        from trtllm_thoughtx.recipes import read_recipe
-
-        ctx.default_map = read_recipe(value, ctx.command, ctx, COMMANDS.values())
-    return value
-
-
-def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Register a command with the common options; its help ends with `examples` and the exit codes."""
-    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}"
-
-    def wrap(function: Callable[..., None]) -> click.Command:
-        for option in (
-            click.version_option(__version__, prog_name="trtllm-thoughtx"),
-            click.option("--debug", is_flag=True, help="Print the traceback of an error."),
-            click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
-            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-            click.option(
-                "--config",
-                type=PATH,
-                is_eager=True,
-                callback=_load_recipe,
-                expose_value=False,
-                help="YAML file with flags of this command.",
-            ),
-        ):
-            function = option(function)
-        COMMANDS[name] = click.command(name, context_settings=CONTEXT, epilog=epilog)(function)
-        return COMMANDS[name]
-
-    return wrap
+ORDER = ("distill", "convert", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
 
 
 @command(
@@ -240,7 +203,7 @@ class _Group(click.Group):
     """Lists the commands in the order in which one uses them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return [name for name in ORDER if name in self.commands]
 
 
 @click.group("thoughtx", cls=_Group, commands=COMMANDS, context_settings=CONTEXT, epilog=EXIT_CODES)
@@ -251,6 +214,10 @@ def thoughtx() -> None:
 
 def main() -> NoReturn:
     sys.exit(run(thoughtx, "thoughtx"))
+
+
+def distill_main() -> NoReturn:
+    sys.exit(run(distill, "thoughtx-distill"))
 
 
 def convert_main() -> NoReturn:

@@ -8,6 +8,7 @@ that is silently ignored is worse than none.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def read_recipe(path: Path, command: click.Command, ctx: click.Context, others: 
             why = f"it is a flag of thoughtx-{home[0]}" if home and home[0] else f"no flag of thoughtx-{command.name} has this name"
             raise _refuse(path, line, f"unknown key {shown(key)}", why, fix)
         words, types = _wanted(params[key])
+        if types == (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.ASCII | re.IGNORECASE):
+            value = float(value)  # YAML 1.1 reads 5e-6 as text: it wants a point in the number
         items = value if isinstance(value, list) else [value]
         is_right = isinstance(value, types) and (
             bool in types or not any(isinstance(item, (bool, list, dict)) or item is None for item in items)

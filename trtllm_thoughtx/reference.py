@@ -63,7 +63,7 @@ class Reference:
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         self._precision: Callable[[], AbstractContextManager] = _Widened if dtype == "float64" else nullcontext
-        self._model = _load(path, DTYPES[dtype])
+        self._model = load_model(path, DTYPES[dtype])
         if dtype == "float64":
             body = self._model.model
             with self._precision():  # the frequencies too are made in float32 by name
@@ -125,7 +125,7 @@ def time_decode(path: Path, *, prompt_len: int, new_tokens: int, batch: int, dty
     The first token comes out of the prefill. Token ids are arbitrary; equal work is what is wanted. Restores torch's threads.
     """
     before = torch.get_num_threads()
-    model = _load(path, DTYPES[dtype])
+    model = load_model(path, DTYPES[dtype])
     vocab = model.config.vocab_size
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocab, (batch, prompt_len)))
     try:
@@ -165,7 +165,7 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy(force=True)
 
 
-def _load(path: Path, dtype: torch.dtype) -> Any:
+def load_model(path: Path, dtype: torch.dtype, attention: str = "eager") -> Any:
     """A model in evaluation mode, from local safetensors only, never running the checkpoint's code."""
     _check_directory(path)
     transformers.utils.logging.set_verbosity_error()
@@ -177,7 +177,7 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(path), **local)
         _check_memory(path, config, dtype)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, use_safetensors=True, attn_implementation="eager", **{word: dtype}, **local
+            str(path), config=config, use_safetensors=True, attn_implementation=attention, **{word: dtype}, **local
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ThoughtxError(

@@ -13,7 +13,8 @@ from trtllm_thoughtx.tasks.item import BOUNDARY, RECHECK, UNKNOWN
 
 PAD, EOS, THINK, END_THINK, QUESTION = "<pad>", "<eos>", "<think>", "</think>", "Q"
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}Q {{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<think>{% endif %}"
 )
 _CORE = (PAD, EOS, THINK, END_THINK, QUESTION, BOUNDARY, UNKNOWN, RECHECK, "=", "+", "-", ">", "<", ";", ":", ".", ",")
 

@@ -1,0 +1,51 @@
+"""What every command has in common: its options, its examples, and the recipe file that may hold its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from trtllm_thoughtx import __version__
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FilePath
+
+PATH = FilePath()
+POSITIVE = Count(min=1, max=1 << 24)
+COUNT = Count(min=0, max=1 << 24)
+LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
+COMMANDS: dict[str, click.Command] = {}
+
+
+def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and not ctx.resilient_parsing:
+        from trtllm_thoughtx.recipes import read_recipe
+
+        ctx.default_map = read_recipe(value, ctx.command, ctx, COMMANDS.values())
+    return value
+
+
+def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a command with the common options; its help ends with `examples` and the exit codes."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}"
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        for option in (
+            click.version_option(__version__, prog_name="trtllm-thoughtx"),
+            click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+            click.option(
+                "--config",
+                type=PATH,
+                is_eager=True,
+                callback=_load_recipe,
+                expose_value=False,
+                help="YAML file with flags of this command.",
+            ),
+        ):
+            function = option(function)
+        COMMANDS[name] = click.command(name, context_settings=CONTEXT, epilog=epilog)(function)
+        return COMMANDS[name]
+
+    return wrap

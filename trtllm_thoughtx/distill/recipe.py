@@ -1,0 +1,155 @@
+"""The recipe: three stages, each from the model that the one before it left, each whole or resumable.
+
+    output_dir/supervised/{checkpoint-N, log.jsonl, settings.json, model}     likewise preference/ and scored/
+    output_dir/curves.png, ablation.json
+
+A stage whose `model` is there is done. One with checkpoints goes on from the last of them, if its settings are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.distill import loop, models, preference, rows, scored, supervised, traces
+from trtllm_thoughtx.distill.mixture import Mixture
+from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.files import atomic_file, read_json
+from trtllm_thoughtx.progress import Progress
+
+MODEL = "model"
+NOT_IDENTITY = frozenset({"output_dir", "num_gpus", "gpu_memory_gib", "save_every"})
+
+
+def identity(settings: Settings, stage: str) -> dict[str, Any]:
+    """What a stage's result depends on, as its `settings.json` keeps it."""
+    others = {f"{name}_steps" for name in STAGES if name != stage}
+    fields = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IDENTITY | others}
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+    return plain
+
+
+def num_steps(settings: Settings, stage: str) -> int:
+    steps: int = getattr(settings, f"{stage}_steps")
+    return steps
+
+
+def start_of(settings: Settings, stage: str) -> Path:
+    """The model that a stage starts from: the latest one before it, or the student as it was given."""
+    before = [settings.stage_dir(name) / MODEL for name in STAGES[: STAGES.index(stage)]]
+    done = [path for path in before if (path / "config.json").is_file()]
+    return done[-1] if done else settings.student_dir
+
+
+def prepare(settings: Settings, stage: str, *, force: bool) -> bool:
+    """Make the stage's directory; False when its model is already there. E163 when it holds other settings' work."""
+    directory = settings.stage_dir(stage)
+    if force and directory.is_dir():
+        shutil.rmtree(directory)
+    own = identity(settings, stage)
+    if (directory / "settings.json").is_file():
+        kept = read_json(directory, "settings.json", code="E163")
+        changed = sorted(key for key in own if not isinstance(kept, dict) or kept.get(key) != own[key])
+        if changed:
+            raise ThoughtxError(
+                "E163",
+                f"the settings of {stage} changed since it began",
+                where=str(directory),
+                why=f"other values than before: {', '.join(changed)}",
+                fix="restore them to go on, give another --output_dir, or --force to start this stage again",
+            )
+    elif directory.exists():
+        fix = "give another --output_dir, or remove the directory"
+        raise ThoughtxError("E130", "the directory of a stage holds something else", where=str(directory), why="no settings.json", fix=fix)
+    else:
+        directory.mkdir(parents=True)
+        with atomic_file(directory / "settings.json") as file:
+            file.write(report.to_json(own).encode())
+    return not (directory / MODEL / "config.json").is_file()
+
+
+def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Run `stages` (those with steps) in order; what was made, with the first and last loss of each."""
+    process = PartialState(cpu=not models.torch.cuda.is_available())
+    progress = (progress or Progress.silent()) if process.is_main_process else Progress.silent()
+    wanted = [stage for stage in STAGES if stage in stages and num_steps(settings, stage)]
+    written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data))
+    made = []
+    for stage in wanted:
+        with process.main_process_first():
+            is_open = prepare(settings, stage, force=force and process.is_main_process)
+        directory = settings.stage_dir(stage)
+        if is_open:
+            _run(settings, stage, written, loop.Watch(stage, directory, progress), process)
+        else:
+            progress.note(f"{stage}: done before, {directory / MODEL} is kept")
+        losses = [row["loss"] for row in loop.read_log(directory) if "loss" in row]
+        made.append({
+            "stage": stage,
+            "model": str(directory / MODEL),
+            "num_steps": num_steps(settings, stage),
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+        })  # fmt: skip
+    return {"output_dir": str(settings.output_dir), "stages": made, "is_main_process": process.is_main_process}
+
+
+def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, watch: loop.Watch, process: PartialState) -> None:
+    start = start_of(settings, stage)
+    layers = settings.layers if start == settings.student_dir else None
+    models.torch.manual_seed(settings.seed)
+    model = models.load_student(start, settings.dtype, layers, gradient_checkpointing=settings.gradient_checkpointing)
+    tokenizer = models.load_tokenizer(settings.student_dir)
+    if stage == "supervised":
+        teacher = None
+        if settings.teacher_dir is not None and settings.kd_weight:
+            teacher = models.load_model(settings.teacher_dir, models.DTYPES[settings.dtype], attention="sdpa")
+        data: Mixture | list[rows.Row]
+        if written is None:
+            encode = rows.encoder(tokenizer)
+            data = Mixture(
+                encode,
+                settings.seed,
+                settings.supervised_steps * process.num_processes,
+                settings.tokens_a_batch,
+                str(settings.reasoning_steps),
+                **({} if settings.curriculum else {"easy_until": 0.0, "short_until": 0.0, "full_from": 0.0}),
+            )
+        else:
+            data = _rows(settings, written, tokenizer, watch.progress)
+        trainer: Any = supervised.run(settings, model, teacher, data, tokenizer.pad_token_id or 0, watch, resume=True)
+    else:
+        module = preference if stage == "preference" else scored
+        trainer = module.run(settings, model, tokenizer, written, watch, resume=True)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if process.is_main_process:
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        models.save_model(trained, weights, settings.student_dir, watch.directory / MODEL, settings.saved_dtype)
+    process.wait_for_everyone()
+
+
+def _rows(settings: Settings, written: list[traces.Trace], tokenizer: Any, progress: Progress) -> list[rows.Row]:
+    """Rows of the traces, as long as `reasoning_steps` wants them; those that do not fit are counted aloud. E161 if none is left."""
+    made, num_unusable = [], 0
+    for trace in written:
+        steps = trace.steps if settings.reasoning_steps == "full" else traces.shortest_sufficient(trace, settings.reasoning_steps)
+        row = None if steps is None else rows.from_text(tokenizer, trace.prompt, steps, trace.answer)
+        if row is None or len(row.ids) > settings.max_seq_len:
+            num_unusable += 1
+        else:
+            made.append(row)
+    if not made:
+        why = f"all {len(written)} are longer than {settings.max_seq_len} tokens or than {settings.reasoning_steps} steps"
+        fix = "raise --max_seq_len or --reasoning_steps"
+        raise ThoughtxError("E161", "no row can be used", where=settings.data, why=why, fix=fix)
+    if num_unusable:
+        progress.note(f"{num_unusable} of {len(written)} traces are left out: longer than --max_seq_len or --reasoning_steps allows")
+    return made
