@@ -17,7 +17,8 @@ from trtllm_thoughtx.tasks.item import Item
 BATCHES_A_POOL = 16
 LONGEST_CONTEXT = 1100  # words
 CUT_SHARE = 0.25
-TASK_SHARES = {"chain": 0.34, "lookup": 0.34, "story": 0.18, "loan": 0.14}
+TASK_SHARES = {"chain": 0.26, "lookup": 0.42, "story": 0.18, "loan": 0.14}
+MOST_FACTS = 14  # of a context that is not stretched
 CHAIN_SIZES = (*range(1, 9), *range(5, 13), 9, 10, 11, 12, 13, 14)
 
 
@@ -90,13 +91,25 @@ class Mixture:
                 num_words = round(longest * rng.uniform(0.25, 1.0))
                 add_lookups(row, self.encode, num_words, rng.randint(6, 40), rng.randint(4, 8), self.reasoning_steps, rng)
             else:
-                add_lookups(row, self.encode, rng.choice((0, 0, 0, 64)), rng.randint(2, 14), rng.randint(1, 4), self.reasoning_steps, rng)
+                add_lookups(
+                    row,
+                    self.encode,
+                    rng.choice((0, 0, 0, 64)),
+                    rng.randint(2, self.most_facts(progress)),
+                    rng.randint(1, 4),
+                    self.reasoning_steps,
+                    rng,
+                )
         else:
             size = rng.choice(CHAIN_SIZES) if task == "chain" else rng.randint(1, 4)
             if progress < self.easy_until:
                 size = min(size, rng.randint(1, 4))
             add_turn(row, self.encode, draw(task, "train", size=size, seed=rng.getrandbits(48)), self.reasoning_steps, rng)
         return row
+
+    def most_facts(self, progress: float) -> int:
+        """Few facts at first: finding one among three comes before finding one among fourteen."""
+        return round(min(MOST_FACTS, 4 + (MOST_FACTS - 4) * progress / max(self.short_until / 2, 1e-9)))
 
     def longest(self, progress: float) -> int:
         """Words of the longest context: none before `short_until`, then doubling at even intervals until `full_from`."""

@@ -153,3 +153,13 @@ def _rows(settings: Settings, written: list[traces.Trace], tokenizer: Any, progr
     if num_unusable:
         progress.note(f"{num_unusable} of {len(written)} traces are left out: longer than --max_seq_len or --reasoning_steps allows")
     return made
+
+
+def distill_tables(made: dict[str, Any]) -> list[Any]:
+    """What was made, for people."""
+    columns = ("stage", "steps", "first loss", "last loss", "model")
+    lines = [[row["stage"], row["num_steps"], row["first_loss"], row["last_loss"], row["model"]] for row in made["stages"]]
+    return [
+        report.table("distilled", columns, lines),
+        "next: thoughtx-eval --model_dir MODEL, thoughtx-convert --model_dir MODEL --output_dir CKPT",
+    ]

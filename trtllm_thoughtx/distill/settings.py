@@ -16,7 +16,9 @@ REASONING = ("auto", "varied", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`batch_size` counts rows of one optimizer step over all GPUs; `loss_weights` are answer, chain of thought, efficiency.
+    """`batch_size` counts rows of one optimizer step over all GPUs.
+
+    Both weights are answer, chain of thought, efficiency: of the loss of stage 1, and of the reward of stage 3.
 
     `reasoning_steps`: `auto` keeps the shortest trace that suffices, `varied` adds up to three redundant checks to it,
     `full` keeps whole traces, a number keeps at most that many steps.
@@ -41,6 +43,8 @@ class Settings:
     kd_temperature: float = 1.0
     num_generations: int = 8
     beta: float = 0.1
+    scored_beta: float = 0.02
+    reward_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
     weight_decay: float = 0.0
     warmup_steps: int = 20
     schedule: str = "cosine"
@@ -60,8 +64,10 @@ class Settings:
             wrong.append(("reasoning_steps", "a number needs traces from a file; generated chains have their own length"))
         if isinstance(self.reasoning_steps, str) and self.reasoning_steps not in REASONING:
             wrong.append(("reasoning_steps", f"it is {self.reasoning_steps!r}; it may be {', '.join(REASONING)} or a number"))
-        if len(self.loss_weights) != 3 or min(self.loss_weights) < 0 or sum(self.loss_weights) <= 0:
-            wrong.append(("loss_weights", "three weights are needed (answer, chain of thought, efficiency), none of them negative"))
+        for name, weights in (("loss_weights", self.loss_weights), ("reward_weights", self.reward_weights)):
+            if len(weights) == 3 and min(weights) >= 0 and sum(weights) > 0:
+                continue
+            wrong.append((name, "three weights are needed (answer, chain of thought, efficiency), none of them negative"))
         if self.teacher_dir is None and self.kd_weight and self.kd_weight != Settings.kd_weight:
             wrong.append(("kd_weight", "without a teacher_dir there are no logits to learn from"))
         if self.batch_size % (self.num_generations or 1) and self.scored_steps:
