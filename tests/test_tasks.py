@@ -62,7 +62,7 @@ def test_lookup_answers_can_be_read_off_the_prompt():
     for seed in range(100):
         made = lookup.make(random.Random(seed), 1 + seed % 8)
         words = made.prompt.split()
-        facts = {words[i - 1]: words[i + 1] for i, word in enumerate(words) if word == ">"}
+        facts = {word[:-1]: words[i + 1] for i, word in enumerate(words) if word.endswith(">")}
         assert lookup.follow(facts, words[-2], int(words[-1])) == (made.steps, made.answer)
 
 

@@ -52,7 +52,7 @@ def add_lookups(
     made = draw("lookup", "train", size=size, seed=rng.getrandbits(48), num_facts=max(num_facts, size + 1), num_words=num_words)
     add_turn(row, encode, made, reasoning_steps, rng)
     words = made.prompt.split()
-    facts = {words[i - 1]: words[i + 1] for i, word in enumerate(words) if word == ">"}
+    facts = {word[:-1]: words[i + 1] for i, word in enumerate(words) if word.endswith(">")}
     for _ in range(num_turns - 1):
         here = start = rng.choice(list(facts))
         reach = 0

@@ -24,7 +24,7 @@ def words() -> list[str]:
     forms = [*story.STARTS, *story.GAINS.values(), *story.LOSSES.values(), *story.ASIDES, *story.QUESTIONS, *loan.ASIDES]
     told = {word for form in forms for word in form.split() if not word.startswith("{")}
     told |= {*story.NAMES, *story.THINGS, *story.GAINS, *story.LOSSES, *loan.FIELDS, *lookup.ADJECTIVES, *lookup.NOUNS, *lookup.VERBS}
-    told |= {*chain.OPERANDS, *lookup.NODES, "loan", "for", "rule", "yes", "no", loan.APPROVED, loan.DENIED, "the"}
+    told |= {*chain.OPERANDS, *lookup.NODES, *lookup.KEYS.values(), "loan", "for", "rule", "yes", "no", loan.APPROVED, loan.DENIED, "the"}
     return [*_CORE, *"0123456789", *sorted(told - {*_CORE, *"0123456789"})]
 
 

@@ -1,4 +1,4 @@
-"""Multi-hop lookup: follow `k > v ;` facts for a number of hops, among distractor facts and sentences that say nothing.
+"""Multi-hop lookup: follow `k> v ;` facts for a number of hops, among distractor facts and sentences that say nothing.
 
 `num_words` stretches the context with such sentences, and an item records how far back
 from the question its farthest needed fact stands. `?` asks for the start and the hops: `? a 3` is three hops from a.
@@ -17,11 +17,12 @@ GREEK = (
     "nu", "xi", "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega",
 )  # fmt: skip
 NODES = tuple(string.ascii_lowercase) + GREEK
+KEYS = {node: f"{node}>" for node in NODES}  # a node as a key is a word of its own: induction needs no third word then
 MAX_HOPS, MAX_FACTS = 8, len(NODES) - 1
 ADJECTIVES = ("old", "new", "grey", "calm", "warm", "dark", "small", "long")
 NOUNS = ("river", "garden", "road", "tower", "market", "forest", "window", "harbour")
 VERBS = ("meets", "faces", "follows", "leaves", "shades", "passes")
-FILLER_WORDS, FACT_WORDS = 8, 4
+FILLER_WORDS, FACT_WORDS = 8, 3
 
 
 def filler(rng: random.Random) -> str:
@@ -45,7 +46,7 @@ def follow(facts: dict[str, str], start: str, hops: int) -> tuple[tuple[str, ...
     """The steps from `start`, and where they end."""
     steps, here = [], start
     for _ in range(hops):
-        steps.append(f"{here} > {facts[here]}")
+        steps.append(f"{KEYS[here]} {facts[here]}")
         here = facts[here]
     return tuple(steps), here
 
@@ -54,7 +55,7 @@ def make(rng: random.Random, size: int, num_facts: int | None = None, num_words:
     num_facts = num_facts or rng.randint(size + 1, 12)
     facts, chain = facts_and_chain(rng, size, num_facts)
     steps, answer = follow(dict(facts), chain[0], size)
-    sentences = [(f"{key} > {value} ;", i < size) for i, (key, value) in enumerate(facts)]
+    sentences = [(f"{KEYS[key]} {value} ;", i < size) for i, (key, value) in enumerate(facts)]
     room = max(0, num_words - FACT_WORDS * len(facts)) // FILLER_WORDS
     sentences += [(filler(rng), False) for _ in range(room)]
     rng.shuffle(sentences)
