@@ -17,8 +17,8 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
 
 @command(
     "distill",
-    "thoughtx-distill --config build_configs/distill-distilqwen2.5-7b.yaml --dry_run",
-    "thoughtx-distill supervised --config build_configs/distill-distilqwen2.5-7b.yaml",
+    "thoughtx-distill --config build_configs/distill-thoughtx-tiny.yaml --student_dir T --teacher_dir T --output_dir OUT",
+    "thoughtx-distill supervised --student_dir ./model --data traces.jsonl --output_dir OUT",
     "accelerate launch --num_processes 8 -m trtllm_thoughtx distill --config FILE.yaml",
 )
 @click.argument("stage", type=click.Choice(["all", "supervised", "preference", "scored"]), default="all")
@@ -51,24 +51,15 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type that is trained in.")
 @click.option("--saved_dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type of the saved weights.")
-@click.option("--num_gpus", type=Count(1, 1 << 16), default=1, help="GPUs that --dry_run plans for.")
-@click.option("--gpu_memory_gib", type=FiniteFloat(1, 1 << 16), default=80.0, help="Memory of each.")
 @click.option("--gradient_checkpointing/--no_gradient_checkpointing", default=True, help="Compute activations twice to hold fewer.")
 @click.option("--save_every", type=POSITIVE, default=200, help="Steps between checkpoints.")
-@click.option("--dry_run", is_flag=True, help="Print memory, steps and the command for --num_gpus; train nothing.")
 @click.option("--force", is_flag=True, help="Start the stages again, and remove what they made before.")
-def distill(stage: str, dry_run: bool, force: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+def distill(stage: str, force: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Distill a reasoning model: supervised, then preference, then scored paths. A killed run goes on when started again."""
     from trtllm_thoughtx.distill.settings import STAGES, Settings
 
     steps = options.pop("reasoning_steps")
     settings = Settings(**options, reasoning_steps=int(steps) if steps.isdecimal() else steps)
-    if dry_run:
-        from trtllm_thoughtx.distill.plan import plan, plan_tables
-
-        planned = plan(settings)
-        emit("distill", planned, as_json=as_json, human=plan_tables(planned))
-        return
     from trtllm_thoughtx.distill.recipe import distill, distill_tables
 
     made = distill(settings, STAGES if stage == "all" else (stage,), force=force, progress=Progress(quiet=quiet))
