@@ -36,11 +36,12 @@ LAYERS = (
     ("build",),
     ("golden", "parity", "reference"),
     ("validate",),
-    ("describe", "bench", "requests"),
+    ("describe", "bench", "requests", "plot"),
+    ("evaluate",),
     ("distill",),
     ("console", "recipes"),
     ("command",),
-    ("cli_distill",),
+    ("cli_distill", "cli_eval"),
     ("cli",),
     ("__main__", "demo"),
 )
@@ -55,6 +56,7 @@ READERS = {
     "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process; the kernel's memory table",
     "engines/trt_builder.py": "the kernel's account of its own memory use",
     "graph/external.py": "reads back the weights that this build wrote",
+    "evaluate/memory.py": "the kernel's account of its own memory use",
     "reference.py": "the kernel's memory table",
 }
 RUNTIMES = {
@@ -66,6 +68,8 @@ RUNTIMES = {
     "trl": "distill/",
     "datasets": "distill/",
     "accelerate": "distill/",
+    "lm_eval": "evaluate/harness.py",
+    "matplotlib": "plot.py",
 }
 
 

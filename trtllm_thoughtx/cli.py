@@ -15,6 +15,7 @@ import click
 
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.cli_distill import distill
+from trtllm_thoughtx.cli_eval import evaluate
 from trtllm_thoughtx.command import COMMANDS, COUNT, LAYERS, PATH, POSITIVE, command
 from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
@@ -234,6 +235,10 @@ def validate_main() -> NoReturn:
 
 def run_main() -> NoReturn:
     sys.exit(run(run_command, "thoughtx-run"))
+
+
+def eval_main() -> NoReturn:
+    sys.exit(run(evaluate, "thoughtx-eval"))
 
 
 def bench_main() -> NoReturn:

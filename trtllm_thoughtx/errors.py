@@ -45,6 +45,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E130": (Exit.REFUSED, "the output path cannot be used"),
     "E140": (Exit.REFUSED, "a prompt or prompts file is malformed"),
     "E150": (Exit.REFUSED, "a golden file is malformed or belongs to another model"),
+    "E160": (Exit.REFUSED, "a result file is malformed or belongs to other items"),
     "E161": (Exit.REFUSED, "training data has rows that cannot be used"),
     "E162": (Exit.NO, "training stopped: the loss is not a number"),
     "E163": (Exit.USAGE, "a training setting is wrong"),

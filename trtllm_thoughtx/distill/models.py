@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
@@ -31,15 +31,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face directory, with a pad token (its EOS where it has none)."""
-    loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    """The tokenizer.json of a Hugging Face directory as it stands, with a pad token (its EOS where it has none).
+
+    Not AutoTokenizer: for a Qwen2 model transformers 5 puts Qwen2's own splitting in the place of the file's.
+    """
+    loaded: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     if loaded.chat_template is None:
         fix = "add its chat_template.jinja, or chat_template in tokenizer_config.json"
         raise ThoughtxError("E112", "no chat template", where=str(path), why="prompts are written with it", fix=fix)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     loaded.padding_side = "left"
-    return loaded
+    made: PreTrainedTokenizerFast = loaded
+    return made
 
 
 def new_model(target: Path, *, num_layers: int, hidden_size: int, intermediate_size: int, max_positions: int, seed: int) -> None:

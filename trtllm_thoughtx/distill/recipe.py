@@ -114,6 +114,7 @@ def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, wat
             teacher = models.load_model(settings.teacher_dir, models.DTYPES[settings.dtype], attention="sdpa")
         data: Mixture | list[rows.Row]
         if written is None:
+            pace: dict[str, Any] = {} if settings.curriculum else {"easy_until": 0.0, "short_until": 0.0, "full_from": 0.0}
             encode = rows.encoder(tokenizer)
             data = Mixture(
                 encode,
@@ -121,7 +122,7 @@ def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, wat
                 settings.supervised_steps * process.num_processes,
                 settings.tokens_a_batch,
                 str(settings.reasoning_steps),
-                **({} if settings.curriculum else {"easy_until": 0.0, "short_until": 0.0, "full_from": 0.0}),
+                **pace,
             )
         else:
             data = _rows(settings, written, tokenizer, watch.progress)

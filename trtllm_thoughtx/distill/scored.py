@@ -35,7 +35,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
     longest = round(MARGIN * max(budgets))
     prompts = [{"prompt": rows.prompt_text(tokenizer, one.prompt), "place": place} for place, one in enumerate(asked)]
 
-    def path_score(completion_ids: list[list[int]], place: list[int], log_metric: Any = None, **_: Any) -> list[float]:
+    def path_score(completion_ids: list[list[int]], place: list[int], log_metric: Any = None, **_: Any) -> list[float | None]:
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         scores = [
             reward.score(asked[where], text, len(ids), budgets[where], settings.reward_weights)

@@ -90,9 +90,10 @@ class Supervised(loop.Guarded, Trainer):
         self.num_summed = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        rows: Any = self.train_dataset
+        return SequentialSampler(rows)
 
-    def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         ids, parts = inputs
         learned = parts[:, 1:] != GIVEN
         targets, kinds = ids[:, 1:][learned], parts[:, 1:][learned]

@@ -22,7 +22,7 @@ from trtllm_thoughtx.engine_dir import EngineDir
 from trtllm_thoughtx.engines import Runner, open_runner
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.batch import Batch
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
+from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
 from trtllm_thoughtx.runtime.text import Text
 
 OnToken = Callable[[int, int], None]  # (index of the prompt, token id)
@@ -31,13 +31,14 @@ OnToken = Callable[[int, int], None]  # (index of the prompt, token id)
 @dataclass(frozen=True)
 class Completion:
     """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
-    `logits` float32 [new tokens, vocab], those that each token was picked from, when asked for."""
+    `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for."""
 
     output_ids: list[int]
     stop_reason: str
     num_prompt_tokens: int
     chunk_size: int | None
     logits: np.ndarray | None = None
+    logprobs: list[float] | None = None
 
 
 @dataclass
@@ -127,37 +128,45 @@ class Engine:
         on_token: OnToken | None = None,
         *,
         return_logits: bool = False,
+        return_logprobs: bool = False,
         chunk_size: int | None = None,
+        streams: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Complete every prompt, at most max_batch_size at a time. `params` None: the checkpoint's generation_config, or greedy.
 
-        Sampling depends on the seed, the prompt's place in `prompts` and the step, not on how prompts share a batch.
+        Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on how prompts share
+        a batch.
         """
         params = params or (self.text.default_params() if self.text else GenerationParams())
         self.stats = Stats()
         size = self.build.max_batch_size
         done: list[Completion] = []
+        numbers = range(len(prompts)) if streams is None else streams
+        wants = (return_logits, return_logprobs)
         for start in range(0, len(prompts), size):
-            done += self._complete(prompts[start : start + size], start, params, on_token, return_logits, chunk_size)
+            part = slice(start, start + size)
+            done += self._complete(prompts[part], start, numbers[part], params, on_token, wants, chunk_size)
         return done
 
     def _complete(
         self,
         prompts: Sequence[Sequence[int]],
         first_row: int,
+        streams: Sequence[int],
         params: GenerationParams,
         on_token: OnToken | None,
-        return_logits: bool,
+        wants: tuple[bool, bool],
         chunk_size: int | None,
     ) -> list[Completion]:
         began = time.perf_counter()
         batch = self._start(prompts, chunk_size)
         logits = self._prefill(batch, [list(row) for row in prompts])
         prefilled = time.perf_counter()
-        sampler = Sampler(params, len(prompts), streams=range(first_row, first_row + len(prompts)))
+        sampler = Sampler(params, len(prompts), streams=streams)
         eos_ids = frozenset() if params.ignore_eos or not self.text else frozenset(self.text.eos_ids)
         output: list[list[int]] = [[] for _ in prompts]
         kept: list[list[np.ndarray]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         reasons: list[str | None] = [None if params.max_new_tokens else "length" for _ in prompts]
         while None in reasons:
             picked = sampler.pick(logits)
@@ -166,8 +175,10 @@ class Engine:
                 if reasons[row] is not None:
                     continue
                 output[row].append(token)
-                if return_logits:
+                if wants[0]:
                     kept[row].append(logits[row])
+                if wants[1]:
+                    logprobs[row].append(log_probability(logits[row], token))
                 if on_token:
                     on_token(first_row + row, token)
                 reasons[row] = self._reason(token, len(output[row]), len(prompts[row]), params, eos_ids)
@@ -182,8 +193,8 @@ class Engine:
         self.stats.num_prefilled += sum(map(len, prompts))
         used = None if batch.chunk_size is None else int(batch.chunk_size[0])
         return [
-            Completion(ids, str(reason), len(prompt), used, np.stack(rows) if rows else None)
-            for ids, reason, prompt, rows in zip(output, reasons, prompts, kept, strict=True)
+            Completion(ids, str(reason), len(prompt), used, np.stack(rows) if rows else None, logs if wants[1] else None)
+            for ids, reason, prompt, rows, logs in zip(output, reasons, prompts, kept, logprobs, strict=True)
         ]
 
     def _reason(self, token: int, num_new: int, num_prompt: int, params: GenerationParams, eos_ids: frozenset[int]) -> str | None:

@@ -196,6 +196,12 @@ def distribution(logits: np.ndarray, params: GenerationParams) -> tuple[np.ndarr
     return ids, weights / weights.sum()
 
 
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Natural logarithm of the softmax of float[V] at `token`."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
 def uniform(seed: int, stream: int, step: int) -> float:
     """A number in [0, 1), a pure function of its arguments (each below 2**64)."""
     key, counter = np.array([seed, stream], np.uint64), np.array([0, step, 0, 0], np.uint64)

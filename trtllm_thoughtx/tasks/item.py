@@ -53,6 +53,12 @@ def steps_of(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split(BOUNDARY) if part.strip()]
 
 
+def num_redundant(steps: list[str]) -> int:
+    """Steps that say once more what an earlier one said, with or without `ok` before it."""
+    plain = [step.removeprefix(f"{RECHECK} ") for step in steps]
+    return len(plain) - len(set(plain))
+
+
 def judge(item: Item, steps: list[str]) -> list[bool]:
     """Which steps are sound: the next one of the item's chain, or a recheck of one already made."""
     verdicts, made = [], 0

@@ -1,0 +1,144 @@
+"""One call of `thoughtx-eval`: check all that it names, ask, compare, keep and draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trtllm_thoughtx import plot as pictures
+from trtllm_thoughtx import report
+from trtllm_thoughtx.bench import BUSY
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate import memory, record
+from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
+from trtllm_thoughtx.evaluate.record import Result
+from trtllm_thoughtx.evaluate.run import evaluate
+from trtllm_thoughtx.evaluate.summary import compare as compared
+from trtllm_thoughtx.evaluate.summary import comparison_tables, result_tables, summarize
+from trtllm_thoughtx.evaluate.systems import open_system
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.sampling import GenerationParams
+
+
+def evaluation(
+    path: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    dataset: Path | None = None,
+    harness: Sequence[str] | None = None,
+    compare: Path | None = None,
+    num_items: int = 120,
+    sizes: Sequence[int] | None = None,
+    lengths: Sequence[int] = (0,),
+    cut_share: float = 0.0,
+    split: str = "test",
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int | None = None,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    memory_context: int | None = None,
+    output: Path | None = None,
+    plot: Path | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What the flags of the same names ask for; see `thoughtx-eval --help`. {"system", "summary", "comparison", "harness"}."""
+    progress = progress or Progress.silent()
+    for target in (output, plot):
+        if target is not None:
+            report.check_file_output(target)
+    if plot is not None:
+        pictures.check_format(plot)
+    if harness is not None:
+        _refuse_unused({"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None})
+        from trtllm_thoughtx.evaluate.harness import run_harness
+
+        found = run_harness(
+            path,
+            harness,
+            data_dir,
+            num_fewshot,
+            limit,
+            use_chat_template=chat_template,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature or None,
+            progress=progress,
+        )
+        return {"path": str(path), "summary": None, "comparison": None, "harness": found}
+    _refuse_unused({"--data_dir": data_dir, "--num_fewshot": num_fewshot, "--chat_template": chat_template or None})
+    if tasks is not None:
+        _refuse_unused({"--limit": limit})
+    asked = (
+        from_file(dataset, limit)
+        if dataset is not None
+        else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
+    )
+    earlier = record.load(compare) if compare is not None and compare.is_file() else None
+    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
+    context = memory_context if memory_context is not None else 2048 if compare is not None else 0
+    results = [
+        _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size)
+        for one in (path, *((compare,) if compare is not None and earlier is None else ()))
+    ]
+    if output is not None:
+        record.save(results[0], output)
+    results += [earlier] if earlier is not None else []
+    summaries = [summarize(result) for result in results]
+    comparison = compared(*results) if len(results) > 1 else None
+    if plot is not None:
+        pictures.accuracy_plot(plot, summaries)
+    return {
+        "path": str(path),
+        "summary": summaries[0],
+        "other_summary": summaries[1] if comparison else None,
+        "comparison": comparison,
+        "harness": None,
+    }
+
+
+def _refuse_unused(flags: dict[str, Any]) -> None:
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given:
+        why = "these questions have no use for it"
+        raise ThoughtxError("E001", f"{', '.join(given)} cannot be used here", where="thoughtx-eval", why=why, fix="leave it out")
+
+
+def _ask(
+    path: Path, asked: list[Question], params: GenerationParams, context: int, progress: Progress, *, backend: str | None, **options: Any
+) -> Result:
+    system = open_system(path, backend=backend, **options)
+    try:
+        result = evaluate(system, asked, params, progress)
+    finally:
+        system.close()
+    if context:
+        progress.note(f"measuring the memory of {path.name} at {context} tokens")
+        result.conditions["memory"] = memory.measure(path, context, backend)
+    return result
+
+
+def evaluation_tables(found: dict[str, Any]) -> list[Any]:
+    """An evaluation for people."""
+    if found["harness"] is not None:
+        lines = [
+            [task, metric, value["value"], value["stderr"], row["num_items"], row["num_fewshot"], row["num_truncated"]]
+            for task, row in found["harness"]["tasks"].items()
+            for metric, value in row["metrics"].items()
+        ]
+        return [report.table("lm-eval", ("task", "metric", "value", "standard error", "items", "few-shot", "cut prompts"), lines)]
+    tables = result_tables(found["summary"])
+    if found["comparison"] is not None:
+        tables += [*result_tables(found["other_summary"]), *comparison_tables(found["comparison"])]
+    machine = found["summary"]["conditions"]["machine"]
+    if machine["load"] > BUSY * (machine["num_cpus"] or 1):
+        tables.append(
+            f"times NOT TO BE QUOTED: the machine was busy before the start (load {machine['load']:.1f} on {machine['num_cpus']} CPUs)"
+        )
+    return tables

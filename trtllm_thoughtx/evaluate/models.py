@@ -1,0 +1,71 @@
+"""A Hugging Face directory as a system that answers questions: transformers in float32, with its own KV cache.
+
+Rows of a batch are padded on the left. What is measured is transformers as its users have it (SDPA attention), not the reference
+of `thoughtx-validate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtllm_thoughtx.evaluate.systems import Written, need_text
+from trtllm_thoughtx.reference import load_model, version
+from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
+from trtllm_thoughtx.runtime.text import Text
+
+
+class ModelSystem:
+    """See `systems.System`. A model that is already loaded may be given instead of being read from `path`."""
+
+    def __init__(self, path: Path, num_threads: int | None = None, batch_size: int | None = None, model: Any = None) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.text = need_text(Text.load(path), path)
+        self.model = load_model(path, torch.float32, attention="sdpa") if model is None else model
+        self.max_length, self.batch_size = int(self.model.config.max_position_embeddings), batch_size or 1
+        backend = f"transformers {version()}"
+        self.description = {"name": path.name, "path": str(path), "kind": "model", "backend": backend, "dtype": "float32"}
+
+    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+        began = time.perf_counter()
+        width, num = max(map(len, prompts)), len(prompts)
+        ids, mask = torch.zeros(num, width, dtype=torch.int64), torch.zeros(num, width, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, width - len(prompt) :] = 1
+        sampler = Sampler(params, num, streams=streams)
+        eos = frozenset() if params.ignore_eos else frozenset(self.text.eos_ids)
+        written: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        reasons: list[str | None] = [None] * num
+        seconds = [0.0] * num
+        cache, place = None, (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            while None in reasons:
+                out = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache, logits = out.past_key_values, out.logits[:, -1].float().numpy(force=True)
+                picked = sampler.pick(logits)
+                for row, token in enumerate(picked.tolist()):
+                    if reasons[row] is not None:
+                        continue
+                    written[row].append(token)
+                    logprobs[row].append(log_probability(logits[row], token))
+                    seconds[row] = time.perf_counter() - began
+                    full = len(prompts[row]) + len(written[row]) >= self.max_length
+                    is_long = len(written[row]) >= params.max_new_tokens
+                    ends = (token in eos, "eos"), (token in params.stops, "stop"), (is_long, "length"), (full, "capacity")
+                    reasons[row] = next((reason for is_true, reason in ends if is_true), None)
+                ids = torch.from_numpy(picked)[:, None]
+                mask = torch.cat([mask, torch.ones(num, 1, dtype=torch.int64)], 1)
+                place = place[:, -1:] + 1
+        return [Written(*row) for row in zip(written, logprobs, map(str, reasons), seconds, strict=True)]
+
+    def close(self) -> None:
+        self.model = None

@@ -1,0 +1,113 @@
+"""What is asked: generated items of held-out splits, or rows of the user's own file.
+
+A question of mode `cut` hands over the beginning of a right thought, closed; where that does not suffice, `?` is the right
+answer. Systems that are to be compared must be asked the same, so an id says everything that a question depends on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.evaluate.record import CUT, FREE
+from trtllm_thoughtx.files import parse_json, read_named
+from trtllm_thoughtx.tasks import TASKS, draw, item
+from trtllm_thoughtx.tasks.item import Item
+
+SIZES = {"chain": tuple(range(1, 13)), "lookup": (1, 2, 3, 4), "story": (1, 2, 3, 4), "loan": (1, 2, 3, 4)}
+FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """`thought` None: the system thinks for itself; else it is given this one, closed. `item` is known for generated tasks."""
+
+    id: str
+    task: str
+    prompt: str
+    expected: str
+    size: int = 0
+    thought: str | None = None
+    item: Item | None = None
+    traits: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> str:
+        return FREE if self.thought is None else CUT
+
+
+def generated(
+    tasks: Sequence[str],
+    split: str,
+    *,
+    num_items: int,
+    seed: int,
+    sizes: Sequence[int] | None = None,
+    lengths: Sequence[int] = (0,),
+    cut_share: float = 0.0,
+) -> list[Question]:
+    """`num_items` questions of each task, spread evenly over its sizes and (lookups) over context lengths in words, and beside them
+    `cut_share` times as many whose thought is cut. E001 for sizes or lengths that a task does not have."""
+    made = []
+    for task in tasks:
+        most = TASKS[task][1]
+        wanted = SIZES[task] if sizes is None else tuple(sizes)
+        wrong = [size for size in wanted if not 1 <= size <= most]
+        if wrong or not wanted:
+            why = f"{task} has sizes 1 to {most}"
+            raise ThoughtxError("E001", f"{task} of size {wrong}", where="--sizes", why=why, fix="leave it out, or ask for those")
+        grid = [(size, words) for words in (lengths if task == "lookup" else (0,)) for size in wanted]
+        num_cut = round(num_items * cut_share)
+        for place in range(num_items + num_cut):
+            size, words = grid[place % len(grid)]
+            one = draw(task, split, size=size, seed=hash_free(seed, place), num_words=words)
+            name = f"{task}/{split}/size{size}/words{words}/seed{seed}/{place}"
+            thought = None
+            if place >= num_items:
+                kept = random.Random(f"cut {name}").randint(0, len(one.steps))
+                thought, name = item.thought(one.steps[:kept]), f"{name}/cut{kept}"
+            expected = one.answer if thought is None else one.answer_after(kept)
+            traits = {"num_sufficient": one.num_sufficient, "asked_words": words, **one.traits}
+            asked = Question(id=name, task=task, prompt=one.prompt, expected=expected, size=size, thought=thought, item=one, traits=traits)
+            made.append(asked)
+    return made
+
+
+def hash_free(seed: int, place: int) -> int:
+    """A seed for one item; no two of one evaluation are equal."""
+    return seed * 1_000_003 + place
+
+
+def from_file(path: Path, limit: int | None = None) -> list[Question]:
+    """JSONL rows {"prompt", "answer"} with optional "id" and "task". E140 names the lines that cannot be used."""
+    asked, bad, seen = [], [], set[str]()
+    for number, line in enumerate(read_named(path, FILE_BYTES, code="E140").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, f"{path} line {number}", "E140")
+            asked.append(_row(row, number, path.stem))
+            if asked[-1].id in seen:
+                raise ValueError(f"id {shown(asked[-1].id, 60)} stands twice")
+            seen.add(asked[-1].id)
+        except (ValueError, ThoughtxError) as error:
+            bad.append(f"line {number}: {error.what if isinstance(error, ThoughtxError) else error}")
+    if bad or not asked:
+        what = f"{len(bad)} rows cannot be used" if bad else "the file holds no rows"
+        fix = 'each line is an object like {"prompt": "...", "answer": "..."}'
+        raise ThoughtxError("E140", what, where=str(path), why=listed(bad) or "it is empty", fix=fix)
+    return asked[:limit]
+
+
+def _row(row: Any, number: int, task: str) -> Question:
+    if not isinstance(row, dict) or not {"prompt", "answer"} <= set(row) <= {"prompt", "answer", "id", "task"}:
+        raise ValueError("an object with prompt and answer is needed, and maybe id and task")
+    values = {"id": str(number), "task": task} | row
+    wrong = [key for key, value in values.items() if not isinstance(value, str) or not value.strip()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} must be a text that is not empty")
+    return Question(id=values["id"], task=values["task"], prompt=values["prompt"], expected=values["answer"])

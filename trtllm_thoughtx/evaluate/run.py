@@ -1,0 +1,119 @@
+"""Ask a system all the questions, judge what it writes, and keep a `Record` of each."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate.questions import Question
+from trtllm_thoughtx.evaluate.record import Record, Result
+from trtllm_thoughtx.evaluate.statistics import word_f1
+from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.tasks import item
+
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
+def evaluate(system: System, questions: Sequence[Question], params: GenerationParams, progress: Progress | None = None) -> Result:
+    """Answers in batches of questions of like length; records in the order of the questions. E122 before anything runs when one
+    does not fit."""
+    progress, load = progress or Progress.silent(), os.getloadavg()[0]
+    prompts = [prompt_of(asked, system.text) for asked in questions]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = system.max_length - params.max_new_tokens
+    if len(prompts[longest]) > room:
+        need = len(prompts[longest]) + params.max_new_tokens
+        why = f"question {questions[longest].id} has {len(prompts[longest])} tokens, and --max_new_tokens is {params.max_new_tokens}"
+        fix = f"lower --max_new_tokens or --lengths, or build an engine with --max_seq_len {need}"
+        what = f"a question needs {need} tokens, the system takes {system.max_length}"
+        raise ThoughtxError("E122", what, where=system.description["path"], why=why, fix=fix)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else list(range(len(prompts)))
+    records: dict[int, Record] = {}
+    with progress.stage(f"asking {system.description['name']}", len(questions)) as stage:
+        for start in range(0, len(order), system.batch_size):
+            batch = order[start : start + system.batch_size]
+            written = system.write([prompts[i] for i in batch], params, batch)
+            for i, one in zip(batch, written, strict=True):
+                records[i] = judged(questions[i], len(prompts[i]), one, system.text)
+            stage.advance(len(batch))
+    conditions: dict[str, Any] = {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "seed": params.seed,
+        "batch_size": system.batch_size,
+        "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
+    }
+    return Result(system=dict(system.description), conditions=conditions, records=tuple(records[i] for i in range(len(questions))))
+
+
+def prompt_of(asked: Question, text: Text) -> list[int]:
+    """Ids of the chat; of a cut question with the thought behind it, closed."""
+    ids = text.chat(asked.prompt)
+    if asked.thought is None:
+        return ids
+    if text.think_ids is None:
+        why = "its tokenizer and chat template have no thinking tags"
+        raise ThoughtxError("E112", "a thought cannot be handed over", where="--cut_share", why=why, fix="leave --cut_share out")
+    first, last = text.think_ids
+    begun = ids if tuple(ids[-len(first) :]) == first else [*ids, *first]
+    return [*begun, *(text.encode(asked.thought, add_special=False) if asked.thought else ()), *last]
+
+
+def find(ids: Sequence[int], tag: Sequence[int]) -> int | None:
+    """Where `tag` first stands in `ids`."""
+    return next((i for i in range(len(ids) - len(tag) + 1) if tuple(ids[i : i + len(tag)]) == tuple(tag)), None)
+
+
+def parted(ids: Sequence[int], text: Text, *, is_closed: bool) -> tuple[list[int], list[int] | None]:
+    """Thought and answer of what was written; the answer is None when the thought does not end."""
+    if is_closed or text.think_ids is None:
+        return [], list(ids)
+    first, last = text.think_ids
+    end = find(ids, last)
+    if end is not None:
+        start = find(ids[:end], first)
+        return list(ids[0 if start is None else start + len(first) : end]), list(ids[end + len(last) :])
+    return list(ids), None
+
+
+def judged(asked: Question, num_prompt_tokens: int, written: Written, text: Text) -> Record:
+    thought, answer_ids = parted(written.ids, text, is_closed=asked.thought is not None)
+    steps = item.steps_of(text.decode(thought)) if thought else []
+    answer = confidence = None
+    if answer_ids is not None:
+        answer = " ".join(text.decode(answer_ids).split())
+        boxed = BOXED.findall(answer)
+        answer = boxed[-1].strip() if boxed else answer
+        at = len(written.ids) - len(answer_ids)
+        said = [p for i, p in zip(written.ids[at:], written.logprobs[at:], strict=True) if i not in text.eos_ids]
+        confidence = min(1.0, math.exp(sum(said))) if said else None
+    expected = " ".join(asked.expected.split())
+    return Record(
+        id=asked.id,
+        task=asked.task,
+        size=asked.size,
+        mode=asked.mode,
+        expected=expected,
+        answer=answer,
+        correct=answer == expected,
+        f1=0.0 if answer is None else word_f1(answer.split(), expected.split()),
+        num_prompt_tokens=num_prompt_tokens,
+        num_tokens=len(written.ids),
+        num_steps=len(steps),
+        num_redundant=item.num_redundant(steps),
+        truncated=written.stop_reason in TRUNCATED,
+        seconds=written.seconds,
+        confidence=confidence,
+        coherence=None if asked.item is None or asked.thought is not None else item.coherence(asked.item, steps),
+        traits=asked.traits,
+    )

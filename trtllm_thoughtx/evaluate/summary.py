@@ -1,0 +1,212 @@
+"""The numbers of a result, and of two side by side: what tables, JSON and pictures are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.evaluate.record import CUT, Record, Result
+from trtllm_thoughtx.evaluate.statistics import calibration_error, mcnemar, mean_interval, wilson
+from trtllm_thoughtx.files import human_bytes
+
+# What is compared: its name, its unit, its value of one record.
+MEASURES: dict[str, tuple[str, Callable[[Record], float]]] = {
+    "accuracy": ("%", lambda record: 100.0 * record.correct),
+    "F1": ("%", lambda record: 100.0 * record.f1),
+    "steps": ("", lambda record: float(record.num_steps)),
+    "redundant steps": ("", lambda record: float(record.num_redundant)),
+    "tokens": ("", lambda record: float(record.num_tokens)),
+    "time per token": ("ms", lambda record: 1000.0 * record.seconds / max(record.num_tokens, 1)),
+    "time to answer": ("ms", lambda record: 1000.0 * record.seconds),
+}
+PER_TASK = ("accuracy", "F1")
+
+
+def summarize(result: Result) -> dict[str, Any]:
+    """All of a result: each task, its sizes and context lengths, free and cut thoughts, calibration."""
+    tasks = {}
+    for task in result.tasks:
+        free = result.of(task)
+        tasks[task] = {**numbers(free), "by_size": grouped(free, lambda record: record.size)}
+        if len({record.traits.get("asked_words", 0) for record in free}) > 1:
+            tasks[task]["by_length"] = grouped(free, lambda record: record.traits["asked_words"])
+        cut = result.of(task, CUT)
+        if cut:
+            tasks[task]["cut"] = cut_numbers(cut)
+    answered = [record for record in result.records if record.confidence is not None]
+    return {
+        "system": result.system,
+        "conditions": result.conditions,
+        "overall": numbers(result.of()),
+        "cut": cut_numbers(result.of(mode=CUT)) if result.of(mode=CUT) else None,
+        "calibration_error": calibration_error([record.confidence or 0.0 for record in answered], [r.correct for r in answered]),
+        "tasks": tasks,
+    }
+
+
+def numbers(records: Sequence[Record]) -> dict[str, Any]:
+    """Of free answers. Means are per question."""
+    if not records:
+        return {"num_items": 0}
+    num_right, seconds = sum(record.correct for record in records), [record.seconds for record in records]
+    coherent = [record.coherence for record in records if record.coherence is not None]
+    return {
+        "num_items": len(records),
+        "num_correct": num_right,
+        "accuracy": num_right / len(records),
+        "accuracy_interval": wilson(num_right, len(records)),
+        "f1": _mean([record.f1 for record in records]),
+        "tokens": _mean([record.num_tokens for record in records]),
+        "prompt_tokens": _mean([record.num_prompt_tokens for record in records]),
+        "steps": _mean([record.num_steps for record in records]),
+        "redundant_steps": _mean([record.num_redundant for record in records]),
+        "coherence": _mean(coherent) if coherent else None,
+        "num_truncated": sum(record.truncated for record in records),
+        "seconds": _mean(seconds),
+        "seconds_p95": float(np.percentile(seconds, 95)),
+        "ms_per_token": 1000 * sum(seconds) / max(1, sum(record.num_tokens for record in records)),
+    }
+
+
+def cut_numbers(records: Sequence[Record]) -> dict[str, Any]:
+    """Of thoughts that were cut: how often `?` is said where it is due, and where it is not."""
+    due = [record for record in records if record.expected == "?"]
+    other = [record for record in records if record.expected != "?"]
+    right = sum(record.correct for record in records)
+    return {
+        "num_items": len(records),
+        "accuracy": right / len(records),
+        "accuracy_interval": wilson(right, len(records)),
+        "num_insufficient": len(due),
+        "said_insufficient": sum(record.correct for record in due) / len(due) if due else None,
+        "answered_when_sufficient": sum(record.correct for record in other) / len(other) if other else None,
+    }
+
+
+def grouped(records: Sequence[Record], key: Callable[[Record], int]) -> list[dict[str, Any]]:
+    return [{"value": value, **numbers([r for r in records if key(r) == value])} for value in sorted({key(r) for r in records})]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else math.nan
+
+
+def compare(first: Result, second: Result) -> dict[str, Any]:
+    """Both systems on the same questions: values, differences second - first with 95 % intervals, and an exact test of accuracy.
+
+    E160 unless both were asked the same.
+    """
+    ids, others = ([(record.id, record.expected) for record in result.records] for result in (first, second))
+    if set(ids) != set(others) or len(ids) != len(others):
+        apart = sorted(shown(name, 60) for name, _ in set(ids) ^ set(others))
+        why = f"{len(apart)} questions stand in one of the two alone: {listed(apart, 3)}"
+        fix = "ask both with the same --task, --sizes, --num_items, --lengths, --cut_share, --split and --seed"
+        raise ThoughtxError("E160", "the two were not asked the same", where=str(second.system.get("path")), why=why, fix=fix)
+    held = {record.id: record for record in second.records}
+    pairs = [(record, held[record.id]) for record in first.of()]
+    rows = [difference(name, task, [pair for pair in pairs if pair[0].task == task]) for task in first.tasks for name in PER_TASK]
+    if len(first.tasks) > 1:
+        rows += [difference(name, "all", pairs) for name in PER_TASK]
+    rows += [difference(name, "all", pairs) for name in MEASURES if name not in PER_TASK]
+    only = [sum(one.correct and not other.correct for one, other in pairs), sum(other.correct and not one.correct for one, other in pairs)]
+    return {
+        "systems": [first.system, second.system],
+        "num_items": len(pairs),
+        "rows": rows,
+        "only_first_right": only[0],
+        "only_second_right": only[1],
+        "p_accuracy": mcnemar(*only),
+        "memory": [first.conditions.get("memory"), second.conditions.get("memory")],
+    }
+
+
+def difference(name: str, task: str, pairs: Sequence[tuple[Record, Record]]) -> dict[str, Any]:
+    unit, value = MEASURES[name]
+    one, other = [value(a) for a, _ in pairs], [value(b) for _, b in pairs]
+    apart = [b - a for a, b in zip(one, other, strict=True)]
+    return {
+        "measure": name,
+        "unit": unit,
+        "task": task,
+        "num_items": len(pairs),
+        "first": _mean(one),
+        "second": _mean(other),
+        "difference": _mean(apart),
+        "interval": mean_interval(apart),
+    }
+
+
+# --- for people ----------------------------------------------------------------------------------------------------------
+
+
+def result_tables(found: dict[str, Any]) -> list[Any]:
+    """A summary as tables: tasks, then sizes, then cut thoughts."""
+    named = [*found["tasks"].items(), *([("all", found["overall"])] if len(found["tasks"]) > 1 else [])]
+    lines = [_task_line(name, n) for name, n in named if n["num_items"]]
+    system = found["system"]
+    tables: list[Any] = [report.table(f"{system['name']} ({system['backend']}, {system['dtype']})", TASK_COLUMNS, lines)]
+    sizes = [
+        [task, kind, row["value"], row["num_items"], _percent(row["accuracy"]), f"{_between(row['accuracy_interval'], 100)} %"]
+        for task, n in found["tasks"].items()
+        for kind, rows in (("size", n["by_size"]), ("words of context", n.get("by_length", [])))
+        if len(rows) > 1
+        for row in rows
+    ]
+    if sizes:
+        tables.append(report.table("by size and length", ("task", "of", "value", "items", "accuracy", "95 % interval"), sizes))
+    cuts = [
+        [task, n["cut"]["num_items"], _percent(n["cut"]["said_insufficient"]), _percent(n["cut"]["answered_when_sufficient"])]
+        for task, n in found["tasks"].items()
+        if "cut" in n
+    ]
+    if cuts:
+        tables.append(report.table("thoughts cut short", ("task", "items", "said ? when due", "answered when it sufficed"), cuts))
+    if found["calibration_error"] is not None and math.isfinite(found["calibration_error"]):
+        tables.append(f"calibration error of the answers' probabilities: {found['calibration_error']:.4f}")
+    return tables
+
+
+TASK_COLUMNS = ("task", "items", "accuracy", "95 % interval", "F1", "tokens", "steps", "redundant", "cut off", "time to answer", "p95")
+
+
+def _task_line(name: str, n: dict[str, Any]) -> list[Any]:
+    shares = [_percent(n["accuracy"]), f"{_between(n['accuracy_interval'], 100)} %", _percent(n["f1"])]
+    times = [f"{1000 * n['seconds']:.4g} ms", f"{1000 * n['seconds_p95']:.4g} ms"]
+    return [name, n["num_items"], *shares, n["tokens"], n["steps"], n["redundant_steps"], n["num_truncated"], *times]
+
+
+def comparison_tables(found: dict[str, Any]) -> list[Any]:
+    """Two systems side by side, then what could not be compared."""
+    names = [system["name"] for system in found["systems"]]
+    if names[0] == names[1]:
+        names = [f"{name} ({system['kind']})" for name, system in zip(names, found["systems"], strict=True)]
+    lines = []
+    for row in found["rows"]:
+        label = f"{row['measure']}, {row['unit']}" if row["unit"] else row["measure"]
+        lines.append([label, row["task"], row["first"], row["second"], row["difference"], _between(row["interval"])])
+    measured = [one or {} for one in found["memory"]]
+    if any("peak_bytes" in one for one in measured):
+        peaks: list[Any] = [one.get("peak_bytes") for one in measured]
+        apart = f"{(peaks[1] - peaks[0]) / (1 << 20):+.1f} MiB" if all(peaks) else None
+        length = next(one["length"] for one in measured if one)
+        lines.append([f"memory at {length} tokens", "all", *(peak and human_bytes(peak) for peak in peaks), apart, None])
+    skipped = [f"{name}: memory not measured, {one['skipped']}" for name, one in zip(names, measured, strict=True) if "skipped" in one]
+    right = f"only {names[0]} right: {found['only_first_right']}, only {names[1]} right: {found['only_second_right']}"
+    return [
+        report.table(f"{names[1]} against {names[0]}", ("", "task", *names, "difference", "95 % interval"), lines),
+        f"{found['num_items']} questions; {right}; exact p of equal accuracy {found['p_accuracy']:.3g}",
+        *skipped,
+    ]
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _between(interval: Sequence[float], scale: float = 1.0) -> str:
+    return f"{scale * interval[0]:.4g} .. {scale * interval[1]:.4g}"

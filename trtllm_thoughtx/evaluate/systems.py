@@ -1,0 +1,98 @@
+"""What is evaluated: an engine directory, or a Hugging Face directory beside it (`models`), behind one door.
+
+Both decode with the project's own sampler from the same random streams, so a difference between their answers is one of the
+models, not of the sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trtllm_thoughtx.checkpoint import kind_of
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.text import Text
+
+TRUNCATED = ("length", "capacity")
+
+
+@dataclass(frozen=True)
+class Written:
+    """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last."""
+
+    ids: list[int]
+    logprobs: list[float]
+    stop_reason: str
+    seconds: float
+
+
+class System(Protocol):
+    """`max_length` prompt and answer together; `description` is what a result keeps of it."""
+
+    text: Text
+    max_length: int
+    batch_size: int
+    description: dict[str, Any]
+
+    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+        """Answers to at most `batch_size` prompts; `streams` names the random stream of each."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EngineSystem:
+    """An engine; rows end one by one, and each keeps the time of its own last token."""
+
+    def __init__(self, path: Path, backend: str | None, num_threads: int | None, batch_size: int | None) -> None:
+        self.engine = Engine.load(path, backend, num_threads)
+        build = self.engine.build
+        self.text = need_text(self.engine.text, path)
+        self.max_length, self.batch_size = build.max_seq_len, min(batch_size or 1, build.max_batch_size)
+        if batch_size is not None and batch_size > build.max_batch_size:
+            why = f"the engine was built for {build.max_batch_size} sequences in one call"
+            fix = "ask for less, or build again with a larger --max_batch_size"
+            raise ThoughtxError("E122", f"--batch_size {batch_size}", where=str(path), why=why, fix=fix)
+        self.description = {"name": path.name, "path": str(path), "kind": "engine", "backend": self.engine.backend, "dtype": build.dtype}
+
+    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+        began = time.perf_counter()
+        last = [began] * len(prompts)
+
+        def on_token(row: int, _token: int) -> None:
+            last[row] = time.perf_counter()
+
+        done = self.engine.generate(prompts, params, on_token, return_logprobs=True, streams=streams)
+        return [Written(one.output_ids, one.logprobs or [], one.stop_reason, end - began) for one, end in zip(done, last, strict=True)]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def need_text(text: Text | None, path: Path) -> Text:
+    if text is None:
+        fix = "build the engine from a checkpoint with a tokenizer.json"
+        raise ThoughtxError("E112", "questions need a tokenizer", where=str(path), why="there is none beside the model", fix=fix)
+    return text
+
+
+def open_system(path: Path, *, backend: str | None = None, num_threads: int | None = None, batch_size: int | None = None) -> System:
+    """The system of a directory. E101 for one that is neither an engine nor a Hugging Face model."""
+    kind = kind_of(path)
+    if kind == "engine":
+        return EngineSystem(path, backend, num_threads, batch_size)
+    if kind == "huggingface":
+        if backend is not None:
+            fix = "leave --backend out, or give an engine directory"
+            raise ThoughtxError("E001", "--backend is for engines", where=shown(str(path)), why="transformers runs this one", fix=fix)
+        from trtllm_thoughtx.evaluate.models import ModelSystem
+
+        return ModelSystem(path, num_threads, batch_size)
+    why = f"this is a {kind}"
+    fix = "give an engine directory, or a Hugging Face directory"
+    raise ThoughtxError("E101", "nothing that can answer questions", where=shown(str(path)), why=why, fix=fix)

@@ -1,0 +1,81 @@
+"""Pictures: accuracy by size and length, and the curves of a training. Only this file imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.files import atomic_file
+
+FORMATS = ("png", "svg", "pdf")
+SIZE_NAMES = {"chain": "operands", "lookup": "hops", "story": "operations", "loan": "rules"}
+
+
+def check_format(path: Path) -> None:
+    """E001 unless the name says a format that can be drawn."""
+    if path.suffix.removeprefix(".") not in FORMATS:
+        why = f"its name must end with .{', .'.join(FORMATS)}"
+        raise ThoughtxError("E001", "not a picture's name", where=str(path), why=why, fix="choose such a name")
+
+
+def _figure(num_columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Sequence[Any]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        fix = 'pip install "trtllm-thoughtx[plots]"'
+        raise ThoughtxError("E201", "pictures need matplotlib", where="import matplotlib", why="it is not installed", fix=fix) from error
+    figure = Figure(figsize=(width * num_columns, height), layout="constrained")
+    return figure, figure.subplots(1, num_columns, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    kind = path.suffix.removeprefix(".")
+    plain = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with atomic_file(path) as file:
+        figure.savefig(file, format=kind, dpi=110, metadata=plain)
+
+
+def accuracy_plot(path: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy in % with its 95 % interval, a panel for each task and each thing that makes it harder; one line a system."""
+    panels = [
+        (task, key, "words of context" if key == "by_length" else SIZE_NAMES.get(task, "size"))
+        for task, found in summaries[0]["tasks"].items()
+        for key in ("by_size", "by_length")
+        if len(found.get(key, ())) > 1
+    ]
+    if not panels:
+        panels = [(task, "by_size", "size") for task in summaries[0]["tasks"]]
+    figure, axes = _figure(len(panels))
+    for axis, (task, key, label) in zip(axes, panels, strict=True):
+        for found in summaries:
+            rows = found["tasks"].get(task, {}).get(key, [])
+            shares = [100 * row["accuracy"] for row in rows]
+            low = [max(0.0, share - 100 * row["accuracy_interval"][0]) for share, row in zip(shares, rows, strict=True)]
+            high = [max(0.0, 100 * row["accuracy_interval"][1] - share) for share, row in zip(shares, rows, strict=True)]
+            name = f"{found['system']['name']} ({found['system']['kind']})"
+            axis.errorbar([row["value"] for row in rows], shares, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name)
+        axis.set(title=task, xlabel=label, ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("right answers, % (95 % interval)")
+    axes[0].legend(loc="lower left", fontsize=8)
+    _save(figure, path)
+
+
+def curves_plot(path: Path, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """The loss of each stage over its steps, and the reward or accuracy where the log has them."""
+    drawn = {name: rows for name, rows in stages.items() if rows}
+    figure, axes = _figure(max(1, len(drawn)))
+    for axis, (name, rows) in zip(axes, drawn.items(), strict=False):
+        for key, twin in (("loss", False), ("rewards/accuracies", True), ("reward", True)):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                where = axis.twinx() if twin else axis
+                where.plot(*zip(*points, strict=True), color="tab:orange" if twin else "tab:blue", label=key)
+                where.set_ylabel(key, color="tab:orange" if twin else "tab:blue")
+        if name == "supervised" and all(row["loss"] > 0 for row in rows if "loss" in row):
+            axis.set_yscale("log")
+        axis.set(title=name, xlabel="optimizer steps")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
