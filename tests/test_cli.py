@@ -18,7 +18,7 @@ from trtllm_thoughtx.errors import CODES, ThoughtxError
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "trtllm_thoughtx" / "samples" / "thoughtx-tiny"
-NAMES = ("convert", "build", "validate", "run", "bench", "inspect")
+NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "inspect")
 HEAVY = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "yaml", "rich", "tokenizers", "jinja2"}
 HELP_SECONDS = 0.3
 
