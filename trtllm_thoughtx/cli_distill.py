@@ -19,9 +19,10 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
     "distill",
     "thoughtx-distill --config build_configs/distill-thoughtx-tiny.yaml --student_dir T --teacher_dir T --output_dir OUT",
     "thoughtx-distill supervised --student_dir ./model --data traces.jsonl --output_dir OUT",
+    "thoughtx-distill --config build_configs/distill-distilqwen2.5-7b.yaml --dry_run",
     "accelerate launch --num_processes 8 -m trtllm_thoughtx distill --config FILE.yaml",
 )
-@click.argument("stage", type=click.Choice(["all", "supervised", "preference", "scored"]), default="all")
+@click.argument("stage", type=click.Choice(["all", "supervised", "preference", "scored", "ablation"]), default="all")
 @click.option("--student_dir", type=PATH, required=True, help="Hugging Face directory that training starts from.")
 @click.option("--output_dir", type=PATH, required=True, help="Where the stages go.")
 @click.option("--teacher_dir", type=PATH, help="Hugging Face directory whose logits are learned; none: the traces alone.")
@@ -52,16 +53,35 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type that is trained in.")
 @click.option("--saved_dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type of the saved weights.")
 @click.option("--gradient_checkpointing/--no_gradient_checkpointing", default=True, help="Compute activations twice to hold fewer.")
+@click.option("--per_device_batch_size", type=POSITIVE, default=1, help="Rows that a GPU holds at a time.")
+@click.option("--eval_items", type=STEPS, default=64, help="Held-out questions of each task that compare the stages; 0: none.")
+@click.option("--eval_data", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to compare the stages with.')
+@click.option("--num_gpus", type=POSITIVE, default=8, help="For --dry_run: GPUs in all.")
+@click.option("--gpu_memory_gib", type=FiniteFloat(1, 10_000), default=80.0, help="For --dry_run: memory of each.")
+@click.option("--dry_run", is_flag=True, help="Print memory, steps and the command; needs only the two config.json, trains nothing.")
 @click.option("--save_every", type=POSITIVE, default=200, help="Steps between checkpoints.")
 @click.option("--force", is_flag=True, help="Start the stages again, and remove what they made before.")
-def distill(stage: str, force: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+def distill(stage: str, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Distill a reasoning model: supervised, then preference, then scored paths. A killed run goes on when started again."""
     from trtllm_thoughtx.distill.settings import STAGES, Settings
 
     steps = options.pop("reasoning_steps")
     settings = Settings(**options, reasoning_steps=int(steps) if steps.isdecimal() else steps)
+    if dry_run:
+        from trtllm_thoughtx.distill.plan import plan, plan_tables
+
+        planned = plan(settings)
+        emit("distill", planned, as_json=as_json, human=plan_tables(planned))
+        return
+    progress = Progress(quiet=quiet)
+    if stage == "ablation":
+        from trtllm_thoughtx.distill.ablation import ablate, ablation_tables
+
+        compared = ablate(settings, progress)
+        emit("distill", compared, as_json=as_json, human=ablation_tables(compared))
+        return
     from trtllm_thoughtx.distill.recipe import distill, distill_tables
 
-    made = distill(settings, STAGES if stage == "all" else (stage,), force=force, progress=Progress(quiet=quiet))
+    made = distill(settings, STAGES if stage == "all" else (stage,), force=force, progress=progress)
     if made.pop("is_main_process"):
         emit("distill", made, as_json=as_json, human=distill_tables(made))

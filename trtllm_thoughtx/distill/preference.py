@@ -51,8 +51,7 @@ class Preference(loop.Guarded, DPOTrainer):
 
 def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
     """Train `model` in place; the trainer. The reference is the model as it comes."""
-    directory, num_steps, world = settings.stage_dir("preference"), settings.preference_steps, settings.world_size
-    per_device = max(1, settings.batch_size // world)
+    num_steps = settings.preference_steps
     rng = random.Random(f"pairs {settings.seed}")
     asked: list[Any] = []
     if written is None:
@@ -60,7 +59,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
     while len(asked) < num_steps * settings.batch_size and written:
         asked += rng.sample(written, len(written))
     dataset = Dataset.from_list([pair(one, tokenizer, rng) for one in asked])
-    common = supervised.arguments(settings, directory, num_steps, settings.preference_lr or settings.lr, per_device)
+    common = supervised.arguments(settings, "preference", num_steps, settings.preference_lr or settings.lr, settings.rows_a_device)
     args = DPOConfig(
         **common,
         gradient_checkpointing=False,

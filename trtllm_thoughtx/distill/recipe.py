@@ -1,7 +1,7 @@
 """The recipe: three stages, each from the model that the one before it left, each whole or resumable.
 
     output_dir/supervised/{checkpoint-N, log.jsonl, settings.json, model}     likewise preference/ and scored/
-    output_dir/curves.png, ablation.json
+    output_dir/curves.png, ablation.json                                      when they are done
 
 A stage whose `model` is there is done. One with checkpoints goes on from the last of them, if its settings are the same.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import PartialState
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.distill import loop, models, preference, rows, scored, supervised, traces
+from trtllm_thoughtx.distill import ablation, loop, models, preference, rows, scored, supervised, traces
 from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
@@ -26,7 +26,7 @@ from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 
 MODEL = "model"
-NOT_IDENTITY = frozenset({"output_dir", "num_gpus", "gpu_memory_gib", "save_every"})
+NOT_IDENTITY = frozenset({"output_dir", "num_gpus", "gpu_memory_gib", "save_every", "per_device_batch_size", "eval_items", "eval_data"})
 
 
 def identity(settings: Settings, stage: str) -> dict[str, Any]:
@@ -99,14 +99,25 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
         })  # fmt: skip
-    return {"output_dir": str(settings.output_dir), "stages": made, "is_main_process": process.is_main_process}
+    found: dict[str, Any] = {"output_dir": str(settings.output_dir), "stages": made, "is_main_process": process.is_main_process}
+    found |= {"ablation": None, "curves": None}
+    if process.is_main_process and made:
+        found["curves"] = str(ablation.draw_curves(settings))
+        if settings.eval_items and len(ablation.stages_of(settings)) > 1 and (settings.data == GENERATED or settings.eval_data):
+            found["ablation"] = ablation.ablate(settings, progress)
+    process.wait_for_everyone()
+    return found
 
 
 def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, watch: loop.Watch, process: PartialState) -> None:
     start = start_of(settings, stage)
     layers = settings.layers if start == settings.student_dir else None
+    if layers is not None and stage != "supervised":
+        why = f"{stage} compares with the model that it starts from, which has all its layers"
+        fix = "run the supervised stage first, or leave --layers out"
+        raise ThoughtxError("E163", "--layers belongs to the supervised stage", where=str(start), why=why, fix=fix)
     models.torch.manual_seed(settings.seed)
-    model = models.load_student(start, settings.dtype, layers, gradient_checkpointing=settings.gradient_checkpointing)
+    model = models.load_student(start, "float32", layers, gradient_checkpointing=settings.gradient_checkpointing)
     tokenizer = models.load_tokenizer(settings.student_dir)
     if stage == "supervised":
         teacher = None
@@ -162,5 +173,7 @@ def distill_tables(made: dict[str, Any]) -> list[Any]:
     lines = [[row["stage"], row["num_steps"], row["first_loss"], row["last_loss"], row["model"]] for row in made["stages"]]
     return [
         report.table("distilled", columns, lines),
+        *([] if made["ablation"] is None else ablation.ablation_tables(made["ablation"])),
+        *([] if made["curves"] is None else [f"curves: {made['curves']}"]),
         "next: thoughtx-eval --model_dir MODEL, thoughtx-convert --model_dir MODEL --output_dir CKPT",
     ]

@@ -25,7 +25,7 @@ class Scored(loop.Guarded, GRPOTrainer):
 
 def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
     """Train `model` in place; the trainer. `batch_size` counts completions: that many, in groups of `num_generations`, a step."""
-    directory, num_steps = settings.stage_dir("scored"), settings.scored_steps
+    num_steps = settings.scored_steps
     num_prompts = num_steps * settings.batch_size // settings.num_generations
     asked: list[Any] = []
     while len(asked) < num_prompts:
@@ -48,9 +48,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
         return [one.reward for one in scores]
 
     args = GRPOConfig(
-        **supervised.arguments(
-            settings, directory, num_steps, settings.scored_lr or settings.lr, settings.batch_size // settings.world_size
-        ),
+        **supervised.arguments(settings, "scored", num_steps, settings.scored_lr or settings.lr, settings.rows_a_device),
         gradient_checkpointing=False,
         num_generations=settings.num_generations,
         max_completion_length=min(longest, settings.max_seq_len),

@@ -16,7 +16,7 @@ REASONING = ("auto", "varied", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`batch_size` counts rows of one optimizer step over all GPUs.
+    """`batch_size` counts rows of one optimizer step over all GPUs, `per_device_batch_size` those that one GPU holds at a time.
 
     Both weights are answer, chain of thought, efficiency: of the loss of stage 1, and of the reward of stage 3.
 
@@ -31,6 +31,7 @@ class Settings:
     layers: tuple[int, ...] | None = None
     lr: float = 5e-6
     batch_size: int = 32
+    per_device_batch_size: int = 1
     reasoning_steps: str | int = "auto"
     loss_weights: tuple[float, ...] = (0.4, 0.3, 0.3)
     supervised_steps: int = 1000
@@ -51,12 +52,14 @@ class Settings:
     tokens_a_batch: int = 1536  # of generated rows, padding included
     curriculum: bool = False  # of generated rows: easy items first, long contexts last; else everything from the start
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # computed in; the trained weights are float32, which small steps need
     saved_dtype: str = "bfloat16"
     num_gpus: int = 1
     gpu_memory_gib: float = 80.0
     gradient_checkpointing: bool = True
     save_every: int = 200
+    eval_items: int = 64  # held-out questions of each task that compare the stages at the end; 0: no comparison
+    eval_data: Path | None = None
 
     def __post_init__(self) -> None:
         wrong = []
@@ -70,6 +73,13 @@ class Settings:
             wrong.append((name, "three weights are needed (answer, chain of thought, efficiency), none of them negative"))
         if self.teacher_dir is None and self.kd_weight and self.kd_weight != Settings.kd_weight:
             wrong.append(("kd_weight", "without a teacher_dir there are no logits to learn from"))
+        share = self.per_device_batch_size * self.world_size
+        if self.batch_size % min(share, self.batch_size):
+            wrong.append(
+                ("batch_size", f"{self.batch_size} is no multiple of {share}, what the {self.world_size} processes hold at a time")
+            )
+        if self.batch_size < self.world_size:
+            wrong.append(("batch_size", f"{self.batch_size} rows for {self.world_size} processes"))
         if self.batch_size % (self.num_generations or 1) and self.scored_steps:
             wrong.append(("num_generations", f"batch_size {self.batch_size} is no multiple of {self.num_generations}"))
         if wrong:
@@ -83,6 +93,12 @@ class Settings:
 
     def stage_dir(self, stage: str) -> Path:
         return self.output_dir / stage
+
+    @property
+    def rows_a_device(self) -> tuple[int, int]:
+        """Rows that a process holds at a time, and how many times it does so in one optimizer step."""
+        rows = min(self.per_device_batch_size, self.batch_size // self.world_size)
+        return rows, self.batch_size // (rows * self.world_size)
 
     @property
     def world_size(self) -> int:

@@ -10,7 +10,6 @@ models share a tokenizer, and where one vocabulary is padded longer the rest of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +82,14 @@ class Supervised(loop.Guarded, Trainer):
 
     def __init__(self, settings: Settings, teacher: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.settings, self.teacher = settings, teacher
+        self.settings = settings
+        if teacher is not None and self.is_fsdp_enabled:
+            from trl.models.utils import prepare_fsdp
+
+            teacher = prepare_fsdp(teacher, self.accelerator)  # a large teacher fits only in shards
+        elif teacher is not None:
+            teacher = teacher.to(self.args.device)
+        self.teacher = teacher
         self.weights = dict(zip((ANSWER, THOUGHT, EFFICIENCY), settings.loss_weights, strict=True))
         self.model_accepts_loss_kwargs = False
         self.sums: dict[str, float] = {}
@@ -120,22 +126,23 @@ class Supervised(loop.Guarded, Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def arguments(settings: Settings, directory: Path, num_steps: int, lr: float, per_device: int) -> dict[str, Any]:
-    """What all stages tell their trainer: no network, no reports, a log of a hundred points."""
+def arguments(settings: Settings, stage: str, num_steps: int, lr: float, rows: tuple[int, int]) -> dict[str, Any]:
+    """What all stages tell their trainer: no network, no reports, a log of a hundred points. `rows` as in Settings.rows_a_device."""
     schedule: dict[str, Any] = {"lr_scheduler_type": "cosine"}
     if settings.schedule == "stable":
         decay = max(1, round(0.4 * num_steps))
         schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": decay, "min_lr_ratio": 0.02}}
     return {
-        "output_dir": str(directory),
+        "output_dir": str(settings.stage_dir(stage)),
         "max_steps": num_steps,
         "learning_rate": lr,
         "warmup_steps": min(settings.warmup_steps, num_steps // 2),
         "weight_decay": settings.weight_decay,
         "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
-        "per_device_train_batch_size": per_device,
-        "bf16": settings.dtype == "bfloat16" and torch.cuda.is_available(),
+        "per_device_train_batch_size": rows[0],
+        "gradient_accumulation_steps": rows[1],
+        "bf16": settings.dtype == "bfloat16",
         "logging_steps": max(1, num_steps // 100),
         "logging_nan_inf_filter": False,
         "save_steps": settings.save_every,
@@ -153,24 +160,20 @@ def run(
     settings: Settings, model: Any, teacher: Any, data: Mixture | Sequence[Row], pad_id: int, watch: loop.Watch, *, resume: bool
 ) -> Trainer:
     """Train `model` in place on generated rows or those of a file; the trainer, from which the weights are gathered."""
-    directory, num_steps, world = settings.stage_dir("supervised"), settings.supervised_steps, settings.world_size
+    num_steps, per_step = settings.supervised_steps, settings.rows_a_device
     collator: Callable[[list[Any]], Batch]
     if isinstance(data, Mixture):
         dataset: Any = Generated(data)
-        per_device, accumulate, collator = 1, 1, lambda batches: batches[0]
+        per_step, collator = (1, 1), lambda batches: batches[0]
     else:
-        per_device = max(1, min(8, settings.batch_size // world))
-        accumulate = max(1, settings.batch_size // (per_device * world))
-        dataset = Written(data, num_steps * per_device * accumulate * world, settings.seed)
+        dataset = Written(data, num_steps * settings.batch_size, settings.seed)
         collator = lambda rows: _tensors(rows, pad_id)  # noqa: E731
     args = TrainingArguments(
-        **arguments(settings, directory, num_steps, settings.lr, per_device),
-        gradient_accumulation_steps=accumulate,
+        **arguments(settings, "supervised", num_steps, settings.lr, per_step),
         remove_unused_columns=False,
     )
     if teacher is not None:
         teacher.eval().requires_grad_(False)
-        teacher.to(args.device)
     trainer = Supervised(settings, teacher, model=model, args=args, train_dataset=dataset, data_collator=collator, callbacks=[watch])
     loop.train(trainer, watch, resume=resume)
     return trainer
