@@ -54,7 +54,9 @@ def test_three_stages_from_the_command_line(start, tmp_path, capsys):
     pairs = [row["loss"] for row in loop.read_log(out / "preference") if "loss" in row]
     assert np.mean(pairs[-3:]) < np.mean(pairs[:3])
     assert [row["reward"] for row in loop.read_log(out / "scored")] and len(loop.read_log(out / "scored")) >= 3
-    assert [row["stage"] for row in made["stages"]] == ["supervised", "preference", "scored"] == [r["stage"] for r in made["ablation"]["rows"]]
+    assert (
+        [row["stage"] for row in made["stages"]] == ["supervised", "preference", "scored"] == [r["stage"] for r in made["ablation"]["rows"]]
+    )
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG" and json.loads((out / "ablation.json").read_text())["num_questions"] == 4
     weights = [(out / stage / "model" / "model.safetensors").read_bytes() for stage in ("supervised", "preference", "scored")]
     assert weights[0] != weights[1]  # stage 3 learns only once some path ends in the right answer: see the test on the shipped sample

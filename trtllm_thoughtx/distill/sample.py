@@ -1,9 +1,9 @@
 """Make the sample checkpoints that the package ships, from a seed (`make sample`): the three recipes of build_configs, measured.
 
-    teacher-start -> teacher -> thoughtx-tiny (three stages) and longcot-tiny (side by side, one thread each)
+    teacher-start -> tiny-teacher -> thoughtx-tiny (three stages) and longcot-tiny (side by side, one thread each) -> shipped/
 
-A run that was killed goes on when it is started again. What is shipped is copied at the end, with a model card that holds the
-sha256 of the weights, the training log and its curves, and the accuracy on held-out items.
+A run that was killed goes on when it is started again. `shipped/` holds each sample as the package has it: weights, tokenizer,
+training log and curves, accuracy on held-out questions, and a model card made from them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.distill import models
+from trtllm_thoughtx import plot, report
+from trtllm_thoughtx.distill import loop, models
+from trtllm_thoughtx.distill.card import card
+from trtllm_thoughtx.distill.settings import STAGES
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate import record, summary
+from trtllm_thoughtx.evaluate.models import ModelSystem
+from trtllm_thoughtx.evaluate.questions import generated
+from trtllm_thoughtx.evaluate.run import evaluate
+from trtllm_thoughtx.files import atomic_dir, sha256_of
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = next(path for path in (ROOT.parent / "build_configs", ROOT / "build_configs") if path.is_dir())
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "max_positions": 4096}
 NUM_TEACHER_LAYERS = 12
+STUDENTS = ("thoughtx-tiny", "longcot-tiny")
+# What is asked of a finished sample, as flags of thoughtx-eval.
+ASKED: tuple[dict[str, Any], ...] = (
+    {"tasks": ("chain",), "num_items": 1200, "cut_share": 0.1},
+    {"tasks": ("lookup",), "num_items": 1000, "lengths": (0, 128, 256, 512, 1024), "cut_share": 0.1},
+    {"tasks": ("story", "loan"), "num_items": 400, "cut_share": 0.3},
+)
+MEASURED = GenerationParams(max_new_tokens=400)
+BATCH_SIZE = 16
 
 
 def _start(name: str, out: Path, student: Path, teacher: Path | None, num_threads: int, extra: list[str]) -> subprocess.Popen[str]:
@@ -53,7 +73,7 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
     if not start.is_dir():
         models.new_model(start, num_layers=NUM_TEACHER_LAYERS, seed=seed, **SHAPE)
     made: dict[str, Any] = {}
-    for names, parent in ((("tiny-teacher",), None), (("thoughtx-tiny", "longcot-tiny"), teacher)):
+    for names, parent in ((("tiny-teacher",), None), (STUDENTS, teacher)):
         began = time.monotonic()
         share = max(1, num_threads // len(names))
         running = {name: _start(name, out, parent or start, parent, share, ["--seed", str(seed), *extra]) for name in names}
@@ -63,9 +83,43 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
         finally:
             for process in running.values():
                 process.kill()
-        seconds["+".join(names)] = seconds.get("+".join(names), 0.0) + time.monotonic() - began
+        seconds[" + ".join(names)] = seconds.get(" + ".join(names), 0.0) + time.monotonic() - began
         (out / "seconds.json").write_text(json.dumps(seconds))
     return {"seconds": seconds, **made}
+
+
+def measure(model_dir: Path, seed: int, progress: Progress) -> record.Result:
+    """Answers of a sample to held-out questions that neither training nor the comparison of the stages has seen."""
+    questions = [asked for flags in ASKED for asked in generated(split="test", seed=seed, **flags)]
+    system = ModelSystem(model_dir, batch_size=BATCH_SIZE)
+    try:
+        return evaluate(system, questions, MEASURED, progress)
+    finally:
+        system.close()
+
+
+def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress: Progress) -> dict[str, Any]:
+    """Write `out/shipped/name`; its summary."""
+    stages = [stage for stage in STAGES if (out / name / stage / "model" / "config.json").is_file()]
+    model = out / name / stages[-1] / "model"
+    result = measure(model, seed, progress)
+    result.system.update(name=name, path=name)
+    found = summary.summarize(result)
+    logs = {stage: loop.read_log(out / name / stage) for stage in stages}
+    ablation = out / name / "ablation.json"
+    with atomic_dir(out / "shipped" / name, force=True) as root:
+        for file in model.iterdir():
+            shutil.copyfile(file, root / file.name)
+        plot.accuracy_plot(root / "accuracy.png", [found])
+        plot.curves_plot(root / "curves.png", logs)
+        (root / "training-log.jsonl").write_text("".join(json.dumps(row) + "\n" for stage in stages for row in logs[stage]))
+        (root / "evaluation.json").write_text(report.to_json(found))
+        stages_compared = json.loads(ablation.read_bytes()) if ablation.is_file() else None
+        digest = sha256_of(root / "model.safetensors")
+        (root / "README.md").write_text(
+            card(name, found, logs, sha256=digest, seconds=seconds, seed=seed, ablation=stages_compared), encoding="utf-8"
+        )
+    return {"sha256": digest, "accuracy": {task: row["accuracy"] for task, row in found["tasks"].items()}}
 
 
 def main() -> None:
@@ -74,7 +128,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
     args, extra = parser.parse_known_args()
-    print(json.dumps(make(args.output_dir, seed=args.seed, num_threads=args.num_threads, extra=extra), indent=2))
+    made = make(args.output_dir, seed=args.seed, num_threads=args.num_threads, extra=extra)
+    progress = Progress()
+    for name in STUDENTS:
+        made[name] = ship(name, args.output_dir, seed=args.seed, seconds=made["seconds"], progress=progress)
+    print(report.to_json(made))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""The model card of a sample: what it is, what it can do and how that was measured, all from files of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trtllm_thoughtx import __version__
+
+ABOUT = {
+    "thoughtx-tiny": "It thinks as long as a question needs: it was trained on traces with none to three redundant checks, then to "
+    "prefer sound steps, then on its own scored paths.",
+    "longcot-tiny": "The fixed-chain baseline: it was trained on whole long traces alone, in which 40 to 50 % of the steps are redundant, "
+    "as in traces of R1-like models.",
+}
+TASKS = {
+    "chain": "add 1 to 12 two-digit numbers modulo 100, one step each",
+    "lookup": "follow 1 to 4 hops through facts among distractors and sentences that say nothing",
+    "story": "word problems told in templates that training has not seen, with clauses that do not matter",
+    "loan": "decide on a loan by cited rules, and name the rule that failed",
+}
+HEAD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+"""
+
+
+def rows_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def card(
+    name: str,
+    found: Mapping[str, Any],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    sha256: str,
+    seconds: Mapping[str, float],
+    seed: int,
+    ablation: Mapping[str, Any] | None,
+) -> str:
+    """Markdown. `found` is a summary of held-out questions, `logs` the log of each stage, `ablation` the comparison of the stages."""
+    tasks = found["tasks"]
+    shares = [
+        [task, TASKS[task], row["num_items"], _share(row), f"{row['steps']:.2f}", f"{row['redundant_steps']:.2f}", f"{row['tokens']:.1f}"]
+        for task, row in tasks.items()
+    ]
+    sizes = [
+        [task, "size", " ".join(f"{one['value']}: {100 * one['accuracy']:.1f}" for one in row["by_size"])] for task, row in tasks.items()
+    ]
+    sizes += [
+        [task, "words of context", " ".join(f"{one['value'] or 'short'}: {100 * one['accuracy']:.1f}" for one in row["by_length"])]
+        for task, row in tasks.items()
+        if "by_length" in row
+    ]
+    cut = found["cut"]
+    stages = [
+        [stage, rows[-1]["step"], f"{_first(rows)['loss']:.4f}", f"{_last(rows)['loss']:.4f}", f"{rows[-1]['seconds'] / 60:.1f}"]
+        for stage, rows in logs.items()
+        if rows
+    ]
+    parts = [
+        f"{HEAD}# {name}",
+        f"A small reasoning model that is made, not downloaded: stock `Qwen2ForCausalLM`, eight layers, trained by trtllm-thoughtx "
+        f"{__version__} on generated tasks so that its engines can be judged by what they answer. {ABOUT[name]}",
+        "`make sample` makes it again from its seed. It knows the tasks below and nothing else.",
+        "## Held-out questions, greedy, exact match",
+        rows_of(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), shares),
+        "In % by size and by length of context:",
+        rows_of(("task", "by", "right"), sizes),
+        "![accuracy by size](accuracy.png)",
+        f"Thoughts cut short: of {cut['num_insufficient']} that did not suffice it answered `?` to "
+        f"{_percent(cut['said_insufficient'])}, of {cut['num_items'] - cut['num_insufficient']} that did it answered "
+        f"{_percent(cut['answered_when_sufficient'])} rightly. "
+        f"Expected calibration error of the answers' probabilities, all questions: {found['calibration_error']:.4f}.",
+        "## Training",
+        f"Seed {seed}; student from eight of the teacher's twelve layers, its logits learned along with the traces. "
+        + "; ".join(f"{names} {value / 60:.0f} minutes" for names, value in seconds.items())
+        + " on two CPU cores. Every point of the curves is in `training-log.jsonl`.",
+        rows_of(("stage", "steps", "first loss", "last loss", "minutes"), stages),
+        "![losses](curves.png)",
+    ]
+    if ablation is not None:
+        parts += [
+            "What each stage bought, on validation questions:",
+            rows_of(("after", "right", "tokens", "steps", "redundant"), _compared(ablation)),
+        ]
+    parts += [
+        "## Use",
+        "Its words are whole tokens. In transformers 5 `AutoTokenizer` replaces the splitting of any Qwen2 tokenizer.json by Qwen2's own, "
+        "which is wrong here: load it with `PreTrainedTokenizerFast.from_pretrained(path)`, or use the package.",
+        f"sha256 of `model.safetensors`: `{sha256}`",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _first(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(row for row in rows if "loss" in row)
+
+
+def _last(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(row for row in reversed(rows) if "loss" in row)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    low, high = row["accuracy_interval"]
+    return f"{100 * row['accuracy']:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.1f} %"
+
+
+def _compared(ablation: Mapping[str, Any]) -> list[list[Any]]:
+    counts = ("tokens", "steps", "redundant_steps")
+    return [[row["stage"], _share(row), *(f"{row[key]:.2f}" for key in counts)] for row in ablation["rows"]]
