@@ -7,7 +7,7 @@ VENV := .venv
 STAMP := $(VENV)/.stamp
 JOBS ?= 2
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench sample clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(STAMP) ## ruff and mypy
 bench: $(STAMP) ## tokens per second of the demo's engine beside transformers eager
 	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.demo
 	@$(VENV)/bin/thoughtx-bench --engine_dir demo-out/engine --against trtllm_thoughtx/samples/thoughtx-tiny
+
+sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample-out (hours on two cores; resumable)
+	@$(VENV)/bin/python -m trtllm_thoughtx.distill.sample --output_dir sample-out --seed 0
 
 clean: ## remove what demo and the tools wrote (keeps .venv)
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

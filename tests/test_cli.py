@@ -160,7 +160,7 @@ def test_an_unknown_flag_gets_a_hint(name, capsys):
     assert "--config" in refused(capsys, "E001", name, "--confg", "x")["what"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "eval"])
 def test_a_missing_argument(name, capsys):
     assert "Missing" in refused(capsys, "E001", name)["what"]
 
@@ -238,7 +238,7 @@ def test_a_recipe_works_under_the_group_too(checkpoint, tmp_path, capsys):
     [
         ("dtype: float16\nmax_sequence_len: 6\n", 2, "max_seq_len"),
         ("max_seq_len: 5\n\nmax_seq_len: 6\n", 3, "twice"),
-        ("temperature: 1\n", 1, "thoughtx-run"),
+        ("top_k: 1\n", 1, "thoughtx-run"),
         ("max_seq_len: true\n", 1, "whole number"),
         ("max_seq_len: '5'\n", 1, "whole number"),
         ("max_seq_len: 5.0\n", 1, "whole number"),
@@ -297,19 +297,19 @@ def wanted_flags(name: str, path: Path, other: Path) -> list[object]:
     }[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_a_path_that_is_not_there(name, tmp_path, capsys):
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "nothing", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_an_empty_directory(name, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "empty", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_a_file_where_a_directory_belongs(name, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "file", tmp_path / "out"))
@@ -373,7 +373,7 @@ def test_an_engine_without_manifest_is_not_run(engine, tmp_path, capsys):
         ("E001", []),
         ("E001", ["--prompt", "a", "--input_ids", "1"]),
         ("E140", ["--prompt", ""]),
-        ("E122", ["--input_ids", "59"]),
+        ("E122", ["--input_ids", "9999"]),
         ("E122", ["--input_ids", ",".join(["4"] * 513)]),
         ("E101", ["--prompts", "none.jsonl"]),
         ("E101", ["--input_ids", "4", "--backend", "tensorrt"]),
@@ -434,14 +434,14 @@ def test_validate_says_what_was_checked(statuses, flags, status, closing, engine
 
 
 def test_a_prompt_is_answered_on_stdout(engine, capsys):
-    assert run("run", "--engine_dir", engine, "--prompt", "x1 = 3 x2 = 5 ?") == 0
+    assert run("run", "--engine_dir", engine, "--prompt", "x1 = 38 x2 = 75 ?") == 0
     out, err = capsys.readouterr()
-    assert out.rstrip().endswith("A 8")
+    assert out.rstrip().endswith("</think> 13")
     assert "tokens/s" in err and "eos" in err
 
 
 def test_quiet_is_quiet(engine, capsys):
-    assert run("run", "--engine_dir", engine, "--prompt", "x1 = 3 ?", "--quiet") == 0
+    assert run("run", "--engine_dir", engine, "--prompt", "x1 = 38 ?", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
 
@@ -449,30 +449,31 @@ def test_ids_and_logits(engine, tmp_path, capsys):
     import numpy as np
 
     path = tmp_path / "logits.npy"
-    words = ("--input_ids", "4,49,8,16,10,2", "--max_new_tokens", 3, "--ignore_eos", "--output_logits_npy", path, "--json")
+    words = ("--input_ids", "4,214,8,20,25,6,2", "--max_new_tokens", 3, "--ignore_eos", "--output_logits_npy", path, "--json")
     assert run("run", "--engine_dir", engine, *words) == 0
     document = json.loads(capsys.readouterr().out)
     (row,) = document["results"]
     logits = np.load(path, allow_pickle=False)
-    assert (logits.shape, logits.dtype) == ((3, 59), np.float32)
+    vocab_size = json.loads((SAMPLE / "config.json").read_text())["vocab_size"]
+    assert (logits.shape, logits.dtype) == ((3, vocab_size), np.float32)
     assert logits.argmax(1).tolist() == row["output_ids"]
-    assert (row["num_prompt_tokens"], row["stop_reason"], row["chunk_size"]) == (6, "length", 64)
+    assert (row["num_prompt_tokens"], row["stop_reason"], row["chunk_size"]) == (7, "length", 64)
     assert (document["schema"], document["ok"]) == ("thoughtx.run/1", True)
 
 
 def test_a_file_of_prompts(engine, tmp_path, capsys):
-    lines = [{"prompt": "x1 = 3 x2 = 5 ?"}, {"id": "b", "input_ids": [4, 49, 8, 16, 10, 2]}]
+    lines = [{"prompt": "x1 = 38 x2 = 75 ?"}, {"id": "b", "input_ids": [4, 214, 8, 20, 25, 6, 2]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run("run", "--engine_dir", engine, "--prompts", tmp_path / "p.jsonl", "--json") == 0
     first, second = json.loads(capsys.readouterr().out)["results"]
-    assert first["text"].endswith("A 8") and second["text"].endswith("A 3") and second["id"] == "b"
+    assert first["text"].endswith("</think> 13") and second["text"].endswith("</think> 38") and second["id"] == "b"
     assert run("run", "--engine_dir", engine, "--prompts", tmp_path / "p.jsonl", "-q") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["[1]", "[b]"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == ["[1]", "[b]"]
 
 
 def test_the_template_can_be_left_out(engine, capsys):
     words = ("--engine_dir", engine, "--max_new_tokens", 1, "--json")
-    assert run("run", *words, "--prompt", "x1 = 3 ?") == run("run", *words, "--prompt", "Q x1 = 3 ? <think>", "--no_chat_template") == 0
+    assert run("run", *words, "--prompt", "x1 = 38 ?") == run("run", *words, "--prompt", "Q x1 = 38 ? <think>", "--no_chat_template") == 0
     out = capsys.readouterr().out
     first, second = (json.loads(text) for text in out.replace("}\n{", "}\n\0{").split("\0"))
     assert first["results"][0]["output_ids"] == second["results"][0]["output_ids"]

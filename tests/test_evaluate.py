@@ -264,6 +264,16 @@ def test_a_picture_is_drawn(systems, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_a_benchmark_from_local_files(systems, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
+    rows = [{"passage": f"rule {i} yes", "question": "is 1 the answer", "label": i % 2} for i in range(4)]
+    (tmp_path / "boolq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("--engine_dir", systems[1], "--harness", "boolq", "--data_dir", tmp_path, "--limit", 3, "-q", "--json") == 0
+    task = json.loads(capsys.readouterr().out)["harness"]["tasks"]["boolq"]
+    assert task["num_items"] == 3 and 0 <= task["metrics"]["acc"]["value"] <= 1
+    assert run("--engine_dir", systems[1], "--harness", "gsm8k", "--data_dir", tmp_path, "-q") == CODES["E101"][0]
+
+
 REFUSED = [
     ("E001", ()),
     ("E001", ("--task", "chain")),

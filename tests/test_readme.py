@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, re.DOTALL)
-NAMES = ("convert", "build", "validate", "run", "bench", "inspect")
+NAMES = ("convert", "build", "validate", "run", "bench", "inspect", "eval", "distill")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_blocks_run(shell):
         done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
-    assert outputs[0].rstrip().endswith("A 8")
+    assert outputs[0].rstrip().endswith("</think> 13")
     assert "PASSED" in outputs[0] and "PASSED" in outputs[2]
     assert outputs[-1].rstrip().endswith("A 8 eos")
     made = {path.name for path in work.iterdir() if not path.is_symlink()}

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("trl", reason="the [distill] extra is not installed")
 
+import trtllm_thoughtx  # noqa: E402
 from trtllm_thoughtx import cli, console  # noqa: E402
 from trtllm_thoughtx.distill import ablation, loop, models, plan, preference, reward, rows, traces  # noqa: E402
 from trtllm_thoughtx.distill.settings import Settings  # noqa: E402
@@ -70,6 +72,15 @@ def test_three_stages_from_the_command_line(start, tmp_path, capsys):
     shutil.rmtree(out / "scored" / "model")  # as if it had been killed before the last write
     assert run("scored", *args[:-1]) == 0
     assert (out / "scored" / "model" / "model.safetensors").read_bytes() == weights[2]
+
+
+def test_scored_paths_change_a_model_that_can_answer(tmp_path, capsys):
+    sample = Path(trtllm_thoughtx.__file__).parent / "samples" / "longcot-tiny"
+    args = ("scored", "--student_dir", sample, "--output_dir", tmp_path / "out", *TINY, "--scored_steps", 2, "--scored_lr", "1e-3")
+    assert run(*args, "--batch_size", 8, "--per_device_batch_size", 8, "--num_generations", 4, "--reasoning_steps", "varied") == 0
+    rewards = [row["reward"] for row in loop.read_log(tmp_path / "out" / "scored") if "reward" in row]
+    assert len(rewards) == 2 and max(rewards) > 0.5
+    assert (tmp_path / "out" / "scored" / "model" / "model.safetensors").read_bytes() != (sample / "model.safetensors").read_bytes()
 
 
 @pytest.fixture

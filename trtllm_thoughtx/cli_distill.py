@@ -17,7 +17,7 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
 
 @command(
     "distill",
-    "thoughtx-distill --config build_configs/distill-thoughtx-tiny.yaml --student_dir T --teacher_dir T --output_dir OUT",
+    "thoughtx-distill --config build_configs/distill-thoughtx-tiny.yaml --student_dir S --output_dir OUT",
     "thoughtx-distill supervised --student_dir ./model --data traces.jsonl --output_dir OUT",
     "thoughtx-distill --config build_configs/distill-distilqwen2.5-7b.yaml --dry_run",
     "accelerate launch --num_processes 8 -m trtllm_thoughtx distill --config FILE.yaml",
@@ -44,12 +44,12 @@ RATE = FiniteFloat(min=0, max=1, min_open=True)
 @click.option("--num_generations", type=Count(2, 1024), default=8, help="Answers sampled to a prompt in stage 3.")
 @click.option("--beta", type=FiniteFloat(0, 100), default=0.1, help="How strongly stage 2 holds on to the model before.")
 @click.option("--scored_beta", type=FiniteFloat(0, 100), default=0.02, help="The same for stage 3.")
-@click.option("--weight_decay", type=FiniteFloat(0, 1), default=0.0)
-@click.option("--warmup_steps", type=STEPS, default=20)
+@click.option("--weight_decay", type=FiniteFloat(0, 1), default=0.0, help="AdamW's weight decay.")
+@click.option("--warmup_steps", type=STEPS, default=20, help="Steps until --lr is reached.")
 @click.option("--schedule", type=click.Choice(["cosine", "stable"]), default="cosine", help="stable: constant, then down to 2 %.")
 @click.option("--tokens_a_batch", type=POSITIVE, default=1536, help="Of generated rows, padding included.")
 @click.option("--curriculum", is_flag=True, help="Generated rows: easy items first, long contexts last.")
-@click.option("--seed", type=Count(0, (1 << 31) - 1), default=0)
+@click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of data and sampling.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type that is trained in.")
 @click.option("--saved_dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Type of the saved weights.")
 @click.option("--gradient_checkpointing/--no_gradient_checkpointing", default=True, help="Compute activations twice to hold fewer.")

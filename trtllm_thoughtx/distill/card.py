@@ -78,7 +78,8 @@ def card(
         f"{_percent(cut['answered_when_sufficient'])} rightly. "
         f"Expected calibration error of the answers' probabilities, all questions: {found['calibration_error']:.4f}.",
         "## Training",
-        f"Seed {seed}; student from eight of the teacher's twelve layers, its logits learned along with the traces. "
+        f"Seed {seed}. A teacher of twelve layers; a base from eight of them, its logits learned along with the traces; this sample "
+        "from the base. "
         + "; ".join(f"{names} {value / 60:.0f} minutes" for names, value in seconds.items())
         + " on two CPU cores. Every point of the curves is in `training-log.jsonl`.",
         rows_of(("stage", "steps", "first loss", "last loss", "minutes"), stages),

@@ -1,6 +1,6 @@
-"""Make the sample checkpoints that the package ships, from a seed (`make sample`): the three recipes of build_configs, measured.
+"""Make the sample checkpoints that the package ships, from a seed (`make sample`): four recipes of build_configs, measured.
 
-    teacher-start -> tiny-teacher -> thoughtx-tiny (three stages) and longcot-tiny (side by side, one thread each) -> shipped/
+    teacher-start -> tiny-teacher -> tiny-base -> thoughtx-tiny (three stages) and longcot-tiny (side by side) -> shipped/
 
 A run that was killed goes on when it is started again. `shipped/` holds each sample as the package has it: weights, tokenizer,
 training log and curves, accuracy on held-out questions, and a model card made from them.
@@ -69,14 +69,14 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
     """Train teacher and students in `out`; seconds and stages of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").is_file() else {}
-    start, teacher = out / "teacher-start", out / "tiny-teacher" / "supervised" / "model"
+    start, teacher, base = out / "teacher-start", *(out / name / "supervised" / "model" for name in ("tiny-teacher", "tiny-base"))
     if not start.is_dir():
         models.new_model(start, num_layers=NUM_TEACHER_LAYERS, seed=seed, **SHAPE)
     made: dict[str, Any] = {}
-    for names, parent in ((("tiny-teacher",), None), (STUDENTS, teacher)):
+    for names, student, guide in ((("tiny-teacher",), start, None), (("tiny-base",), teacher, teacher), (STUDENTS, base, None)):
         began = time.monotonic()
         share = max(1, num_threads // len(names))
-        running = {name: _start(name, out, parent or start, parent, share, ["--seed", str(seed), *extra]) for name in names}
+        running = {name: _start(name, out, student, guide, share, ["--seed", str(seed), *extra]) for name in names}
         try:
             for name, process in running.items():
                 made[name] = _finish(name, process, out)
@@ -105,14 +105,16 @@ def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress
     result = measure(model, seed, progress)
     result.system.update(name=name, path=name)
     found = summary.summarize(result)
-    logs = {stage: loop.read_log(out / name / stage) for stage in stages}
+    logs = {"base": loop.read_log(out / "tiny-base" / "supervised"), **{stage: loop.read_log(out / name / stage) for stage in stages}}
     ablation = out / name / "ablation.json"
+    (out / "shipped").mkdir(exist_ok=True)
     with atomic_dir(out / "shipped" / name, force=True) as root:
         for file in model.iterdir():
             shutil.copyfile(file, root / file.name)
         plot.accuracy_plot(root / "accuracy.png", [found])
         plot.curves_plot(root / "curves.png", logs)
-        (root / "training-log.jsonl").write_text("".join(json.dumps(row) + "\n" for stage in stages for row in logs[stage]))
+        points = [{**row, "stage": stage} for stage, rows in logs.items() for row in rows]
+        (root / "training-log.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
         (root / "evaluation.json").write_text(report.to_json(found))
         stages_compared = json.loads(ablation.read_bytes()) if ablation.is_file() else None
         digest = sha256_of(root / "model.safetensors")
