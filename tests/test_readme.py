@@ -51,7 +51,7 @@ def test_the_blocks_run(shell):
         outputs.append(done.stdout)
     assert outputs[0].rstrip().endswith("</think> 13")
     assert "PASSED" in outputs[0] and "PASSED" in outputs[2]
-    assert outputs[-1].rstrip().endswith("A 8 eos")
+    assert outputs[-1].rstrip().endswith("</think> 13 eos")
     made = {path.name for path in work.iterdir() if not path.is_symlink()}
     assert {"ckpt", "engine", "engine-from-recipe", "engine-in-stages", "golden.safetensors", "report.xml", "logits.npy"} <= made
 
