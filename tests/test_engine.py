@@ -23,7 +23,7 @@ def made(path, **options):
     return path / "e"
 
 
-CHUNKED = {"use_chunked_attention": True, "chunk_size": 8, "sink_tokens": 2, "left_chunks": 1}
+CHUNKED = {"use_chunked_attention": True, "chunk_size": 8, "sink_tokens": 2, "left_chunks": 1, "max_chunk_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_build_twice_does_nothing_and_force_gives_the_same_bytes(tmp_path):
     first.pop("created"), second.pop("created")
     assert first == second
     with pytest.raises(ThoughtxError) as caught:
-        build(tmp_path / "m", root, {**options, "max_seq_len": 32})
+        build(tmp_path / "m", root, {**options, "max_seq_len": 128})
     assert caught.value.code == "E130" and {p.name: p.read_bytes() for p in root.iterdir()} == after
     (root / "rank0.data").write_bytes(b"damaged")
     with pytest.raises(ThoughtxError):

@@ -105,7 +105,7 @@ def test_sixteen_bit_engines_stay_within_their_rounding(tmp_path: Path, family: 
 def test_a_large_enough_chunk_is_full_attention_bit_for_bit(tmp_path: Path) -> None:
     hf = save(tmp_path / "hf", "qwen2", seed=41)
     options = {"backend": "onnxruntime", "max_seq_len": 48, "max_input_len": 20}
-    build(hf, tmp_path / "chunked", {**options, **CHUNKS})
+    build(hf, tmp_path / "chunked", {**options, **CHUNKS, "max_chunk_size": 48})
     build(hf, tmp_path / "full", options)
     ids = np.random.default_rng(0).integers(0, 97, 33).tolist()
     chunked = Engine.load(tmp_path / "chunked").forward([ids], chunk_size=33)[0]

@@ -108,7 +108,7 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
         "disk_bytes": int(sum(weights) * copies * 1.02) + (16 << 20),
         "memory_bytes": int(max(weights) * (MEMORY_FACTOR if plans else 0)) + (512 << 20),
         "kv_bytes_per_token": kv,
-        "kv_bytes": kv * settings.max_seq_len * settings.max_batch_size,
+        "kv_bytes": kv * settings.kv_capacity * settings.max_batch_size,
         "part_names": [bound.graph.part.name for bound in bounds],
     }
 
@@ -252,7 +252,7 @@ def _hashes(parts: list[dict[str, Any]]) -> dict[str, str]:
 
 def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:
     """Shape ranges (min, opt, max) by input for prefill and for decode, in the order of `PROFILES`."""
-    batch, length, piece = settings.max_batch_size, settings.max_seq_len, settings.max_input_len
+    batch, length, piece = settings.max_batch_size, settings.kv_capacity, settings.max_piece
     slots = (1, max(1, length // 2), length)
     by_phase = {
         "prefill": {"B": (1, 1, batch), "S": (1, piece, piece), "T": slots, "K": (1, 1, min(MAX_LOGIT_ROWS, piece))},
@@ -297,7 +297,7 @@ def _command(checkpoint_dir: Path, output_dir: Path, settings: BuildConfig) -> s
         words += [f"--{name}", str(getattr(settings, name))]
     if settings.use_chunked_attention:
         words.append("--use_chunked_attention")
-        for name in ("chunk_size", "sink_tokens", "left_chunks"):
+        for name in ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors"):
             words += [f"--{name}", str(getattr(settings, name))]
     if settings.stages:
         words += ["--early_exit_layers", ",".join(map(str, settings.stages))]

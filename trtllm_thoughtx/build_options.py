@@ -14,7 +14,7 @@ STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so ma
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
 KNOWN = (
     *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", "chunk_size", "sink_tokens"),
-    *("left_chunks", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
+    *("left_chunks", "max_chunk_size", "num_anchors", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
 )
 
 
@@ -73,7 +73,7 @@ def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: in
 
 def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
     if not given.get("use_chunked_attention"):
-        for name in ("chunk_size", "sink_tokens", "left_chunks"):
+        for name in ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors"):
             if name in given:
                 raise refuse(name, given[name], "it means something only with chunked attention", "add --use_chunked_attention")
         return {}
@@ -83,6 +83,8 @@ def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
         "chunk_size": chunk_size,
         "sink_tokens": _whole(given, "sink_tokens", min(DEFAULT_SINK, max_seq_len - 1), 0, max_seq_len - 1),
         "left_chunks": _whole(given, "left_chunks", DEFAULT_LEFT, 0, max_seq_len),
+        "max_chunk_size": _whole(given, "max_chunk_size", chunk_size, chunk_size, max_seq_len),
+        "num_anchors": _whole(given, "num_anchors", 0, 0, max_seq_len),
     }
 
 

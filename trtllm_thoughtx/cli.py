@@ -73,6 +73,8 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 @click.option("--chunk_size", type=POSITIVE, help="Default tokens per chunk; each request may set its own.")
 @click.option("--sink_tokens", type=COUNT, help="First tokens of the prompt that stay visible.")
 @click.option("--left_chunks", type=COUNT, help="Whole chunks that stay visible behind the current one.")
+@click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may ask for; sizes the KV cache.  [default: --chunk_size]")
+@click.option("--num_anchors", type=COUNT, help="Older chunks whose last token stays visible.")
 @click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
 @click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
 @click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")

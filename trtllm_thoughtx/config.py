@@ -80,14 +80,38 @@ class BuildConfig:
     backends: tuple[str, ...] = ("tensorrt-rtx", "onnxruntime")
     max_batch_size: int = 4
     max_input_len: int = 512  # longest piece of a prompt that one prefill call takes
-    max_seq_len: int = 2048  # KV capacity: prompt and answer
+    max_seq_len: int = 2048  # positions: prompt and answer
     use_chunked_attention: bool = False
     chunk_size: int = 0  # default chunk of the engine, a run-time input; 0 without chunked attention
     sink_tokens: int = 0
     left_chunks: int = 0
+    max_chunk_size: int = 0  # largest chunk that a request may ask for: it sizes the KV cache
+    num_anchors: int = 0  # older chunks whose last token stays visible
     stages: tuple[int, ...] = ()
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None
+
+    @property
+    def num_kept(self) -> int:
+        """Slots of tokens that outlive their chunk: sinks, and anchors (those that are visible, and those that wait for it)."""
+        return self.sink_tokens + (self.num_anchors + self.left_chunks + 1 if self.num_anchors else 0)
+
+    @property
+    def kv_capacity(self) -> int:
+        """Slots of the KV cache for one sequence: the window of chunked attention, or every position where that is fewer."""
+        if not self.use_chunked_attention:
+            return self.max_seq_len
+        return min(self.max_seq_len, self.num_kept + (self.left_chunks + 1) * max(self.max_chunk_size, self.chunk_size))
+
+    @property
+    def max_piece(self) -> int:
+        """Most tokens of a row that one call takes: a bounded cache is written within one chunk."""
+        return min(self.max_input_len, max(self.max_chunk_size, self.chunk_size)) if self.is_bounded else self.max_input_len
+
+    @property
+    def is_bounded(self) -> bool:
+        """Slots are used again; else every position has its own."""
+        return self.kv_capacity < self.max_seq_len
 
     def as_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

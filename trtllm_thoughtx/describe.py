@@ -197,6 +197,7 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     """What thoughtx-build made, or with --dry_run what it would make."""
     model, build = summary["model"], summary["build"]
     chunks = f"chunks of {build['chunk_size']} tokens, {build['left_chunks']} behind, {build['sink_tokens']} sinks"
+    chunks += f", {build['num_anchors']} anchors" if build["num_anchors"] else ""
     estimate = {"disk, at most": summary["disk_bytes"], "memory of the build, about": summary["memory_bytes"]}
     done = summary.get("up_to_date") is not None
     facts = {

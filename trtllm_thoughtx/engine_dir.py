@@ -137,6 +137,8 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
         raise _malformed(where, "thoughtx.build names an unknown dtype or backend")
     if min(build.max_batch_size, build.max_input_len, build.max_seq_len) < 1 or (build.use_chunked_attention and build.chunk_size < 1):
         raise _malformed(where, "thoughtx.build has a limit below 1")
+    if min(build.sink_tokens, build.left_chunks, build.num_anchors) < 0 or build.max_chunk_size < build.chunk_size:
+        raise _malformed(where, "thoughtx.build has chunks that cannot be")
     return build
 
 

@@ -36,6 +36,7 @@ class ChunkSpec:
     chunk_size: int
     sink: int
     left: int
+    anchors: int = 0
 
 
 @dataclass(frozen=True)

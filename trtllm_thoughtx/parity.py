@@ -57,14 +57,15 @@ def plan_prompts(config: ModelConfig, build: BuildConfig, seed: int) -> tuple[Pr
         trial = min(build.chunk_size, TRIAL_CHUNK)
 
         def row(name: str, length: int, size: int) -> None:
-            rows.append((name, length, size, ChunkSpec(size, build.sink_tokens, build.left_chunks)))
+            rows.append((name, length, size, ChunkSpec(size, build.sink_tokens, build.left_chunks, build.num_anchors)))
 
         lengths = {"one": 1, "below": trial - 1, "at": trial, "past": trial + 1, "second": 2 * trial + 1}
         for name, length in {**lengths, "far": _first_cut(trial, build) + trial + 1}.items():
             row(name, length, trial)
         if build.chunk_size > trial:
             row("own", min(_first_cut(build.chunk_size, build) + 2, MAX_LENGTH), build.chunk_size)
-        rows.append(("uncut", 2 * trial + 1, 2 * trial + 1, None))  # a chunk that holds everything is full attention
+        uncut = min(2 * trial + 1, build.max_chunk_size) if build.is_bounded else 2 * trial + 1
+        rows.append(("uncut", uncut, uncut, None))  # a chunk that holds everything is full attention
         if build.max_seq_len <= FILL_LENGTH:
             row("brim", build.max_seq_len, trial)
     else:

@@ -114,7 +114,7 @@ def version() -> str:
 def additive_mask(length: int, chunk: ChunkSpec | None, dtype: torch.dtype) -> torch.Tensor:
     """[1, 1, length, length]: 0 where query p sees key j, the dtype's lowest number elsewhere; no chunk is full causal."""
     at = np.arange(length)
-    mask = visible(at, at, None) if chunk is None else visible(at, at, np.array(chunk.chunk_size), chunk.sink, chunk.left)
+    mask = visible(at, at, None) if chunk is None else visible(at, at, np.array(chunk.chunk_size), chunk.sink, chunk.left, chunk.anchors)
     seen = torch.from_numpy(mask)
     return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 

@@ -136,7 +136,7 @@ def _check_request(reference: Path | None, golden: Path | None, record: Path | N
 def identity_of(directory: EngineDir) -> dict[str, Any]:
     """Whose results these are: the model's sizes, the engine's type and mask, and the sha256 of the weights it was made from."""
     config, build = directory.config, directory.build
-    chunks = [build.chunk_size, build.sink_tokens, build.left_chunks] if build.use_chunked_attention else None
+    chunks = [build.chunk_size, build.sink_tokens, build.left_chunks, build.num_anchors] if build.use_chunked_attention else None
     inputs = report.read_manifest(directory.root)["inputs"]
     return {
         "family": config.family,

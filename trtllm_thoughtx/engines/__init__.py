@@ -24,7 +24,7 @@ class Runner(Protocol):
     max_logit_rows: int  # how many rows of logits one step can return for a sequence
 
     def start(self, batch_size: int) -> None:
-        """Forget everything; room for `batch_size` sequences of max_seq_len positions."""
+        """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
         ...
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:

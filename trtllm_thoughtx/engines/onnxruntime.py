@@ -85,7 +85,7 @@ class OnnxRuntimeRunner:
             model.graph.output.append(helper.make_tensor_value_info(layer_output(layer), elem_type, ["N", self.config.hidden_size]))
 
     def start(self, batch_size: int) -> None:
-        shape = (batch_size, self.config.num_kv_heads, self.build.max_seq_len, self.config.head_dim)
+        shape = (batch_size, self.config.num_kv_heads, self.build.kv_capacity, self.config.head_dim)
         names = [f"{kind}_{layer}" for layer in range(self.config.num_layers) for kind in ("key", "value")]
         if names and names[0] in self.cache and tuple(self.cache[names[0]].shape()) == shape:
             return  # stale positions are masked by kv_positions; what they hold is finite

@@ -177,7 +177,7 @@ class TensorRTRunner:
         self.buffers, self.parts = {}, []
 
     def _cache_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        return (batch_size, self.config.num_kv_heads, self.build.max_seq_len, self.config.head_dim)
+        return (batch_size, self.config.num_kv_heads, self.build.kv_capacity, self.config.head_dim)
 
     def _free_cache(self) -> None:
         for address in self.cache.values():

@@ -2,10 +2,13 @@
 
 A query at position p sees a key at position j when
 
-    0 <= j <= p  and  (j < sink  or  j // chunk_size >= p // chunk_size - left)
+    0 <= j <= p  and  (j < sink  or  j // chunk_size >= p // chunk_size - left  or  j is an anchor)
+
+An anchor is the last token of one of the `anchors` chunks before those.
 
 Positions count from the first real token of a sequence. They are inputs, not implied by the slot index, so cache slots may
-be empty (-1) or hold any position. `chunk_size` is a run-time input per sequence; `sink`, `left` and `scale` are attributes.
+be empty (-1) or hold any position. `chunk_size` is a run-time input per sequence; `sink`, `left`, `anchors` (0 when absent) and
+`scale` are attributes.
 With left = sink = 0 this is Llama 4's chunked mask (transformers `create_chunked_causal_mask`); with chunk_size >= length it is
 full causal attention.
 
@@ -26,7 +29,7 @@ OPSET = 24
 
 _BODY = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
-{NAME} <scale, sink, left> (ca_q, ca_k, ca_v, ca_q_positions, ca_kv_positions, ca_chunk_size) => (ca_y)
+{NAME} <scale, sink, left@attribute> (ca_q, ca_k, ca_v, ca_q_positions, ca_kv_positions, ca_chunk_size) => (ca_y)
 {{
   ca_axes_query = Constant <value = int64[2] {{1, 3}}> ()
   ca_axes_key = Constant <value = int64[2] {{1, 2}}> ()
@@ -46,29 +49,49 @@ _BODY = f"""
   ca_is_past = LessOrEqual (ca_j, ca_p)
   ca_is_live = GreaterOrEqual (ca_j, ca_zero)
   ca_is_causal = And (ca_is_past, ca_is_live)
-  ca_visible = And (ca_in_window, ca_is_causal)
+@nodes  ca_visible = And (ca_in_@reach, ca_is_causal)
   ca_y = Attention <scale: float = @scale> (ca_q, ca_k, ca_v, ca_visible)
 }}
 """
 
 
-def function_proto() -> onnx.FunctionProto:
-    """The operator as an ONNX model-local function.
+_ANCHORS = """\
+  ca_anchors = Constant <value_int: int = @anchors> ()
+  ca_one = Constant <value = int64 {1}> ()
+  ca_next = Add (ca_j, ca_one)
+  ca_rest = Mod (ca_next, ca_c)
+  ca_is_last = Equal (ca_rest, ca_zero)
+  ca_first_anchor = Sub (ca_first_chunk, ca_anchors)
+  ca_is_kept = GreaterOrEqual (ca_chunk_of_j, ca_first_anchor)
+  ca_is_anchor = And (ca_is_last, ca_is_kept)
+  ca_in_reach = Or (ca_in_window, ca_is_anchor)
+"""
+
+
+def function_proto(*, anchors: bool = False) -> onnx.FunctionProto:
+    """The operator as an ONNX model-local function, with the attribute `anchors` or without it.
 
     q [B, num_heads, S, head_dim], k and v [B, num_kv_heads, T, head_dim], q_positions int64 [B, S],
     kv_positions int64 [B, T], chunk_size int64 [B] -> y like q.
     """
-    return onnx.parser.parse_function(_BODY)
+    more = {"@attribute": ", anchors" if anchors else "", "@nodes": _ANCHORS if anchors else "", "@reach": "reach" if anchors else "window"}
+    body = _BODY
+    for mark, text in more.items():
+        body = body.replace(mark, text)
+    return onnx.parser.parse_function(body)
 
 
-def visible(q_positions: np.ndarray, kv_positions: np.ndarray, chunk_size: np.ndarray | None, sink: int = 0, left: int = 0) -> np.ndarray:
+def visible(
+    q_positions: np.ndarray, kv_positions: np.ndarray, chunk_size: np.ndarray | None, sink: int = 0, left: int = 0, anchors: int = 0
+) -> np.ndarray:
     """The mask itself: bool [..., S, T] from positions int [..., S] and [..., T], chunk_size int [...] (None: full attention)."""
     p, j = q_positions[..., :, None], kv_positions[..., None, :]
     causal = (j >= 0) & (j <= p)
     if chunk_size is None:
         return causal
     c = np.asarray(chunk_size)[..., None, None]
-    return causal & ((j < sink) | (j // c >= p // c - left))
+    is_anchor = ((j + 1) % c == 0) & (j // c >= p // c - left - anchors) if anchors else False
+    return causal & ((j < sink) | (j // c >= p // c - left) | is_anchor)
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:

@@ -10,6 +10,7 @@ on disk, with its bias, and tied heads share the embedding's bytes.
 
 The KV cache is static and written in place (TensorScatter); only its first T slots, those in use, are attended to, so that
 the work per token follows the live cache and not max_seq_len. In TensorRT the cache must be a network input of static length.
+With chunked attention it has `BuildConfig.kv_capacity` slots, and a slot may hold any position.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
     functions = []
     if build.use_chunked_attention and b.num_attention:
         opsets.append(helper.make_opsetid(chunked_attention.DOMAIN, 1))
-        functions.append(chunked_attention.function_proto())
+        functions.append(chunked_attention.function_proto(anchors=build.num_anchors > 0))
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
     return Graph(part, model, tuple(b.external), b.num_attention)
 
@@ -217,7 +218,7 @@ def _attention(b: _Builder, layer: int, h: str) -> str:
         heads[x] = b.node("RotaryEmbedding", [heads[x], "rope.cos", "rope.sin", "positions"], f"{name}.{x}.rotated")
     live = {}
     for x, kind in (("k", "key"), ("v", "value")):
-        cache: list[str | int] = ["B", config.num_kv_heads, b.build.max_seq_len, config.head_dim]
+        cache: list[str | int] = ["B", config.num_kv_heads, b.build.kv_capacity, config.head_dim]
         past = b.input(f"past_{kind}_{layer}", b.elem_type, cache)
         present = b.output(f"present_{kind}_{layer}", b.elem_type, cache)
         b.node("TensorScatter", [past, heads[x], "write_indices"], present, axis=-2)
@@ -227,6 +228,7 @@ def _attention(b: _Builder, layer: int, h: str) -> str:
     if b.build.use_chunked_attention:
         inputs = [heads["q"], live["k"], live["v"], "positions", "kv_positions", "chunk_size"]
         sizes = {"sink": b.build.sink_tokens, "left": b.build.left_chunks}
+        sizes |= {"anchors": b.build.num_anchors} if b.build.num_anchors else {}
         y = b.node(chunked_attention.NAME, inputs, f"{name}.heads", domain=chunked_attention.DOMAIN, scale=scale, **sizes)
     else:
         y = b.node("Attention", [heads["q"], live["k"], live["v"], "mask.visible"], f"{name}.heads", scale=scale)

@@ -115,7 +115,7 @@ class Engine:
         logits = [[row] for row in first]
         for step in range(max(len(row) - n for row, n in zip(ids, num_prompt, strict=True))):
             new = [list(row[n + step : n + step + 1]) for row, n in zip(ids, num_prompt, strict=True)]
-            out = self.runner.step(batch.feed(new, [[0]] * len(new)))[:, 0]
+            out = self._step(batch, new, [[0]] * len(new))[:, 0]
             for row, token, value in zip(logits, new, out, strict=True):
                 if token:
                     row.append(value)
@@ -186,7 +186,7 @@ class Engine:
                     new[row] = [token]
             if None not in reasons:
                 break
-            logits = self.runner.step(batch.feed(new, [[0]] * len(new)))[:, 0]
+            logits = self._step(batch, new, [[0]] * len(new))[:, 0]
             self.stats.num_decoded += sum(map(len, new))
         self.stats.prefill_seconds += prefilled - began
         self.stats.decode_seconds += time.perf_counter() - prefilled
@@ -212,7 +212,7 @@ class Engine:
         if self.build.use_chunked_attention:
             chunk = np.full(len(rows), chunk_size or self.build.chunk_size, np.int64)
         self.runner.start(len(rows))
-        return Batch(len(rows), self.build.max_seq_len, chunk)
+        return Batch(len(rows), self.build, chunk)
 
     def _check(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> None:
         build, vocab = self.build, self.config.vocab_size
@@ -223,6 +223,8 @@ class Engine:
             problem = "a chunk size was given, and the engine was built without chunked attention"
         elif chunk_size is not None and chunk_size < 1:
             problem = f"chunk size {chunk_size}; it must be at least 1"
+        elif chunk_size is not None and build.is_bounded and chunk_size > build.max_chunk_size:
+            problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size} (--max_chunk_size)"
         for index, row in enumerate(rows):
             if problem:
                 break
@@ -242,14 +244,21 @@ class Engine:
                 fix="change the request, or build an engine with other limits (thoughtx-build --help)",
             )
 
+    def _step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
+        """One call of the runner, after those that keep what the next chunk still needs; logits [B, K, vocab]."""
+        for feeds in batch.upkeep(new):
+            self.runner.step(feeds)
+        return self.runner.step(batch.feed(new, logit_rows))
+
     def _prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
         """Feed whole rows; float32 logits [B, vocab] of each row's last token."""
-        piece = self.build.max_input_len
         logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
-        for start in range(0, max(map(len, rows)), piece):
-            new = [row[start : start + piece] for row in rows]
-            out = self.runner.step(batch.feed(new, [[max(len(x) - 1, 0)] for x in new]))[:, 0]
+        done = [0] * len(rows)
+        while any(at < len(row) for at, row in zip(done, rows, strict=True)):
+            new = batch.cut([row[at:] for at, row in zip(done, rows, strict=True)], self.build.max_input_len)
+            out = self._step(batch, new, [[max(len(x) - 1, 0)] for x in new])[:, 0]
             for b, extra in enumerate(new):
+                done[b] += len(extra)
                 if extra:
                     logits[b] = out[b]
         return logits
@@ -261,20 +270,23 @@ class Engine:
         batch = self._start(ids, chunk_size)
         logits: list[list[np.ndarray]] = [[] for _ in ids]
         layers: list[list[list[np.ndarray]]] = []
-        for start in range(0, max(map(len, ids)), piece):
-            new = [list(row[start : start + piece]) for row in ids]
+        done = [0] * len(ids)
+        while any(at < len(row) for at, row in zip(done, ids, strict=True)):
+            new = batch.cut([row[at:] for at, row in zip(done, ids, strict=True)], piece)
             width = max(map(len, new))
-            firsts = batch.lengths
             wanted = [[min(i, max(len(x) - 1, 0)) for i in range(width)] for x in new]
+            for feeds in batch.upkeep(new):
+                self.runner.step(feeds)
             feeds = batch.feed(new, wanted)
             out = self.runner.step(feeds)
             tapped = getattr(self.runner, "tapped", {})
             layers = layers or [[[] for _ in ids] for _ in tapped]
             for b, extra in enumerate(new):
+                done[b] += len(extra)
                 if not extra:
                     continue
                 logits[b].append(out[b, : len(extra)])
-                offset = int(firsts[b] - feeds["write_indices"][b])
+                offset = int(feeds["logit_indices"][b, 0])
                 for depth, layer in enumerate(sorted(tapped)):
                     shaped = tapped[layer].reshape(len(ids), width, -1)
                     layers[depth][b].append(shaped[b, offset : offset + len(extra)].astype(np.float32))
