@@ -95,7 +95,7 @@ STORIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a band is missing": lambda s: s["prompts"][0]["bands"].pop(),
     "two prompts of one name": lambda s: s["prompts"][1].update(name=s["prompts"][0]["name"]),
     "a chunk of zero tokens": lambda s: s["prompts"][1]["mask"].update(chunk_size=0),
-    "a mask with a surplus key": lambda s: s["prompts"][1]["mask"].update(anchors=1),
+    "a mask with a surplus key": lambda s: s["prompts"][1]["mask"].update(anchor=1),
     "a missing prompt": lambda s: s["prompts"].pop(),
     "another dtype": lambda s: s["identity"].update(dtype="float16"),
     "other chunks": lambda s: s["identity"].update(chunks=[8, 2, 1]),
