@@ -83,6 +83,20 @@ def test_scored_paths_change_a_model_that_can_answer(tmp_path, capsys):
     assert (tmp_path / "out" / "scored" / "model" / "model.safetensors").read_bytes() != (sample / "model.safetensors").read_bytes()
 
 
+def test_a_refused_run_leaves_nothing_in_the_way(start, tmp_path, capsys):
+    """Layers that are not there, and a start that is damaged: nothing is written, also with --force over a finished stage."""
+    out = tmp_path / "out"
+    args = ("supervised", "--student_dir", start, "--output_dir", out, *TINY, "--supervised_steps", 2)
+    assert run(*args, "--layers", "0,9") == CODES["E163"][0] and not out.exists()
+    assert run(*args) == 0
+    before = (out / "supervised" / "model" / "model.safetensors").read_bytes()
+    damaged = tmp_path / "damaged"
+    shutil.copytree(start, damaged)
+    (damaged / "model.safetensors").write_bytes((start / "model.safetensors").read_bytes()[:5000])
+    assert run(*args, "--student_dir", damaged, "--force") == CODES["E105"][0]
+    assert (out / "supervised" / "model" / "model.safetensors").read_bytes() == before
+
+
 @pytest.fixture
 def written(tmp_path):
     """Traces of a file, chains of two and three steps with a redundant one."""

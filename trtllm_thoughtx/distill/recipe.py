@@ -49,11 +49,9 @@ def start_of(settings: Settings, stage: str) -> Path:
     return done[-1] if done else settings.student_dir
 
 
-def prepare(settings: Settings, stage: str, *, force: bool) -> bool:
-    """Make the stage's directory; False when its model is already there. E163 when it holds other settings' work."""
+def is_open(settings: Settings, stage: str) -> bool:
+    """Whether the stage is still to be run; nothing is written. E163 when its directory holds other settings' work."""
     directory = settings.stage_dir(stage)
-    if force and directory.is_dir():
-        shutil.rmtree(directory)
     own = identity(settings, stage)
     if (directory / "settings.json").is_file():
         kept = read_json(directory, "settings.json", code="E163")
@@ -69,11 +67,21 @@ def prepare(settings: Settings, stage: str, *, force: bool) -> bool:
     elif directory.exists():
         fix = "give another --output_dir, or remove the directory"
         raise ThoughtxError("E130", "the directory of a stage holds something else", where=str(directory), why="no settings.json", fix=fix)
-    else:
-        directory.mkdir(parents=True)
-        with atomic_file(directory / "settings.json") as file:
-            file.write(report.to_json(own).encode())
     return not (directory / MODEL / "config.json").is_file()
+
+
+def begin(settings: Settings, stage: str, process: PartialState, *, force: bool) -> None:
+    """Make the stage's directory, once all that it needs has been read; every process waits for it."""
+    directory = settings.stage_dir(stage)
+    process.wait_for_everyone()
+    if process.is_main_process:
+        if force and directory.is_dir():
+            shutil.rmtree(directory)
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            with atomic_file(directory / "settings.json") as file:
+                file.write(report.to_json(identity(settings, stage)).encode())
+    process.wait_for_everyone()
 
 
 def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -84,11 +92,9 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
     written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data))
     made = []
     for stage in wanted:
-        with process.main_process_first():
-            is_open = prepare(settings, stage, force=force and process.is_main_process)
         directory = settings.stage_dir(stage)
-        if is_open:
-            _run(settings, stage, written, loop.Watch(stage, directory, progress), process)
+        if force or is_open(settings, stage):
+            _run(settings, stage, written, loop.Watch(stage, directory, progress), process, force=force)
         else:
             progress.note(f"{stage}: done before, {directory / MODEL} is kept")
         losses = [row["loss"] for row in loop.read_log(directory) if "loss" in row]
@@ -109,7 +115,9 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
     return found
 
 
-def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, watch: loop.Watch, process: PartialState) -> None:
+def _run(
+    settings: Settings, stage: str, written: list[traces.Trace] | None, watch: loop.Watch, process: PartialState, *, force: bool
+) -> None:
     start = start_of(settings, stage)
     layers = settings.layers if start == settings.student_dir else None
     if layers is not None and stage != "supervised":
@@ -137,8 +145,10 @@ def _run(settings: Settings, stage: str, written: list[traces.Trace] | None, wat
             )
         else:
             data = _rows(settings, written, tokenizer, watch.progress)
+        begin(settings, stage, process, force=force)
         trainer: Any = supervised.run(settings, model, teacher, data, tokenizer.pad_token_id or 0, watch, resume=True)
     else:
+        begin(settings, stage, process, force=force)
         module = preference if stage == "preference" else scored
         trainer = module.run(settings, model, tokenizer, written, watch, resume=True)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
