@@ -1,7 +1,6 @@
 """What each stage bought: every stage's model answers the same held-out questions, and is compared with supervised only.
 
-output_dir/ablation.json    the table
-output_dir/curves.png       the losses of all stages
+The table goes to output_dir/ablation.json.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx import plot, report
-from trtllm_thoughtx.distill import loop
+from trtllm_thoughtx import report
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import summary
@@ -26,19 +24,12 @@ from trtllm_thoughtx.tasks import TASKS
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 400
 COMPARED = ("accuracy", "tokens", "steps")
-Stages = dict[str, Path]
 
 
-def stages_of(settings: Settings) -> Stages:
+def stages_of(settings: Settings) -> dict[str, Path]:
     """The stages whose model is there, in order."""
     found = {stage: settings.stage_dir(stage) / "model" for stage in STAGES}
     return {stage: path for stage, path in found.items() if (path / "config.json").is_file()}
-
-
-def draw_curves(settings: Settings) -> Path:
-    target = settings.output_dir / "curves.png"
-    plot.curves_plot(target, {stage: loop.read_log(settings.stage_dir(stage)) for stage in STAGES})
-    return target
 
 
 def ablate(settings: Settings, progress: Progress) -> dict[str, Any]:

@@ -27,8 +27,7 @@ pipeline_tag: text-generation
 """
 
 
-def rows_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
@@ -67,11 +66,12 @@ def card(
         f"{HEAD}# {name}",
         f"A small reasoning model that is made, not downloaded: stock `Qwen2ForCausalLM`, eight layers, trained by trtllm-thoughtx "
         f"{__version__} on generated tasks so that its engines can be judged by what they answer. {ABOUT[name]}",
-        "`make sample` makes it again from its seed. It knows the tasks below and nothing else.",
+        "It was made by the steps of `make sample`, some of them started by hand; weights that are made again need not be the same bit for "
+        "bit. It knows the tasks below and nothing else.",
         "## Held-out questions, greedy, exact match",
-        rows_of(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), shares),
+        markdown_table(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), shares),
         "In % by size and by length of context:",
-        rows_of(("task", "by", "right"), sizes),
+        markdown_table(("task", "by", "right"), sizes),
         "![accuracy by size](accuracy.png)",
         f"Thoughts cut short: of {cut['num_insufficient']} that did not suffice it answered `?` to "
         f"{_percent(cut['said_insufficient'])}, of {cut['num_items'] - cut['num_insufficient']} that did it answered "
@@ -82,13 +82,13 @@ def card(
         "from the base. "
         + "; ".join(f"{names} {value / 60:.0f} minutes" for names, value in seconds.items())
         + " on two CPU cores. Every point of the curves is in `training-log.jsonl`.",
-        rows_of(("stage", "steps", "first loss", "last loss", "minutes"), stages),
+        markdown_table(("stage", "steps", "first loss", "last loss", "minutes"), stages),
         "![losses](curves.png)",
     ]
     if ablation is not None:
         parts += [
             "What each stage bought, on validation questions:",
-            rows_of(("after", "right", "tokens", "steps", "redundant"), _compared(ablation)),
+            markdown_table(("after", "right", "tokens", "steps", "redundant"), _compared(ablation)),
         ]
     parts += [
         "## Use",

@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from trtllm_thoughtx import report
+from trtllm_thoughtx import plot, report
 from trtllm_thoughtx.distill import ablation, loop, models, preference, rows, scored, supervised, traces
 from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
@@ -108,7 +108,9 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
     found: dict[str, Any] = {"output_dir": str(settings.output_dir), "stages": made, "is_main_process": process.is_main_process}
     found |= {"ablation": None, "curves": None}
     if process.is_main_process and made:
-        found["curves"] = str(ablation.draw_curves(settings))
+        curves = settings.output_dir / "curves.png"
+        plot.curves_plot(curves, {stage: loop.read_log(settings.stage_dir(stage)) for stage in STAGES})
+        found["curves"] = str(curves)
         if settings.eval_items and len(ablation.stages_of(settings)) > 1 and (settings.data == GENERATED or settings.eval_data):
             found["ablation"] = ablation.ablate(settings, progress)
     process.wait_for_everyone()

@@ -64,7 +64,7 @@ def generated(
         num_cut = round(num_items * cut_share)
         for place in range(num_items + num_cut):
             size, words = grid[place % len(grid)]
-            one = draw(task, split, size=size, seed=hash_free(seed, place), num_words=words)
+            one = draw(task, split, size=size, seed=item_seed(seed, place), num_words=words)
             name = f"{task}/{split}/size{size}/words{words}/seed{seed}/{place}"
             thought = None
             if place >= num_items:
@@ -77,7 +77,7 @@ def generated(
     return made
 
 
-def hash_free(seed: int, place: int) -> int:
+def item_seed(seed: int, place: int) -> int:
     """A seed for one item; no two of one evaluation are equal."""
     return seed * 1_000_003 + place
 
