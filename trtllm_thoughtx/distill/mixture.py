@@ -17,9 +17,10 @@ from trtllm_thoughtx.tasks.item import Item
 BATCHES_A_POOL = 16
 LONGEST_CONTEXT = 1100  # words
 CUT_SHARE = 0.25
-TASK_SHARES = {"chain": 0.26, "lookup": 0.42, "story": 0.18, "loan": 0.14}
+TASK_SHARES = {"chain": 0.18, "lookup": 0.40, "story": 0.28, "loan": 0.14}
 MOST_FACTS = 14  # of a context that is not stretched
 CHAIN_SIZES = (*range(1, 9), *range(5, 13), 9, 10, 11, 12, 13, 14)
+SIZES = (1, 2, 3, 3, 4, 4)  # of all other tasks: what is harder comes more often
 
 
 def num_rechecks(made: Item, reasoning_steps: str, rng: random.Random) -> int:
@@ -44,21 +45,27 @@ def add_turn(row: Row, encode: Encoder, made: Item, reasoning_steps: str, rng: r
     row.add(encode(f"{answer} {vocabulary.EOS}"), ANSWER)
 
 
+def _reach(facts: dict[str, str], start: str) -> int:
+    """Hops that lead on from `start`, as many as a question asks for at most."""
+    num = 0
+    while start in facts and num < max(SIZES):
+        start, num = facts[start], num + 1
+    return num
+
+
 def add_lookups(
     row: Row, encode: Encoder, num_words: int, num_facts: int, num_turns: int, reasoning_steps: str, rng: random.Random
 ) -> None:
     """Several questions about one context."""
-    size = rng.randint(1, 4)
+    size = rng.choice(SIZES)
     made = draw("lookup", "train", size=size, seed=rng.getrandbits(48), num_facts=max(num_facts, size + 1), num_words=num_words)
     add_turn(row, encode, made, reasoning_steps, rng)
     words = made.prompt.split()
     facts = {word[:-1]: words[i + 1] for i, word in enumerate(words) if word.endswith(">")}
+    reach = {start: _reach(facts, start) for start in facts}
     for _ in range(num_turns - 1):
-        here = start = rng.choice(list(facts))
-        reach = 0
-        while here in facts and reach < 4:
-            here, reach = facts[here], reach + 1
-        hops = rng.randint(1, reach)
+        hops = min(rng.choice(SIZES), max(reach.values()))
+        start = rng.choice([start for start, most in reach.items() if most >= hops])
         steps, answer = lookup.follow(facts, start, hops)
         asked = Item("lookup", lookup.question(start, hops), steps, answer, 0 if hops == 1 else hops, hops)
         add_turn(row, encode, asked, reasoning_steps, rng)
@@ -101,7 +108,7 @@ class Mixture:
                     rng,
                 )
         else:
-            size = rng.choice(CHAIN_SIZES) if task == "chain" else rng.randint(1, 4)
+            size = rng.choice(CHAIN_SIZES if task == "chain" else SIZES)
             if progress < self.easy_until:
                 size = min(size, rng.randint(1, 4))
             add_turn(row, self.encode, draw(task, "train", size=size, seed=rng.getrandbits(48)), self.reasoning_steps, rng)
