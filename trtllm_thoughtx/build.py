@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_thoughtx import engine_dir, files, report
-from trtllm_thoughtx.build_options import resolve
-from trtllm_thoughtx.config import BuildConfig
+from trtllm_thoughtx.build_options import CHUNKS, resolve
+from trtllm_thoughtx.config import AUTO, BuildConfig
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
-MAX_LOGIT_ROWS = 8  # of one sequence and call in a TensorRT plan: enough to check drafts, small enough to cost no memory
+MAX_LOGIT_ROWS = 32  # of one sequence and call in a TensorRT plan: enough to check drafts and to measure a prompt's complexity
 MEMORY_FACTOR = 4.2  # of a TensorRT build, over the weights of its largest part: 3.2 as measured, and the next part's weights
 
 
@@ -297,8 +297,10 @@ def _command(checkpoint_dir: Path, output_dir: Path, settings: BuildConfig) -> s
         words += [f"--{name}", str(getattr(settings, name))]
     if settings.use_chunked_attention:
         words.append("--use_chunked_attention")
-        for name in ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors"):
-            words += [f"--{name}", str(getattr(settings, name))]
+        given = {"chunk_size": AUTO} if settings.adaptive_chunks else {}
+        for name in CHUNKS:
+            value = given.get(name, getattr(settings, name))
+            words += [f"--{name}", str(value)] if value or type(value) is int else []
     if settings.stages:
         words += ["--early_exit_layers", ",".join(map(str, settings.stages))]
     return " ".join(words)

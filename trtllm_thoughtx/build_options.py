@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import AUTO, BACKENDS, CHUNK_STEP, DTYPES, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
+MAX_BASE, MAX_NATS = 1e6, 20.0
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
+CHUNKS = ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors", "base_size", "threshold_low")
 KNOWN = (
-    *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", "chunk_size", "sink_tokens"),
-    *("left_chunks", "max_chunk_size", "num_anchors", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
+    *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", *CHUNKS),
+    *("early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
 )
 
 
@@ -73,19 +75,47 @@ def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: in
 
 def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
     if not given.get("use_chunked_attention"):
-        for name in ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors"):
+        for name in CHUNKS:
             if name in given:
                 raise refuse(name, given[name], "it means something only with chunked attention", "add --use_chunked_attention")
         return {}
-    chunk_size = _whole(given, "chunk_size", min(DEFAULT_CHUNK, max_seq_len), 1, max_seq_len)
+    adaptive = given.get("chunk_size") == AUTO
+    default = min(DEFAULT_CHUNK, max_seq_len)
+    if adaptive:
+        default = default // CHUNK_STEP * CHUNK_STEP
+        chunk_size = largest = _whole(given, "max_chunk_size", default, CHUNK_STEP, max_seq_len)
+    else:
+        chunk_size = _whole(given, "chunk_size", default, 1, max_seq_len)
+        largest = _whole(given, "max_chunk_size", chunk_size, chunk_size, max_seq_len)
+    base_size = _nats(given, "base_size", MAX_BASE)
+    threshold_low = _nats(given, "threshold_low", MAX_NATS)
+    if adaptive and not base_size:
+        why = "it needs --base_size, the tokens of chunk for each nat of a prompt's complexity"
+        raise refuse("chunk_size", AUTO, why, "give --base_size, or the settings that thoughtx-calibrate --chunk_report writes")
+    if base_size and largest % CHUNK_STEP:
+        nearest = max(CHUNK_STEP, largest // CHUNK_STEP * CHUNK_STEP)
+        raise refuse("max_chunk_size", largest, f"chosen chunks are multiples of {CHUNK_STEP}", f"use {nearest}")
+    if threshold_low and not base_size:
+        raise refuse("threshold_low", threshold_low, "complexity is measured only where chunks are chosen", "give --base_size as well")
     return {
         "use_chunked_attention": True,
         "chunk_size": chunk_size,
         "sink_tokens": _whole(given, "sink_tokens", min(DEFAULT_SINK, max_seq_len - 1), 0, max_seq_len - 1),
         "left_chunks": _whole(given, "left_chunks", DEFAULT_LEFT, 0, max_seq_len),
-        "max_chunk_size": _whole(given, "max_chunk_size", chunk_size, chunk_size, max_seq_len),
+        "max_chunk_size": largest,
         "num_anchors": _whole(given, "num_anchors", 0, 0, max_seq_len),
+        "adaptive_chunks": adaptive,
+        "base_size": base_size,
+        "threshold_low": threshold_low,
     }
+
+
+def _nats(given: Mapping[str, Any], name: str, high: float) -> float:
+    """A number above 0 that has to do with entropies; 0 when it is not given."""
+    value = given.get(name, 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high or (name in given and value == 0):
+        raise refuse(name, value, f"it must be a number above 0 and at most {high:g}", f"use a number above 0 and at most {high:g}")
+    return float(value)
 
 
 def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends: tuple[str, ...]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import click
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
-from trtllm_thoughtx.command import COMMANDS, COUNT, LAYERS, PATH, POSITIVE, command
+from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command
 from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
@@ -70,11 +70,13 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 @click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are read in pieces.")
 @click.option("--max_seq_len", type=POSITIVE, help="Most tokens of prompt and answer together.")
 @click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
-@click.option("--chunk_size", type=POSITIVE, help="Default tokens per chunk; each request may set its own.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen for each request, see --base_size.")
 @click.option("--sink_tokens", type=COUNT, help="First tokens of the prompt that stay visible.")
 @click.option("--left_chunks", type=COUNT, help="Whole chunks that stay visible behind the current one.")
 @click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may ask for; sizes the KV cache.  [default: --chunk_size]")
 @click.option("--num_anchors", type=COUNT, help="Older chunks whose last token stays visible.")
+@click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of a chosen chunk per nat of a prompt's complexity.")
+@click.option("--threshold_low", type=NATS, help="Prompts of less complexity, in nats, are answered in a single step.")
 @click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
 @click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
 @click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")
@@ -154,7 +156,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 )
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
 @click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
-@click.option("--chunk_size", type=POSITIVE, help="Tokens per attention chunk, for an engine with chunked attention.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
 def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 import click
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FilePath
+from trtllm_thoughtx.config import AUTO
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat
 
 PATH = FilePath()
 POSITIVE = Count(min=1, max=1 << 24)
 COUNT = Count(min=0, max=1 << 24)
+CHUNK_SIZE = CountOr(AUTO, min=1, max=1 << 24)
+NATS = FiniteFloat(min=0, max=20, min_open=True)
 LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
 COMMANDS: dict[str, click.Command] = {}
 

@@ -13,6 +13,8 @@ from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+AUTO = "auto"  # the chunk size of a request for which the engine chooses one
+CHUNK_STEP = 16  # chosen chunk sizes are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,9 @@ class BuildConfig:
     left_chunks: int = 0
     max_chunk_size: int = 0  # largest chunk that a request may ask for: it sizes the KV cache
     num_anchors: int = 0  # older chunks whose last token stays visible
+    adaptive_chunks: bool = False  # a request that names no chunk size gets one from its complexity
+    base_size: float = 0.0  # tokens of chunk per nat of complexity; 0: the engine cannot choose
+    threshold_low: float = 0.0  # nats; a prompt below it is answered in a single step
     stages: tuple[int, ...] = ()
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None

@@ -87,6 +87,17 @@ class Count(click.ParamType):
         return int(value)
 
 
+class CountOr(Count):
+    """A whole number, or one word."""
+
+    def __init__(self, word: str, min: int, max: int) -> None:
+        super().__init__(min, max)
+        self.word, self.name = word, f"N|{word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else super().convert(value, param, ctx)
+
+
 class FilePath(click.ParamType):
     """A path. The empty string and NUL are refused: `Path("")` would silently be the current directory."""
 

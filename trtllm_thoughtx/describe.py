@@ -198,6 +198,10 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     model, build = summary["model"], summary["build"]
     chunks = f"chunks of {build['chunk_size']} tokens, {build['left_chunks']} behind, {build['sink_tokens']} sinks"
     chunks += f", {build['num_anchors']} anchors" if build["num_anchors"] else ""
+    if build["base_size"]:
+        single = f", a single step below {build['threshold_low']:g} nats" if build["threshold_low"] else ""
+        asked = "" if build["adaptive_chunks"] else " when asked"
+        chunks += f"; chosen{asked}: {build['base_size']:g} tokens per nat up to {build['max_chunk_size']}{single}"
     estimate = {"disk, at most": summary["disk_bytes"], "memory of the build, about": summary["memory_bytes"]}
     done = summary.get("up_to_date") is not None
     facts = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__, report
-from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
@@ -139,6 +139,10 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
         raise _malformed(where, "thoughtx.build has a limit below 1")
     if min(build.sink_tokens, build.left_chunks, build.num_anchors) < 0 or build.max_chunk_size < build.chunk_size:
         raise _malformed(where, "thoughtx.build has chunks that cannot be")
+    if min(build.base_size, build.threshold_low) < 0 or (build.base_size and build.max_chunk_size % CHUNK_STEP):
+        raise _malformed(where, "thoughtx.build has thresholds that cannot be")
+    if build.adaptive_chunks and not build.base_size:
+        raise _malformed(where, "thoughtx.build chooses chunks without a base_size")
     return build
 
 

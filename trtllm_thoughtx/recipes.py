@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.console import Count
+from trtllm_thoughtx.console import Count, CountOr
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 LIMIT_BYTES = 64 << 10
@@ -80,6 +80,8 @@ def _wanted(param: click.Option) -> tuple[str, tuple[type, ...]]:
     """What a YAML value for `param` must be: in words, and as Python types."""
     if param.is_flag:
         return "true or false", (bool,)
+    if isinstance(param.type, CountOr):
+        return f"a whole number or {param.type.word}", (int, str)
     if isinstance(param.type, Count):
         return "a whole number", (int,)
     if isinstance(param.type, click.types.FloatParamType):

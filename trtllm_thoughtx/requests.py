@@ -78,6 +78,8 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
         "text": text.decode(done.output_ids) if text else None,
         "stop_reason": done.stop_reason,
         "chunk_size": done.chunk_size,
+        "complexity": done.complexity,
+        "single_step": done.single_step,
     }
 
 
@@ -89,7 +91,7 @@ def run_requests(
     prompts: Path | None = None,
     no_chat_template: bool = False,
     backend: str | None = None,
-    chunk_size: int | None = None,
+    chunk_size: int | str | None = None,
     num_threads: int | None = None,
     output_logits_npy: Path | None = None,
     stream: TextIO | None = None,
@@ -131,6 +133,10 @@ def run_requests(
             stream.write(f"[{row['id']}] {row['text'] if row['text'] is not None else row['output_ids']}\n")
     stats = engine.stats
     speed = stats.num_decoded / stats.decode_seconds if stats.num_decoded and stats.decode_seconds else None
+    for row in results:
+        if row["complexity"] is not None:
+            how = "a single step" if row["single_step"] else "a chain of thought"
+            progress.note(f"{row['id']}: complexity {row['complexity']:.3f} nats, chunks of {row['chunk_size']}, {how}")
     num_new = sum(row["num_output_tokens"] for row in results)
     reasons = ", ".join(dict.fromkeys(row["stop_reason"] for row in results))
     rate = f"{speed:.1f} tokens/s decoding" if speed else "no decode step"
@@ -142,6 +148,7 @@ def run_requests(
         "tokens_per_second": speed,
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
+        "num_read_again": stats.num_read_again,
         "not_applied": list(ignored),
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }

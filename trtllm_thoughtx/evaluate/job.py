@@ -40,6 +40,7 @@ def evaluation(
     batch_size: int | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
+    chunk_size: int | str | None = None,
     memory_context: int | None = None,
     output: Path | None = None,
     plot: Path | None = None,
@@ -57,7 +58,9 @@ def evaluation(
     if plot is not None:
         pictures.check_format(plot)
     if harness is not None:
-        _refuse_unused({"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None})
+        _refuse_unused(
+            {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
+        )
         from trtllm_thoughtx.evaluate.harness import run_harness
 
         found = run_harness(
@@ -84,7 +87,7 @@ def evaluation(
     params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     results = [
-        _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size)
+        _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size, chunk_size=chunk_size)
         for one in (path, *((compare,) if compare is not None and earlier is None else ()))
     ]
     if output is not None:

@@ -49,8 +49,10 @@ class System(Protocol):
 class EngineSystem:
     """An engine; rows end one by one, and each keeps the time of its own last token."""
 
-    def __init__(self, path: Path, backend: str | None, num_threads: int | None, batch_size: int | None) -> None:
-        self.engine = Engine.load(path, backend, num_threads)
+    def __init__(
+        self, path: Path, backend: str | None, num_threads: int | None, batch_size: int | None, chunk_size: int | str | None = None
+    ) -> None:
+        self.engine, self.chunk_size = Engine.load(path, backend, num_threads), chunk_size
         build = self.engine.build
         self.text = need_text(self.engine.text, path)
         self.max_length, self.batch_size = build.max_seq_len, min(batch_size or 1, build.max_batch_size)
@@ -58,7 +60,15 @@ class EngineSystem:
             why = f"the engine was built for {build.max_batch_size} sequences in one call"
             fix = "ask for less, or build again with a larger --max_batch_size"
             raise ThoughtxError("E122", f"--batch_size {batch_size}", where=str(path), why=why, fix=fix)
-        self.description = {"name": path.name, "path": str(path), "kind": "engine", "backend": self.engine.backend, "dtype": build.dtype}
+        self.description: dict[str, Any] = {
+            "name": path.name,
+            "path": str(path),
+            "kind": "engine",
+            "backend": self.engine.backend,
+            "dtype": build.dtype,
+        }
+        if chunk_size is not None:
+            self.description["chunk_size"] = chunk_size
 
     def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
         began = time.perf_counter()
@@ -67,7 +77,7 @@ class EngineSystem:
         def on_token(row: int, _token: int) -> None:
             last[row] = time.perf_counter()
 
-        done = self.engine.generate(prompts, params, on_token, return_logprobs=True, streams=streams)
+        done = self.engine.generate(prompts, params, on_token, return_logprobs=True, streams=streams, chunk_size=self.chunk_size)
         return [Written(one.output_ids, one.logprobs or [], one.stop_reason, end - began) for one, end in zip(done, last, strict=True)]
 
     def close(self) -> None:
@@ -81,15 +91,24 @@ def need_text(text: Text | None, path: Path) -> Text:
     return text
 
 
-def open_system(path: Path, *, backend: str | None = None, num_threads: int | None = None, batch_size: int | None = None) -> System:
+def open_system(
+    path: Path,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    batch_size: int | None = None,
+    chunk_size: int | str | None = None,
+) -> System:
     """The system of a directory. E101 for one that is neither an engine nor a Hugging Face model."""
     kind = kind_of(path)
     if kind == "engine":
-        return EngineSystem(path, backend, num_threads, batch_size)
+        return EngineSystem(path, backend, num_threads, batch_size, chunk_size)
     if kind == "huggingface":
-        if backend is not None:
-            fix = "leave --backend out, or give an engine directory"
-            raise ThoughtxError("E001", "--backend is for engines", where=shown(str(path)), why="transformers runs this one", fix=fix)
+        for flag, value in (("--backend", backend), ("--chunk_size", chunk_size)):
+            if value is None:
+                continue
+            fix = f"leave {flag} out, or give an engine directory"
+            raise ThoughtxError("E001", f"{flag} is for engines", where=shown(str(path)), why="transformers runs this one", fix=fix)
         from trtllm_thoughtx.evaluate.models import ModelSystem
 
         return ModelSystem(path, num_threads, batch_size)

@@ -64,6 +64,11 @@ class Batch:
             limit = min(limit, end - first)
         return [list(tokens[: min(width, limit)]) for tokens, width in zip(pending, widths, strict=True)]
 
+    def forget(self, row: int, length: int) -> None:
+        """Take back all but the first `length` tokens of a row. Bounded caches: only within the chunk that was fed last."""
+        del self.tokens[row][length:]
+        self.slots[row, self.slots[row] >= length] = -1
+
     def upkeep(self, new: Sequence[Sequence[int]]) -> Iterator[dict[str, np.ndarray]]:
         """Calls that must run before `new` tokens are fed: of rows at the end of a chunk, the tokens that outlive it."""
         build = self.build

@@ -21,7 +21,9 @@ from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.engine_dir import EngineDir
 from trtllm_thoughtx.engines import Runner, open_runner
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
+from trtllm_thoughtx.runtime.chunks import AUTO, Choice
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
 from trtllm_thoughtx.runtime.text import Text
 
@@ -31,7 +33,8 @@ OnToken = Callable[[int, int], None]  # (index of the prompt, token id)
 @dataclass(frozen=True)
 class Completion:
     """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
-    `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for."""
+    `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
+    `complexity` (nats) and `single_step` where the engine chose the chunk size: see `chunks`."""
 
     output_ids: list[int]
     stop_reason: str
@@ -39,6 +42,8 @@ class Completion:
     chunk_size: int | None
     logits: np.ndarray | None = None
     logprobs: list[float] | None = None
+    complexity: float | None = None
+    single_step: bool = False
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_prefilled: int = 0
+    num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
     num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
 
 
@@ -129,10 +135,11 @@ class Engine:
         *,
         return_logits: bool = False,
         return_logprobs: bool = False,
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = None,
         streams: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Complete every prompt, at most max_batch_size at a time. `params` None: the checkpoint's generation_config, or greedy.
+        `chunk_size`: tokens, "auto" (each prompt gets one from its complexity), or None: as the engine was built.
 
         Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on how prompts share
         a batch.
@@ -156,11 +163,11 @@ class Engine:
         params: GenerationParams,
         on_token: OnToken | None,
         wants: tuple[bool, bool],
-        chunk_size: int | None,
+        chunk_size: int | str | None,
     ) -> list[Completion]:
         began = time.perf_counter()
-        batch = self._start(prompts, chunk_size)
-        logits = self._prefill(batch, [list(row) for row in prompts])
+        batch, rows, choices = self._choose(prompts, chunk_size)
+        logits = self._prefill(batch, rows)
         prefilled = time.perf_counter()
         sampler = Sampler(params, len(prompts), streams=streams)
         eos_ids = frozenset() if params.ignore_eos or not self.text else frozenset(self.text.eos_ids)
@@ -181,7 +188,7 @@ class Engine:
                     logprobs[row].append(log_probability(logits[row], token))
                 if on_token:
                     on_token(first_row + row, token)
-                reasons[row] = self._reason(token, len(output[row]), len(prompts[row]), params, eos_ids)
+                reasons[row] = self._reason(token, len(output[row]), len(rows[row]), params, eos_ids)
                 if reasons[row] is None:
                     new[row] = [token]
             if None not in reasons:
@@ -191,11 +198,61 @@ class Engine:
         self.stats.prefill_seconds += prefilled - began
         self.stats.decode_seconds += time.perf_counter() - prefilled
         self.stats.num_prefilled += sum(map(len, prompts))
-        used = None if batch.chunk_size is None else int(batch.chunk_size[0])
-        return [
-            Completion(ids, str(reason), len(prompt), used, np.stack(rows) if rows else None, logs if wants[1] else None)
-            for ids, reason, prompt, rows, logs in zip(output, reasons, prompts, kept, logprobs, strict=True)
-        ]
+        done = []
+        for row, choice in enumerate(choices):
+            logits_of, logs = np.stack(kept[row]) if kept[row] else None, logprobs[row] if wants[1] else None
+            size, complexity, single = (None, None, False) if choice is None else (choice.chunk_size, choice.complexity, choice.single_step)
+            done.append(Completion(output[row], str(reasons[row]), len(prompts[row]), size, logits_of, logs, complexity, single))
+        return done
+
+    def _choose(
+        self, prompts: Sequence[Sequence[int]], chunk_size: int | str | None
+    ) -> tuple[Batch, list[list[int]], Sequence[Choice | None]]:
+        """The batch, what it is to be fed, and the chunks of each row (None: full attention)."""
+        rows = [list(row) for row in prompts]
+        if chunk_size != AUTO and (chunk_size is not None or not self.build.adaptive_chunks):
+            assert not isinstance(chunk_size, str)
+            batch = self._start(prompts, chunk_size)
+            return batch, rows, [None] * len(rows) if batch.chunk_size is None else [Choice(int(size)) for size in batch.chunk_size]
+        if not self.build.base_size:
+            why = "the engine was built without --base_size, so it cannot choose"
+            fix = "name a chunk size, or build with --chunk_size auto and the settings that thoughtx-calibrate --chunk_report writes"
+            raise ThoughtxError("E122", "no chunk size can be chosen", where=str(self.directory.root), why=why, fix=fix)
+        batch = self._start(prompts, self.build.max_chunk_size)
+        assert batch.chunk_size is not None
+        choices = [chunks.choose(nats, self.build) for nats in self._complexity(batch, rows)]
+        for row, choice in enumerate(choices):
+            kept = min(len(rows[row]) - 1, choice.chunk_size, len(batch.tokens[row]))
+            self.stats.num_read_again += len(batch.tokens[row]) - kept
+            batch.chunk_size[row] = choice.chunk_size
+            batch.forget(row, kept)
+            if choice.single_step:
+                rows[row] += self._closing(rows[row])
+        return batch, rows, choices
+
+    def _complexity(self, batch: Batch, rows: list[list[int]]) -> list[float]:
+        """Feed the first chunk of each row at most; the mean entropy, in nats, of what the model expects after its tokens."""
+        heads = [row[: self.build.max_chunk_size] for row in rows]
+        sums, done = [0.0] * len(rows), [0] * len(rows)
+        most = min(chunks.NUM_ROWS, self.runner.max_logit_rows)
+        while any(at < len(head) for at, head in zip(done, heads, strict=True)):
+            new = batch.cut([head[at:] for at, head in zip(done, heads, strict=True)], self.build.max_input_len)
+            places = [chunks.spread(max(1, len(extra)), min(most, max(map(len, new)))) for extra in new]
+            out = chunks.entropy(self._step(batch, new, places))
+            for row, extra in enumerate(new):
+                done[row] += len(extra)
+                if extra:
+                    sums[row] += len(extra) * float(out[row, np.unique(places[row], return_index=True)[1]].mean())
+        return [total / len(head) for total, head in zip(sums, heads, strict=True)]
+
+    def _closing(self, row: Sequence[int]) -> list[int]:
+        """Ids that end the thinking of a prompt before it begins; none where there are no tags, or no room."""
+        tags = self.text.think_ids if self.text else None
+        if tags is None:
+            return []
+        first, last = tags
+        ids = [*(() if tuple(row[-len(first) :]) == first else first), *last]
+        return ids if len(row) + len(ids) < self.build.max_seq_len else []
 
     def _reason(self, token: int, num_new: int, num_prompt: int, params: GenerationParams, eos_ids: frozenset[int]) -> str | None:
         if token in eos_ids:
@@ -251,9 +308,9 @@ class Engine:
         return self.runner.step(batch.feed(new, logit_rows))
 
     def _prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
-        """Feed whole rows; float32 logits [B, vocab] of each row's last token."""
+        """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""
         logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
-        done = [0] * len(rows)
+        done = [len(fed) for fed in batch.tokens]
         while any(at < len(row) for at, row in zip(done, rows, strict=True)):
             new = batch.cut([row[at:] for at, row in zip(done, rows, strict=True)], self.build.max_input_len)
             out = self._step(batch, new, [[max(len(x) - 1, 0)] for x in new])[:, 0]
