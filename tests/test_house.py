@@ -39,9 +39,10 @@ LAYERS = (
     ("describe", "bench", "requests", "plot"),
     ("evaluate",),
     ("distill",),
+    ("capture",),
     ("console", "recipes"),
     ("command",),
-    ("cli_distill", "cli_eval"),
+    ("cli_calibrate", "cli_distill", "cli_eval"),
     ("cli",),
     ("__main__", "demo"),
 )

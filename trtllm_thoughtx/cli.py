@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from trtllm_thoughtx import __version__
+from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
 from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command
@@ -223,6 +224,10 @@ def main() -> NoReturn:
 
 def distill_main() -> NoReturn:
     sys.exit(run(distill, "thoughtx-distill"))
+
+
+def calibrate_main() -> NoReturn:
+    sys.exit(run(calibrate, "thoughtx-calibrate"))
 
 
 def convert_main() -> NoReturn:

@@ -63,6 +63,48 @@ def accuracy_plot(path: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path)
 
 
+def capture_plot(path: Path, found: Mapping[str, Any]) -> None:
+    """What windows keep against their cache; by layer and by distance for the chosen one; adaptive chunks beside fixed ones."""
+    rows, chosen, tasks, fitted = found["windows"], found["chosen"], found["tasks"], found["adaptive"]
+    figure, axes = _figure(2 + (tasks is not None) + (fitted is not None))
+    shares = [100 * row["share"] for row in rows]
+    for key, name in (("mean", "mean"), ("p5", "5th percentile")):
+        axes[0].scatter(shares, [row["everywhere"]["with_sinks"][key] for row in rows], s=12, label=name)
+    axes[0].axhline(found["target_capture"], color="gray", linewidth=0.8, linestyle="--")
+    if chosen is not None:
+        axes[0].axvline(shares[chosen], color="tab:red", linewidth=0.8, label="chosen")
+    axes[0].set(title="attention mass kept", xlabel=f"KV cache, % of {found['context']} tokens", ylim=(-0.03, 1.03), xscale="log")
+    axes[0].legend(fontsize=8)
+    shown = rows[chosen if chosen is not None else -1]
+    for population, color in (("everywhere", "tab:blue"), ("where_hidden", "tab:orange")):
+        for key, style in (("mean", "-"), ("p5", "--"), ("min", ":")):
+            values = [layer[key] for layer in shown[population]["with_sinks"]["layers"]]
+            axes[1].plot(range(len(values)), values, style, color=color, label=f"{key}, {population.replace('_', ' ')}")
+    axes[1].set(title="by layer, " + ("chosen window" if chosen is not None else "largest window"), xlabel="layer", ylim=(-0.03, 1.03))
+    axes[1].legend(fontsize=7)
+    at = 2
+    if tasks is not None:
+        drawn = [("full attention", tasks["full"])]
+        drawn += [(f"{rows[int(i)]['slots']} slots", one) for i, one in sorted(tasks["windows"].items(), key=lambda pair: int(pair[0]))]
+        for name, one in drawn:
+            bins = one["by_distance"]
+            axes[at].plot([row["up_to"] for row in bins], [100 * row["accuracy"] for row in bins], marker="o", markersize=3, label=name)
+        axes[at].set(title="lookups right, %", xlabel="distance of the farthest fact, words, up to", xscale="log", ylim=(-3, 103))
+        axes[at].legend(fontsize=7)
+        at += 1
+    if fitted is not None:
+        slots = [point["mean_slots"] for point in fitted["curve"]]
+        for key in ("chosen", "fixed", "random"):
+            axes[at].plot(slots, [100 * point[key] for point in fitted["curve"]], label=f"{key}, any base")
+        for one in fitted["systems"]:
+            axes[at].scatter(one["mean_slots"], 100 * one["accuracy"], label=one["system"])
+        axes[at].set(title="adaptive chunks: right answers, %", xlabel="mean slots of the window")
+        axes[at].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def curves_plot(path: Path, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """The loss of each stage over its steps, and the reward or accuracy where the log has them."""
     drawn = {name: rows for name, rows in stages.items() if rows}

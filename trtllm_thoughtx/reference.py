@@ -102,6 +102,24 @@ class Reference:
                 hook.remove()
         return _numpy(output.logits[0]), hidden
 
+    def attention(self, ids: Sequence[int], visit: Callable[[int, np.ndarray], None]) -> None:
+        """Run with full attention and hand each layer's softmax, float [heads, length, length], to `visit(layer, weights)`."""
+
+        def hook(layer: int) -> Callable[..., None]:
+            def look(_module: Any, _inputs: Any, output: Any) -> None:
+                visit(layer, _numpy(output[1][0]))
+
+            return look
+
+        hooks = [block.self_attn.register_forward_hook(hook(i)) for i, block in enumerate(self._model.model.layers)]
+        try:
+            with torch.inference_mode(), self._precision():
+                mask = additive_mask(len(ids), None, DTYPES[self.dtype])
+                self._model.model(input_ids=torch.tensor([list(ids)]), attention_mask=mask, use_cache=False)
+        finally:
+            for one in hooks:
+                one.remove()
+
     def close(self) -> None:
         """Give the weights back before the next model is loaded."""
         self._model = None

@@ -127,6 +127,14 @@ class Engine:
                     row.append(value)
         return [np.stack(row) for row in logits]
 
+    def complexity(self, prompts: Sequence[Sequence[int]]) -> list[float]:
+        """Mean entropy, in nats, of what the model expects after the tokens of each prompt; see `chunks`."""
+        found: list[float] = []
+        for start in range(0, len(prompts), self.build.max_batch_size):
+            rows = [list(row) for row in prompts[start : start + self.build.max_batch_size]]
+            found += self._complexity(self._start(rows, self.build.max_chunk_size or None), rows)
+        return found
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -232,7 +240,7 @@ class Engine:
 
     def _complexity(self, batch: Batch, rows: list[list[int]]) -> list[float]:
         """Feed the first chunk of each row at most; the mean entropy, in nats, of what the model expects after its tokens."""
-        heads = [row[: self.build.max_chunk_size] for row in rows]
+        heads = [row[: self.build.max_chunk_size or None] for row in rows]
         sums, done = [0.0] * len(rows), [0] * len(rows)
         most = min(chunks.NUM_ROWS, self.runner.max_logit_rows)
         while any(at < len(head) for at, head in zip(done, heads, strict=True)):

@@ -1,0 +1,47 @@
+"""The sequences that attention is looked at on, and the questions that cost is counted on: generated, or from the user's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtllm_thoughtx.distill.traces import Trace, read_traces
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate.questions import Question, generated
+from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.tasks.item import BOUNDARY
+
+SPLIT = "validation"  # neither trained on nor asked in an evaluation
+LENGTHS = (0, 128, 256, 512, 1000)  # words of context of generated lookups
+TASKS = ("chain", "lookup", "story", "loan")
+
+
+def questions_of(data: Path | None, num_items: int, seed: int) -> list[Question]:
+    """`num_items` of each generated task, or as many rows of a file of traces (E161 for rows that cannot be used)."""
+    if data is None:
+        return generated(TASKS, SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
+    return [_question(trace) for trace in read_traces(data)[:num_items]]
+
+
+def _question(trace: Trace) -> Question:
+    return Question(id=trace.id, task="file", prompt=trace.prompt, expected=trace.answer)
+
+
+def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, seed: int) -> list[list[int]]:
+    """Token ids of whole traces, question, thought and answer, cut behind `context` tokens."""
+    if text.think_ids is None:
+        why = "its tokenizer and chat template have no thinking tags"
+        raise ThoughtxError("E112", "traces cannot be written", where="--model_dir", why=why, fix="use a reasoning model's tokenizer files")
+    if data is None:
+        drawn = generated(TASKS, SPLIT, num_items=-(-num_samples // len(TASKS)), seed=seed, lengths=LENGTHS[::-1], sizes=(4,))
+        told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
+    else:
+        told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]
+    first, last = text.think_ids
+    found = []
+    for prompt, steps, answer in told[:num_samples]:
+        ids = text.chat(prompt)
+        ids += () if tuple(ids[-len(first) :]) == first else first
+        for step in steps:
+            ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
+        found.append([*ids, *last, *text.encode(answer, add_special=False)][:context])
+    return found
