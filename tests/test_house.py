@@ -255,4 +255,5 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"trtllm_thoughtx"}
     assert "trtllm_thoughtx/samples/thoughtx-tiny/model.safetensors" in names
     assert "trtllm_thoughtx/build_configs/thoughtx-tiny.yaml" in names
+    assert "trtllm_thoughtx/plugins/chunked_attention/resources.json" in names
     assert not [name for name in names if "cache" in name]

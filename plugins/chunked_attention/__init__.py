@@ -1,0 +1,1 @@
+"""Kernels of `thoughtx::ChunkedAttention`, their PyTorch operator, and what ships them; see plugins/README.md."""
