@@ -116,7 +116,7 @@ def curves_plot(path: Path, stages: Mapping[str, Sequence[Mapping[str, float]]])
                 where = axis.twinx() if twin else axis
                 where.plot(*zip(*points, strict=True), color="tab:orange" if twin else "tab:blue", label=key)
                 where.set_ylabel(key, color="tab:orange" if twin else "tab:blue")
-        if name in ("base", "supervised") and all(row["loss"] > 0 for row in rows if "loss" in row):
+        if name in ("base", "practice", "supervised") and all(row["loss"] > 0 for row in rows if "loss" in row):
             axis.set_yscale("log")
         axis.set(title=name, xlabel="optimizer steps")
         axis.grid(alpha=0.3)

@@ -41,6 +41,7 @@ def card(
     seconds: Mapping[str, float],
     seed: int,
     ablation: Mapping[str, Any] | None,
+    note: str = "",
 ) -> str:
     """Markdown. `found` is a summary of held-out questions, `logs` the log of each stage, `ablation` the comparison of the stages."""
     tasks = found["tasks"]
@@ -66,7 +67,7 @@ def card(
         f"{HEAD}# {name}",
         f"A small reasoning model that is made, not downloaded: stock `Qwen2ForCausalLM`, eight layers, trained by trtllm-thoughtx "
         f"{__version__} on generated tasks so that its engines can be judged by what they answer. {ABOUT[name]}",
-        "It was made by the steps of `make sample`, some of them started by hand; weights that are made again need not be the same bit for "
+        f"It was made by the steps of `make sample`. {note + ' ' if note else ''}Weights that are made again need not be the same bit for "
         "bit. It knows the tasks below and nothing else.",
         "## Held-out questions, greedy, exact match",
         markdown_table(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), shares),
@@ -78,8 +79,8 @@ def card(
         f"{_percent(cut['answered_when_sufficient'])} rightly. "
         f"Expected calibration error of the answers' probabilities, all questions: {found['calibration_error']:.4f}.",
         "## Training",
-        f"Seed {seed}. A teacher of twelve layers; a base from eight of them, its logits learned along with the traces; this sample "
-        "from the base. "
+        f"Seed {seed}. A teacher of twelve layers; a base from eight of them, its logits learned along with the traces, then "
+        "practised without them; this sample from there. "
         + "; ".join(f"{names} {value / 60:.0f} minutes" for names, value in seconds.items())
         + " on two CPU cores. Every point of the curves is in `training-log.jsonl`.",
         markdown_table(("stage", "steps", "first loss", "last loss", "minutes"), stages),

@@ -1,6 +1,6 @@
-"""Make the sample checkpoints that the package ships, from a seed (`make sample`): four recipes of build_configs, measured.
+"""Make the sample checkpoints that the package ships, from a seed (`make sample`): five recipes of build_configs, measured.
 
-    teacher-start -> tiny-teacher -> tiny-base -> thoughtx-tiny (three stages) and longcot-tiny (side by side) -> shipped/
+    teacher-start -> tiny-teacher -> tiny-base -> tiny-practice -> thoughtx-tiny (three stages) and longcot-tiny (side by side) -> shipped/
 
 A run that was killed goes on when it is started again. `shipped/` holds each sample as the package has it: weights, tokenizer,
 training log and curves, accuracy on held-out questions, and a model card made from them.
@@ -69,11 +69,17 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
     """Train teacher and students in `out`; seconds and stages of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").is_file() else {}
-    start, teacher, base = out / "teacher-start", *(out / name / "supervised" / "model" for name in ("tiny-teacher", "tiny-base"))
+    start, names = out / "teacher-start", ("tiny-teacher", "tiny-base", "tiny-practice")
+    teacher, base, practised = (out / name / "supervised" / "model" for name in names)
     if not start.is_dir():
         models.new_model(start, num_layers=NUM_TEACHER_LAYERS, seed=seed, **SHAPE)
     made: dict[str, Any] = {}
-    for names, student, guide in ((("tiny-teacher",), start, None), (("tiny-base",), teacher, teacher), (STUDENTS, base, None)):
+    for names, student, guide in (
+        (("tiny-teacher",), start, None),
+        (("tiny-base",), teacher, teacher),
+        (("tiny-practice",), base, None),
+        (STUDENTS, practised, None),
+    ):
         began = time.monotonic()
         share = max(1, num_threads // len(names))
         running = {name: _start(name, out, student, guide, share, ["--seed", str(seed), *extra]) for name in names}
@@ -98,14 +104,15 @@ def measure(model_dir: Path, seed: int, progress: Progress) -> record.Result:
         system.close()
 
 
-def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress: Progress) -> dict[str, Any]:
-    """Write `out/shipped/name`; its summary."""
+def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress: Progress, note: str = "") -> dict[str, Any]:
+    """Write `out/shipped/name`; its summary. `note` goes into the card."""
     stages = [stage for stage in STAGES if (out / name / stage / "model" / "config.json").is_file()]
     model = out / name / stages[-1] / "model"
     result = measure(model, seed, progress)
     result.system.update(name=name, path=name)
     found = summary.summarize(result)
-    logs = {"base": loop.read_log(out / "tiny-base" / "supervised"), **{stage: loop.read_log(out / name / stage) for stage in stages}}
+    before = {name: loop.read_log(out / f"tiny-{name}" / "supervised") for name in ("base", "practice")}
+    logs = {**before, **{stage: loop.read_log(out / name / stage) for stage in stages}}
     ablation = out / name / "ablation.json"
     (out / "shipped").mkdir(exist_ok=True)
     with atomic_dir(out / "shipped" / name, force=True) as root:
@@ -119,7 +126,8 @@ def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress
         stages_compared = json.loads(ablation.read_bytes()) if ablation.is_file() else None
         digest = sha256_of(root / "model.safetensors")
         (root / "README.md").write_text(
-            card(name, found, logs, sha256=digest, seconds=seconds, seed=seed, ablation=stages_compared), encoding="utf-8"
+            card(name, found, logs, sha256=digest, seconds=seconds, seed=seed, ablation=stages_compared, note=note),
+            encoding="utf-8",
         )
     return {"sha256": digest, "accuracy": {task: row["accuracy"] for task, row in found["tasks"].items()}}
 
@@ -129,11 +137,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("sample-out"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--note", default="", help="a sentence for the cards")
     args, extra = parser.parse_known_args()
     made = make(args.output_dir, seed=args.seed, num_threads=args.num_threads, extra=extra)
     progress = Progress()
     for name in STUDENTS:
-        made[name] = ship(name, args.output_dir, seed=args.seed, seconds=made["seconds"], progress=progress)
+        made[name] = ship(name, args.output_dir, seed=args.seed, seconds=made["seconds"], progress=progress, note=args.note)
     print(report.to_json(made))
 
 
