@@ -198,3 +198,68 @@ def test_the_record_covers_every_generation_and_spills_next_to_nothing():
         assert max(row["spill_bytes"] for row in mine.values()) <= 4
         if cc != 90 and cc != 100:
             assert max(row["shared_bytes"] for row in mine.values()) <= tiles.SMALL_SHARED
+
+
+STUB = r"""
+#include <stdio.h>
+#include <string.h>
+static char name[64]; static unsigned seen[7]; static void *given[16]; static int shared = -1, loaded = 0;
+int cuModuleLoadData(void **m, const void *image) { loaded = strstr(image, ".entry") != 0; *m = (void *)1; return loaded ? 0 : 218; }
+int cuModuleGetFunction(void **f, void *m, const char *n) { strncpy(name, n, 63); *f = (void *)2; return 0; }
+int cuFuncSetAttribute(void *f, int what, int value) { shared = what == 8 ? value : -2; return 0; }
+int cuLaunchKernel(void *f, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned g, unsigned s, void *q, void **p, void **x) {
+  unsigned all[7] = {a, b, c, d, e, g, s}; memcpy(seen, all, sizeof seen); memcpy(given, p, 10 * sizeof(void *));
+  return *(int *)given[8] < 0 ? 1 : 0; }
+int cuModuleUnload(void *m) { loaded = 0; return 0; }
+long long at(int i) { return i == 100 ? shared : i == 101 ? loaded : i >= 50 ? seen[i - 50] : i < 6 || i == 9 ? *(long long *)given[i] : *(int *)given[i]; }
+"""
+
+
+def test_the_launcher_passes_what_the_kernel_declares(tmp_path):
+    """Over a driver of our own that keeps what it is given."""
+    import ctypes
+    import shutil
+
+    from trtllm_thoughtx.plugins.chunked_attention.artifacts import Artifact
+    from trtllm_thoughtx.plugins.chunked_attention.launch import DriverError, Kernel
+
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to compile the stand-in with")
+    (tmp_path / "stub.c").write_text(STUB)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "stub.so", tmp_path / "stub.c"], check=True)
+    library = str(tmp_path / "stub.so")
+    tile = tiles.tile_for(90, 128, 4096)
+    artifact = Artifact("attend", "attend", ".entry attend(", "", 10, tile.num_warps, 132096, 200, 0, tile)
+    kernel = Kernel(artifact, library)
+    kernel.launch((5, 8, 1), [101, 102, 103, 104, 105, 106], [4, 33, 4096], [1 << 40])
+    at = ctypes.CDLL(library).at
+    at.restype = ctypes.c_longlong
+    assert [at(i) for i in range(10)] == [101, 102, 103, 104, 105, 106, 4, 33, 4096, 1 << 40]
+    assert [at(50 + i) for i in range(7)] == [5, 8, 1, 32 * tile.num_warps, 1, 1, 132096] and at(100) == 132096 and at(101) == 1
+    with pytest.raises(ValueError, match="takes 10 parameters, got 9"):
+        kernel.launch((1, 1, 1), [0] * 6, [1, 2], [0])
+    with pytest.raises(DriverError, match="cuLaunchKernel of attend: status 1"):
+        kernel.launch((1, 1, 1), [0] * 6, [1, 2, -1], [0])
+    kernel.close()
+    assert at(101) == 0
+    with pytest.raises(DriverError, match="cannot be loaded"):
+        Kernel(artifact, str(tmp_path / "none.so"))
+    with pytest.raises(DriverError, match="cuModuleLoadData"):
+        Kernel(Artifact("x", "x", "no kernel", "", 1, 1, 0, 0, 0, tile), library)
+
+
+@pytest.mark.parametrize("name", ["gpu_check", "gpu_bench"])
+def test_the_gpu_scripts_work_in_the_interpreter_and_claim_nothing(name):
+    module = f"trtllm_thoughtx.plugins.chunked_attention.bench.{name}"
+    done = subprocess.run([sys.executable, "-m", module, "--interpret", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "nothing here was measured on a GPU" in found["environment"]["note"] and found["rows"]
+    if name == "gpu_bench":
+        assert set(found["passed"].values()) == {None}
+        assert {row["system"] for row in found["rows"]} == {"thoughtx", "SDPA dense", "SDPA virtual batches"}
+    else:
+        assert found["ok"]
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, "-m", module], env=COMPILING, capture_output=True, text=True, check=False)
+        assert done.returncode == 4 and "fix:" in done.stderr and not done.stdout

@@ -69,8 +69,8 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
     """Train teacher and students in `out`; seconds and stages of each."""
     out.mkdir(parents=True, exist_ok=True)
     seconds = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").is_file() else {}
-    start, names = out / "teacher-start", ("tiny-teacher", "tiny-base", "tiny-practice")
-    teacher, base, practised = (out / name / "supervised" / "model" for name in names)
+    start, shared = out / "teacher-start", ("tiny-teacher", "tiny-base", "tiny-practice")
+    teacher, base, practised = (out / name / "supervised" / "model" for name in shared)
     if not start.is_dir():
         models.new_model(start, num_layers=NUM_TEACHER_LAYERS, seed=seed, **SHAPE)
     made: dict[str, Any] = {}
