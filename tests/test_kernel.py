@@ -207,11 +207,14 @@ static char name[64]; static unsigned seen[7]; static void *given[16]; static in
 int cuModuleLoadData(void **m, const void *image) { loaded = strstr(image, ".entry") != 0; *m = (void *)1; return loaded ? 0 : 218; }
 int cuModuleGetFunction(void **f, void *m, const char *n) { strncpy(name, n, 63); *f = (void *)2; return 0; }
 int cuFuncSetAttribute(void *f, int what, int value) { shared = what == 8 ? value : -2; return 0; }
-int cuLaunchKernel(void *f, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned g, unsigned s, void *q, void **p, void **x) {
-  unsigned all[7] = {a, b, c, d, e, g, s}; memcpy(seen, all, sizeof seen); memcpy(given, p, 10 * sizeof(void *));
+typedef unsigned u;
+int cuLaunchKernel(void *f, u a, u b, u c, u d, u e, u g, u s, void *q, void **p, void **x) {
+  u all[7] = {a, b, c, d, e, g, s}; memcpy(seen, all, sizeof seen); memcpy(given, p, 10 * sizeof(void *));
   return *(int *)given[8] < 0 ? 1 : 0; }
 int cuModuleUnload(void *m) { loaded = 0; return 0; }
-long long at(int i) { return i == 100 ? shared : i == 101 ? loaded : i >= 50 ? seen[i - 50] : i < 6 || i == 9 ? *(long long *)given[i] : *(int *)given[i]; }
+long long at(int i) {
+  if (i >= 50) return i == 100 ? shared : i == 101 ? loaded : seen[i - 50];
+  return i < 6 || i == 9 ? *(long long *)given[i] : *(int *)given[i]; }
 """
 
 

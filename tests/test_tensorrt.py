@@ -397,7 +397,7 @@ def feeds(width: int, num_rows: int) -> dict[str, np.ndarray]:
 class TestRunner:
     def test_steps_through_the_parts(self, gpu: Any) -> None:
         runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
-        assert runner.max_logit_rows == 32
+        assert runner.max_logit_rows == 8
         runner.start(2)
         for width, num_rows, profile in ((5, 3, 0), (1, 1, 1), (1, 2, 0), (7, 1, 0)):
             logits = runner.step(feeds(width, num_rows))

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_thoughtx import engine_dir, files, report
-from trtllm_thoughtx.build_options import CHUNKS, resolve
-from trtllm_thoughtx.config import AUTO, BuildConfig
+from trtllm_thoughtx.build_options import CHUNKS, refuse, resolve
+from trtllm_thoughtx.config import AUTO, PLUGIN_LIBRARY, BuildConfig
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
@@ -37,6 +38,7 @@ PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
 MAX_LOGIT_ROWS = 32  # of one sequence and call in a TensorRT plan: enough to check drafts and to measure a prompt's complexity
+LIBRARY_BYTES = 256 << 20
 MEMORY_FACTOR = 4.2  # of a TensorRT build, over the weights of its largest part: 3.2 as measured, and the next part's weights
 
 
@@ -58,7 +60,10 @@ def build(
     began = time.monotonic()
     with open_weights(checkpoint_dir) as source:
         config = source.config
-        settings = resolve(config, options or {})
+        given = dict(options or {})
+        library = given.pop("plugin_library", None)
+        settings = resolve(config, given)
+        _check_library(settings, library)
         graphs = [decoder_graph(config, settings, part) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
@@ -74,6 +79,8 @@ def build(
             files.require_space(output_dir.parent, plan["disk_bytes"])
             _load_backends(settings)
             with files.atomic_dir(output_dir, force=force) as partial:
+                if library is not None:
+                    (partial / PLUGIN_LIBRARY).write_bytes(files.read_named(library, LIBRARY_BYTES))
                 parts, checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
                 _copy(source.carried(), partial)
                 _write_json(partial / engine_dir.CONFIG, engine_dir.config_json(config, settings, parts))
@@ -91,6 +98,17 @@ def build(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": checks}
+
+
+def _check_library(settings: BuildConfig, library: Path | None) -> None:
+    """E001 unless a library is named exactly where one is needed; E101 when it is no shared library."""
+    if settings.plugin == "cpp" and library is None:
+        raise refuse("plugin", "cpp", "it needs the shared library", "make plugin TRT_INCLUDE=..., and give it with --plugin_library")
+    if settings.plugin != "cpp" and library is not None:
+        raise refuse("plugin_library", library, f"the plugin's form is {settings.plugin}", "add --plugin cpp, or leave it out")
+    if library is not None and files.read_named(library, LIBRARY_BYTES)[:4] != b"\x7fELF":
+        fix = "give the .so that make plugin wrote"
+        raise ThoughtxError("E101", "not a shared library", where=str(library), why="it does not begin as an ELF file does", fix=fix)
 
 
 def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path) -> dict[str, Any]:
@@ -223,6 +241,8 @@ def _build_plan(
         float32=settings.dtype == "float32",
         log_path=_log_path(output_dir, backend),
         progress=progress,
+        plugin=settings.plugin if backend == "tensorrt" else "function",
+        plugin_library=partial / PLUGIN_LIBRARY if backend == "tensorrt" and settings.plugin == "cpp" else None,
     )
     plan = {
         "file": file,
@@ -231,7 +251,7 @@ def _build_plan(
         "weights_sha256": ready.entry["weights_sha256"],
         "compute_capabilities": list(settings.compute_capabilities) if backend == "tensorrt-rtx" else ["native"],
     }
-    evidence = {"expected": graph.num_attention, "found": info.num_attention}
+    evidence = {"expected": graph.num_attention, "found": info.num_attention, "form": settings.plugin}
     return plan, {"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}
 
 
@@ -301,6 +321,8 @@ def _command(checkpoint_dir: Path, output_dir: Path, settings: BuildConfig) -> s
         for name in CHUNKS:
             value = given.get(name, getattr(settings, name))
             words += [f"--{name}", str(value)] if value or type(value) is int else []
+    if settings.plugin != "function":
+        words += ["--plugin", settings.plugin]
     if settings.stages:
         words += ["--early_exit_layers", ",".join(map(str, settings.stages))]
     return " ".join(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trtllm_thoughtx.config import AUTO, BACKENDS, CHUNK_STEP, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import AUTO, BACKENDS, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
@@ -16,7 +16,7 @@ MAX_BATCH, MAX_LEN = 4096, 1 << 24
 CHUNKS = ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors", "base_size", "threshold_low")
 KNOWN = (
     *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", *CHUNKS),
-    *("early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
+    *("plugin", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
 )
 
 
@@ -45,6 +45,7 @@ def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
         max_input_len=max_input_len,
         max_seq_len=max_seq_len,
         **_chunks(given, max_seq_len),
+        plugin=_plugin(given, backends, dtype),
         stages=_stages(config, given, dtype, backends),
         compute_capabilities=tuple(_listed(given.get("compute_capabilities")) or BuildConfig().compute_capabilities),
         optimization_level=_level(given),
@@ -108,6 +109,22 @@ def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
         "base_size": base_size,
         "threshold_low": threshold_low,
     }
+
+
+def _plugin(given: Mapping[str, Any], backends: tuple[str, ...], dtype: str) -> str:
+    form = given.get("plugin", "function")
+    if form not in PLUGINS:
+        raise refuse("plugin", form, "there is no such form", f"choose from {', '.join(PLUGINS)}")
+    if "plugin" in given and not given.get("use_chunked_attention"):
+        raise refuse("plugin", form, "it is a form of the chunked attention", "add --use_chunked_attention")
+    if form == "function":
+        return form
+    if "tensorrt" not in backends:
+        why = f"only tensorrt engines hold plugins, and this build is for {', '.join(backends)}; all others run the function"
+        raise refuse("plugin", form, why, "add --backend tensorrt, or leave it out")
+    if dtype == "float32":
+        raise refuse("plugin", form, "the kernels compute in float16 and bfloat16", "give --dtype float16 or bfloat16")
+    return form
 
 
 def _nats(given: Mapping[str, Any], name: str, high: float) -> float:

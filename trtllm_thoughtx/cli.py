@@ -18,7 +18,7 @@ from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
 from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command
-from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
+from trtllm_thoughtx.config import BACKENDS, DTYPES, PLUGINS, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.progress import Progress
@@ -78,6 +78,8 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 @click.option("--num_anchors", type=COUNT, help="Older chunks whose last token stays visible.")
 @click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of a chosen chunk per nat of a prompt's complexity.")
 @click.option("--threshold_low", type=NATS, help="Prompts of less complexity, in nats, are answered in a single step.")
+@click.option("--plugin", type=OneOf(PLUGINS), help="Form of the chunked attention in a tensorrt engine.  [default: function]")
+@click.option("--plugin_library", type=PATH, help="Shared library of --plugin cpp; `make plugin` makes it.")
 @click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
 @click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
 @click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")

@@ -13,6 +13,8 @@ from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+PLUGINS = ("function", "aot", "cpp")
+PLUGIN_LIBRARY = "libthoughtx_chunked_attention.so"  # in an engine directory whose plans need it
 AUTO = "auto"  # the chunk size of a request for which the engine chooses one
 CHUNK_STEP = 16  # chosen chunk sizes are multiples of it
 
@@ -92,6 +94,7 @@ class BuildConfig:
     adaptive_chunks: bool = False  # a request that names no chunk size gets one from its complexity
     base_size: float = 0.0  # tokens of chunk per nat of complexity; 0: the engine cannot choose
     threshold_low: float = 0.0  # nats; a prompt below it is answered in a single step
+    plugin: str = "function"  # form of the chunked attention in a tensorrt engine
     stages: tuple[int, ...] = ()
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None

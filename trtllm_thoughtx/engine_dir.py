@@ -2,6 +2,7 @@
 
     config.json      version, pretrained_config (TensorRT-LLM's fields), build_config (trtllm-build's names), thoughtx (ours)
     rank0.onnx/.data the graph and its weights; rank0.stage{k} and rank0.head when cut into stages
+    libthoughtx_chunked_attention.so   the plugin library that the plans need, with --plugin cpp
     rank0.engine     the TensorRT plan of the graph of that name (rank0.trt.engine for plain TensorRT)
     manifest.json    sha256 of every file, what they were made from
     tokenizer files  as they came with the checkpoint
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__, report
-from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
@@ -79,7 +80,8 @@ class EngineDir:
         """The files that `backend` loads."""
         if backend == "onnxruntime":
             return [part[key] for part in self.parts for key in ("onnx", "data")]
-        return [part["plans"][backend]["file"] for part in self.parts]
+        library = [PLUGIN_LIBRARY] if backend == "tensorrt" and self.build.plugin == "cpp" else []
+        return [*library, *(part["plans"][backend]["file"] for part in self.parts)]
 
     def choose(self, backend: str | None) -> str:
         """`backend`, or the first that this directory holds; E101 when it holds none such."""
@@ -133,8 +135,8 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
             raise _malformed(where, f"thoughtx.build.{name} is {shown(value)}")
         values[name] = value
     build = BuildConfig(**values)
-    if build.dtype not in DTYPES or not set(build.backends) <= set(BACKENDS):
-        raise _malformed(where, "thoughtx.build names an unknown dtype or backend")
+    if build.plugin not in PLUGINS or build.dtype not in DTYPES or not set(build.backends) <= set(BACKENDS):
+        raise _malformed(where, "thoughtx.build names an unknown dtype, backend or plugin")
     if min(build.max_batch_size, build.max_input_len, build.max_seq_len) < 1 or (build.use_chunked_attention and build.chunk_size < 1):
         raise _malformed(where, "thoughtx.build has a limit below 1")
     if min(build.sink_tokens, build.left_chunks, build.num_anchors) < 0 or build.max_chunk_size < build.chunk_size:

@@ -1,6 +1,6 @@
 """PTX on a GPU through the driver alone, as TensorRT launches an ahead-of-time plugin: input pointers, int32 numbers, output pointers.
 
-What is launched is the text that ships (`artifacts`), not what Triton would compile for itself. The library is libcuda, or a stand-in for it.
+What is launched is the text that ships (`artifacts`), not what Triton would compile for itself. The library is libcuda, or a stand-in.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from trtllm_thoughtx.engines import trt_builder
 from trtllm_thoughtx.engines.trt_module import load_module, num_gpus, targets
 from trtllm_thoughtx.engines.trt_runner import TensorRTRunner
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.graph import chunked_attention
 from trtllm_thoughtx.progress import Progress
 
 __all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "describe_plan", "load_module", "num_gpus", "targets"]
@@ -34,6 +35,7 @@ Initializers = Callable[[], Iterable[tuple[str, np.ndarray]]]
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 
 ALIGNMENT = 4096
+AOT_MODULE = "trtllm_thoughtx.plugins.chunked_attention.trt.aot"
 BUILDER_FACTOR = 2.2  # memory that the builder needs beside the weights, over the weights; measured 2.0 to 2.1
 # The builder's environment: only what decides where libraries and GPUs are, and what makes its memory layout repeat. Without malloc's
 # caches a freed block merges with its neighbours at once, so that a timing printed with one digit more leaves fewer traces in the heap.
@@ -121,18 +123,26 @@ def build_plan(
     float32: bool,
     log_path: Path,
     progress: Progress,
+    plugin: str = "function",
+    plugin_library: Path | None = None,
 ) -> PlanInfo:
     """Build the plan of a serialized ONNX model whose large initializers are external; `initializers()` yields their values by name,
     or they are held already (and stay so).
 
     `profiles`: per optimization profile, (min, opt, max) shape by input. `num_attention`: attention layers that the parser must find.
-    `float32`: the graph is, so no TF32. The builder's messages are appended to `log_path`.
+    `plugin`: the form that the attention layers must have; "cpp" needs the shared library. `float32`: the graph is, so no TF32.
+    The builder's messages are appended to `log_path`.
     Raises ThoughtxError E103, E130, E201-E206; on any failure and on KeyboardInterrupt no plan is left and the builder is gone.
     """
     module = load_module(backend)
     request = {
         "module": module.__name__,
-        "module_dirs": _module_dirs(module.__name__),
+        "module_dirs": _module_dirs(module.__name__) + (_all_dirs() if plugin == "aot" else []),
+        "plugin": plugin,
+        "plugin_name": chunked_attention.NAME,
+        "plugin_namespace": chunked_attention.DOMAIN,
+        "plugin_library": None if plugin_library is None else str(plugin_library),
+        "aot_module": AOT_MODULE,
         "profiles": profiles,
         "targets": targets(module, backend, compute_capabilities),
         "optimization_level": optimization_level,
@@ -165,6 +175,11 @@ def _module_dirs(name: str) -> list[str]:
     """Where the module and its companions are installed: all of this process's sys.path that the builder needs."""
     specs = [importlib.util.find_spec(name + suffix) for suffix in ("", "_bindings", "_libs")]
     return [*dict.fromkeys(os.path.dirname(os.path.dirname(os.path.abspath(spec.origin))) for spec in specs if spec and spec.origin)]
+
+
+def _all_dirs() -> list[str]:
+    """Where this process finds its modules: the definition of a plugin in Python needs this package, Triton and NumPy."""
+    return [*dict.fromkeys([str(Path(trt_builder.__file__).parents[2]), *(path for path in sys.path if path)])]
 
 
 def _add_request(held: HeldWeights, model: bytes, request: dict[str, Any]) -> None:

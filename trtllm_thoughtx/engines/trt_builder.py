@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -42,6 +43,7 @@ ADDR_NO_RANDOMIZE, QUERY = 0x0040000, 0xFFFFFFFF
 STACK_BYTES = 8 << 20
 PR_SET_PDEATHSIG = 1
 ATTENTION_KINDS = ("ATTENTION_INPUT", "ATTENTION")  # one layer each; ATTENTION_OUTPUT closes the first kind
+PLUGIN_KINDS = ("PLUGIN_V3", "PLUGIN_V2", "PLUGIN")
 
 
 class BuildError(Exception):
@@ -153,8 +155,9 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
     builder = trt.Builder(logger)
     if builder is None:
         raise BuildError("E205", "the builder did not start", messages.reason())
+    flags = _provide_plugin(trt, request, messages)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows nothing else
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    network = builder.create_network(flags if flag is None else flags | 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     began = time.monotonic()
     offset, size = request["model"]
@@ -165,10 +168,7 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
     if not parsed or not parser.parse_model_proto():
         raise BuildError("E205", "the graph does not parse", _parser_errors(parser, messages))
     counts = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-    num_attention = sum(counts[kind] for kind in ATTENTION_KINDS)
-    if num_attention != request["num_attention"]:
-        what = f"the parser made {num_attention} attention layers of a graph that has {request['num_attention']}"
-        raise BuildError("E205", what, "other operators or a plugin took their place: the engine would be slow, or wrong")
+    num_attention = _count_attention(counts, request)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     _allow_decomposition(trt, network)
@@ -194,6 +194,36 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
         "num_attention": num_attention,
         "version": trt.__version__,
     }
+
+
+def _provide_plugin(trt: Any, request: dict[str, Any], messages: Messages) -> int:
+    """Make the asked form of the plugin known to the parser; flags of the network that it needs."""
+    form = request["plugin"]
+    if form == "aot":
+        aot = importlib.import_module(request["aot_module"])
+        try:
+            aot.register()
+        except aot.Refused as error:
+            raise BuildError("E201", "the ahead-of-time plugin cannot be used here", str(error)) from None
+        return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    if form == "cpp":
+        registry = trt.get_plugin_registry()
+        handle = registry.load_library(request["plugin_library"])
+        if handle is None or registry.get_creator(request["plugin_name"], "1", request["plugin_namespace"]) is None:
+            raise BuildError("E205", "the plugin library brings no ChunkedAttention", messages.reason())
+    return 0
+
+
+def _count_attention(counts: Counter[str], request: dict[str, Any]) -> int:
+    """Layers of the asked form. What the parser made is counted, never assumed."""
+    wanted, form = request["num_attention"], request["plugin"]
+    found = {"attention": sum(counts[kind] for kind in ATTENTION_KINDS), "plugin": sum(counts[kind] for kind in PLUGIN_KINDS)}
+    kind, other = ("attention", "plugin") if form == "function" else ("plugin", "attention")
+    if found[kind] != wanted or found[other]:
+        what = f"the parser made {found[kind]} {kind} layers of a graph that has {wanted}"
+        why = f"asked for: {form}; {found[other]} {other} layers took their place, or other operators: the engine would be slow, or wrong"
+        raise BuildError("E205", what, why)
+    return found[kind]
 
 
 def _callbacks(trt: Any, messages: Messages, plan: PlanFile) -> tuple[Any, Any, Any]:

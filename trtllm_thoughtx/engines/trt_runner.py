@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, ModelConfig
 from trtllm_thoughtx.engines.trt_module import load_module, num_gpus
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 
@@ -96,12 +96,21 @@ class TensorRTRunner:
         self.device = Device()
         self.errors: list[str] = []
         self.runtime = self.trt.Runtime(_logger(self.trt, self.errors))
+        if build.plugin == "cpp":
+            self._load_library(root / PLUGIN_LIBRARY)
         self.parts = [self._load(root, part["plans"][backend]["file"]) for part in parts]
         head = self.parts[-1].engine
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
         self.cache: dict[str, int] = {}
         self.batch_size = 0
         self.buffers: dict[str, tuple[int, int]] = {}  # name -> address and size; they only grow
+
+    def _load_library(self, path: Path) -> None:
+        """The engine directory's own copy, whose hash the manifest has: a library is a program."""
+        if self.trt.get_plugin_registry().load_library(str(path)) is None:
+            why = listed(self.errors) or "no message"
+            fix = f"build the engine again with a library made for {self.trt.__name__} {self.trt.__version__}"
+            raise ThoughtxError("E202", "the plugin library does not load", where=str(path), why=why, fix=fix)
 
     def _load(self, root: Path, file: str) -> Part:
         with files.open_inside(root, file) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as plan:

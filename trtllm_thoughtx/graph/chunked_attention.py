@@ -68,8 +68,20 @@ _ANCHORS = """\
 """
 
 
-def function_proto(*, anchors: bool = False) -> onnx.FunctionProto:
-    """The operator as an ONNX model-local function, with the attribute `anchors` or without it.
+def plugin_attributes(form: str, head_dim: int, groups: int, anchors: int) -> dict[str, int | str]:
+    """What a node carries beside the operator's own attributes so that TensorRT's parser takes a plugin for it; none for "function".
+
+    Since 10.15 the parser prefers the function unless the node itself has `plugin_namespace`, and it ignores attributes that a node
+    does not state. A parser without such a plugin, and onnxruntime, still take the function.
+    """
+    if form == "function":
+        return {}
+    named: dict[str, int | str] = {"plugin_namespace": DOMAIN, "plugin_version": "1", **({"aot": 1} if form == "aot" else {})}
+    return named | {"anchors": anchors, "head_dim": head_dim, "groups": groups}
+
+
+def function_proto(*, anchors: bool = False, plugin: str = "function") -> onnx.FunctionProto:
+    """The operator as an ONNX model-local function, with the attribute `anchors` or without it, and those that a plugin's nodes have.
 
     q [B, num_heads, S, head_dim], k and v [B, num_kv_heads, T, head_dim], q_positions int64 [B, S],
     kv_positions int64 [B, T], chunk_size int64 [B] -> y like q.
@@ -78,7 +90,9 @@ def function_proto(*, anchors: bool = False) -> onnx.FunctionProto:
     body = _BODY
     for mark, text in more.items():
         body = body.replace(mark, text)
-    return onnx.parser.parse_function(body)
+    made = onnx.parser.parse_function(body)
+    made.attribute.extend(name for name in plugin_attributes(plugin, 1, 1, 0) if name not in made.attribute)
+    return made
 
 
 def visible(

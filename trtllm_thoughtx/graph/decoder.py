@@ -138,7 +138,7 @@ def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
     functions = []
     if build.use_chunked_attention and b.num_attention:
         opsets.append(helper.make_opsetid(chunked_attention.DOMAIN, 1))
-        functions.append(chunked_attention.function_proto(anchors=build.num_anchors > 0))
+        functions.append(chunked_attention.function_proto(anchors=build.num_anchors > 0, plugin=build.plugin))
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
     return Graph(part, model, tuple(b.external), b.num_attention)
 
@@ -229,7 +229,9 @@ def _attention(b: _Builder, layer: int, h: str) -> str:
         inputs = [heads["q"], live["k"], live["v"], "positions", "kv_positions", "chunk_size"]
         sizes = {"sink": b.build.sink_tokens, "left": b.build.left_chunks}
         sizes |= {"anchors": b.build.num_anchors} if b.build.num_anchors else {}
-        y = b.node(chunked_attention.NAME, inputs, f"{name}.heads", domain=chunked_attention.DOMAIN, scale=scale, **sizes)
+        groups = config.num_heads // config.num_kv_heads
+        extra = sizes | chunked_attention.plugin_attributes(b.build.plugin, config.head_dim, groups, b.build.num_anchors)
+        y = b.node(chunked_attention.NAME, inputs, f"{name}.heads", domain=chunked_attention.DOMAIN, scale=scale, **extra)
     else:
         y = b.node("Attention", [heads["q"], live["k"], live["v"], "mask.visible"], f"{name}.heads", scale=scale)
     y = b.node("Transpose", [y], f"{name}.tokens", perm=[0, 2, 1, 3])
