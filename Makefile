@@ -7,7 +7,7 @@ VENV := .venv
 STAMP := $(VENV)/.stamp
 JOBS ?= 2
 
-.PHONY: help setup demo test lint bench sample clean
+.PHONY: help setup demo test lint bench sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,3 +45,6 @@ sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample
 clean: ## remove what demo and the tools wrote (keeps .venv)
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+plugin: ## the C++ plugin for one TensorRT: make plugin TRT_INCLUDE=/path/to/TensorRT/include (needs nvcc), in ./build
+	$(MAKE) -C plugins/chunked_attention/csrc TRT_INCLUDE="$(TRT_INCLUDE)" OUT="$(CURDIR)/build"
