@@ -1,11 +1,11 @@
 """Chunked attention beside full attention on a CPU, in the same backend: seconds of a long prefill, decoding, memory.
 
-    python bench/chunked.py [--shape 0.5b] [--length 8192] [--chunk_size 1024] [--left_chunks 0] [--rounds 2] [--json]
+    python bench/chunked.py [--shape qwen2.5-0.5b] [--length 8192] [--chunk_size 1024] [--left_chunks 0] [--rounds 2] [--json]
     python bench/chunked.py --long 131072          a small model reads a prompt of that many tokens within its window
 
 Random weights, float32, onnxruntime. Every measurement is a process of its own and the rounds interleave the two engines. Memory is
 what the kernel says of that process: the most it held, less what it held when the engine was loaded. KV bytes are those of the cache's
-shape. `--shape 7b` only computes: the plan of thoughtx-build, nothing is run.
+shape. `--shape qwen2.5-7b` only computes memory, in bfloat16; nothing is run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from real_shapes import COMMON, SHAPES
 
 MAKE = """
 import json, sys, torch, transformers
-sizes, out = json.loads(sys.argv[1]), sys.argv[2]
+family, sizes, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
-transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).to(torch.bfloat16).save_pretrained(out)
+model = getattr(transformers, family + "ForCausalLM")(getattr(transformers, family + "Config")(**sizes))
+model.to(torch.bfloat16).save_pretrained(out)
 """
 RUN = """
 import json, sys, numpy as np
@@ -53,6 +54,8 @@ SEVEN = {
     **{"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
 
+SEVEN_BYTES = 2 * 7_615_616_512  # its weights, embedding and head of their own
+
 
 def measured(engine: Path, length: int, batch: int, new: int) -> dict[str, Any]:
     command = [sys.executable, "-c", RUN, str(engine), str(length), str(batch), str(new)]
@@ -64,14 +67,14 @@ def kv_bytes(sizes: dict[str, Any], options: dict[str, Any], item: int) -> int:
     """Of one sequence, from the cache's shape."""
     from trtllm_thoughtx.config import BuildConfig
 
-    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    head_dim = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     per_token = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * head_dim * item
     return per_token * BuildConfig(**{key: value for key, value in options.items() if key != "backend"}).kv_capacity
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--shape", choices=["0.5b", "7b"], default="0.5b")
+    parser.add_argument("--shape", choices=[*SHAPES, "small", "qwen2.5-7b"], default="qwen2.5-0.5b")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--chunk_size", type=int, default=1024)
     parser.add_argument("--left_chunks", type=int, default=0)
@@ -88,19 +91,32 @@ def main() -> None:
     common = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": length, "max_batch_size": max(batches)}
     window = {"use_chunked_attention": True, "chunk_size": args.chunk_size, "sink_tokens": 4, "left_chunks": args.left_chunks}
     kinds = {"chunked": {**common, **window}} | ({} if args.long else {"full": common})
-    sizes = SMALL if args.long else SEVEN if args.shape == "7b" else SHAPES["qwen2.5-0.5b"][1]
-    result: dict[str, Any] = {"length": length, "chunk_size": args.chunk_size, "left_chunks": args.left_chunks, "engines": {}}
-    if args.shape == "7b":
+    shapes = {**SHAPES, "small": ("Qwen2", SMALL), "qwen2.5-7b": ("Qwen2", SEVEN)}
+    family, sizes = shapes["small" if args.long else args.shape]
+    result: dict[str, Any] = {
+        "shape": "small" if args.long else args.shape,
+        "length": length,
+        "chunk_size": args.chunk_size,
+        "left_chunks": args.left_chunks,
+        "engines": {},
+    }
+    if args.shape == "qwen2.5-7b":
         for name, options in kinds.items():
             kv = kv_bytes(sizes, options, item=2)
-            result["engines"][name] = {f"kv_mib_batch_{batch}": round(batch * kv / (1 << 20), 1) for batch in (1, 8, 32)}
+            result["engines"][name] = {
+                f"batch_{batch}": {
+                    "kv_mib": round(batch * kv / (1 << 20), 1),
+                    "total_gib": round((SEVEN_BYTES + batch * kv) / (1 << 30), 2),
+                }
+                for batch in (1, 8, 32)
+            }
         print(
             json.dumps({**result, "computed": "bfloat16 KV bytes from the cache's shape; nothing was run"}, indent=None if args.json else 2)
         )
         return
     with tempfile.TemporaryDirectory() as work:
         model = Path(work, "model")
-        subprocess.run([sys.executable, "-c", MAKE, json.dumps({**COMMON, **sizes}), str(model)], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", MAKE, family, json.dumps({**COMMON, **sizes}), str(model)], check=True, capture_output=True)
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
         for name, options in kinds.items():
             build(model, Path(work, name), options)
