@@ -96,6 +96,12 @@ def test_a_chunk_as_long_as_the_sequence_is_full_causal_attention_of_torch():
     assert_within_rounding(run(q, k, v, at, slots, [33, 100]), theirs, v, torch.float32)
 
 
+@pytest.mark.parametrize("chunk", [1 << 31, 1 << 32, 1 << 62])
+def test_a_chunk_beyond_int32_is_full_causal_attention(chunk):
+    given_ = case(np.random.default_rng(1), dtype=torch.float32, batch=1, heads=2, kv_heads=1, width=5, slots=40, head_dim=32)
+    assert_within_rounding(run(*given_, [chunk]), defined(*given_, [1000]), given_[2], torch.float32)
+
+
 def test_padding_on_the_left_and_queries_that_see_nothing_give_zeros():
     rng = np.random.default_rng(3)
     q, k, v, at, slots = case(rng, dtype=torch.float16, batch=2, heads=2, kv_heads=1, width=6, slots=40, head_dim=32, lengths=[30, 20])

@@ -35,6 +35,7 @@ FLOAT8_FROM = 89  # compute capability with e4m3 conversions
 FORMS = ("attend", "attend_split", "combine")
 RECORD = Path(__file__).with_name("resources.json")
 LOG2E = 1.4426950408889634
+PTX_VERSION = 87  # the oldest that names all these GPUs: a newer one needs a newer driver
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of one block (CUDA C++ programming guide, table of limits)
 
 
@@ -88,7 +89,7 @@ def compile_kernel(spec: Spec) -> Artifact:
     kernel = getattr(kernels, spec.form)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "ptx_version": PTX_VERSION}
     made = triton.compile(source, target=GPUTarget("cuda", spec.cc, 32), options=options)
     num_params = sum(kind != "constexpr" for kind in signature.values())
     ptx = strip_scratch(made.asm["ptx"], made.metadata.name, num_params)

@@ -145,7 +145,7 @@ def attend(
     places = ((head.to(tl.int64) * GROUPS + rows % GROUPS) * S + s)[:, None] * D + dims[None, :]
     inside = exists[:, None] & (dims < D)[None, :]
     q = tl.load(Q + places, mask=inside, other=0.0)
-    chunk = tl.load(CHUNK_SIZE + b).to(tl.int32)
+    chunk = tl.minimum(tl.load(CHUNK_SIZE + b), MANY).to(tl.int32)
     k_scale, v_scale = 1.0, 1.0
     if SCALED:
         k_scale, v_scale = tl.load(KS + head % HK), tl.load(VS + head % HK)
@@ -197,7 +197,7 @@ def attend_split(
     places = ((head.to(tl.int64) * GROUPS + rows % GROUPS) * S + s)[:, None] * D + dims[None, :]
     inside = exists[:, None] & (dims < D)[None, :]
     q = tl.load(Q + places, mask=inside, other=0.0)
-    chunk = tl.load(CHUNK_SIZE + b).to(tl.int32)
+    chunk = tl.minimum(tl.load(CHUNK_SIZE + b), MANY).to(tl.int32)
     k_scale, v_scale = 1.0, 1.0
     if SCALED:
         k_scale, v_scale = tl.load(KS + head % HK), tl.load(VS + head % HK)

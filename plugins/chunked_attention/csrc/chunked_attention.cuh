@@ -15,6 +15,7 @@ namespace thoughtx {
 
 constexpr int kTile = 32;   // keys at a time, one for each lane
 constexpr int kWarps = 4;   // rows of a block
+constexpr int kMany = 1 << 30;  // more than any position
 constexpr float kNever = -1.0e30F;  // a score that no visible key has
 
 struct Window {
@@ -60,7 +61,7 @@ __global__ void attend(T const* q, T const* k, T const* v, int64_t const* q_posi
     bool const exists = row < rows;
     int const query = exists ? row / shape.groups : 0;
     int const p = exists ? static_cast<int>(q_positions[static_cast<int64_t>(b) * shape.num_queries + query]) : -1;
-    int const chunk = static_cast<int>(chunk_size[b]);
+    int const chunk = chunk_size[b] < kMany ? static_cast<int>(chunk_size[b]) : kMany;
     int64_t const place = ((static_cast<int64_t>(head) * shape.groups + row % shape.groups) * shape.num_queries + query) * D;
     for (int d = lane; d < D; d += 32) tile.queries[warp][d] = exists ? widened(q[place + d]) * shape.scale : 0.0F;
 

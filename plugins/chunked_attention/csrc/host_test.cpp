@@ -143,6 +143,9 @@ int main(int num, char** words)
         std::unique_ptr<IPluginV3> const refused{creator->createPlugin("layer", &all, TensorRTPhase::kBUILD)};
         expect(refused == nullptr && finder.logger.last.find(bad.reason) != std::string::npos, bad.what);
     }
+    PluginFieldCollection const fewer{static_cast<int32_t>(fields.size()) - 1, fields.data() + 1};
+    std::unique_ptr<IPluginV3> const missing{creator->createPlugin("layer", &fewer, TensorRTPhase::kBUILD)};
+    expect(missing == nullptr && finder.logger.last.find("scale is missing") != std::string::npos, "a missing attribute is refused");
     fields.push_back({"unknown", &given.sink, PluginFieldType::kINT32, 1});
     collection = {static_cast<int32_t>(fields.size()), fields.data()};
     std::unique_ptr<IPluginV3> const refused{creator->createPlugin("layer", &collection, TensorRTPhase::kBUILD)};

@@ -159,6 +159,13 @@ public:
             complain(std::string("attribute ") + given->fields[i].name + " is not known, or not of its type");
             return nullptr;
         }
+        for (PluginField const& wanted : fields_) {  // a parser leaves out what a node does not state
+            bool stated = false;
+            for (int32_t i = 0; given != nullptr && i < given->nbFields; ++i) stated |= std::strcmp(given->fields[i].name, wanted.name) == 0;
+            if (stated) continue;
+            complain(std::string("attribute ") + wanted.name + " is missing");
+            return nullptr;
+        }
         std::string const problem = settings.problem();
         if (problem.empty()) return new Plugin(settings);
         complain(problem);
