@@ -222,7 +222,7 @@ def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
     calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16)
     options = {"backend": ("onnxruntime",), "max_seq_len": 64}
     assert build(tmp_path / "c", tmp_path / "e", options, dry_run=True)["build"]["compute_capabilities"] == ["8.9", "12.0"]
-    with pytest.raises(ThoughtxError, match="compute_capabilities 8.6") as caught:
+    with pytest.raises(ThoughtxError, match=r"compute_capabilities 8\.6") as caught:
         build(tmp_path / "c", tmp_path / "e", {**options, "compute_capabilities": ("8.6", "8.9")})
     assert caught.value.code == "E001"
 

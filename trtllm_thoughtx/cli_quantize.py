@@ -30,6 +30,7 @@ MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer"
 @click.option("--group_size", type=Count(2, 1 << 16), help="Inputs that share a 4-bit scale.  [default: 128, or the largest that fits]")
 @click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, help="Quantize the output matrix as well.")
+@click.option("--plain_rounding", is_flag=True, help="No search (SmoothQuant, AWQ): the format's plain rounding, to compare with.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def calibrate(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

@@ -46,6 +46,7 @@ def calibrate(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quant_lm_head: bool = False,
+    plain_rounding: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
@@ -58,7 +59,7 @@ def calibrate(
     progress = progress or Progress.silent()
     with open_weights(model_dir) as source:
         config = source.config
-        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head)
+        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
         text = Text.load(model_dir)
         data = read_data(
             calib_data,
@@ -72,6 +73,7 @@ def calibrate(
         settings = {
             "qformat": qformat,
             "group_size": quant.group_size,
+            "plain_rounding": plain_rounding,
             "exclude": list(quant.exclude),
             "calib_seq_len": calib_seq_len,
             "calib_size": calib_size,
@@ -112,7 +114,9 @@ def calibrate(
     return {**found, "output_dir": str(output_dir), "up_to_date": False}
 
 
-def quant_config(config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool) -> QuantConfig:
+def quant_config(
+    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
+) -> QuantConfig:
     """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
     if config.quantization is not None:
         why = f"it holds {config.quantization.algo or config.quantization.kv_algo} tensors; rounding them again loses twice"
@@ -132,7 +136,7 @@ def quant_config(config: ModelConfig, qformat: str, group_size: int | None, excl
             fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
             raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
     excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
-    quant = QuantConfig(algo=algo, group_size=size, prequant=qformat in SMOOTHED, exclude=excluded)
+    quant = QuantConfig(algo=algo, group_size=size, prequant=qformat in SMOOTHED and not plain, exclude=excluded)
     known = linear_modules(config)
     idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
     if idle:

@@ -80,7 +80,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
                 best, alpha, factor = cost, tried, candidate
     scaled = weight if factor is None else weight / factor
     scale = grid.weight_scale(scaled, algo, size)
-    if algo == "W4A16_AWQ":
+    if algo == "W4A16_AWQ" and quant.prequant:
         clipped = _shrunk(scaled, scale, seen.square if factor is None else seen.square * factor.square(), algo)
         cost = error(factor, clipped)
         if cost < best:
