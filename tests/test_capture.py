@@ -136,7 +136,7 @@ def command(*words):
 def report(tmp_path_factory):
     pytest.importorskip("torch")
     out = tmp_path_factory.mktemp("capture") / "chunks"
-    flags = ["--num_samples", 4, "--context", 256, "--eval_items", 4, "--target_capture", 0.6, "--max_task_loss", 0.5]
+    flags = ["--calib_size", 4, "--context", 256, "--eval_items", 4, "--target_capture", 0.6, "--max_task_loss", 0.5]
     ran = command("--model_dir", SAMPLE, "--output_dir", out, "--chunk_report", *flags, "--json")
     assert ran.exit_code == 0, ran.output
     return out, json.loads(ran.stdout)
@@ -199,7 +199,7 @@ def test_rows_of_a_file_take_the_place_of_generated_ones(tmp_path):
     pytest.importorskip("torch")
     rows = [{"prompt": f"x1 = {i} 1 x2 = 75 ?", "thought": f"x1 00 + {i}1 = {i}1 \n\n ok", "answer": f"{i}6"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--data", tmp_path / "rows.jsonl", "--context", 64, "--eval_items", 0, "--target_capture", 0]
+    flags = ["--calib_data", tmp_path / "rows.jsonl", "--context", 64, "--eval_items", 0, "--target_capture", 0]
     ran = command("--model_dir", SAMPLE, "--output_dir", tmp_path / "out", "--chunk_report", *flags, "--json")
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
@@ -208,7 +208,7 @@ def test_rows_of_a_file_take_the_place_of_generated_ones(tmp_path):
 
 def test_a_target_that_no_window_reaches_writes_no_recipe_and_says_so(tmp_path):
     pytest.importorskip("torch")
-    flags = ["--num_samples", 4, "--context", 128, "--eval_items", 0, "--target_capture", 1]
+    flags = ["--calib_size", 4, "--context", 128, "--eval_items", 0, "--target_capture", 1]
     ran = command("--model_dir", SAMPLE, "--output_dir", tmp_path / "out", "--chunk_report", *flags)
     assert ran.exit_code == 0 and "no window below 128 tokens reaches the targets" in ran.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["chunks.json", "chunks.png"]
@@ -217,11 +217,14 @@ def test_a_target_that_no_window_reaches_writes_no_recipe_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
-        (["--model_dir", SAMPLE], 2, "add --chunk_report"),
+        (["--model_dir", SAMPLE], 2, "one of --qformat and --chunk_report"),
+        (["--model_dir", SAMPLE, "--chunk_report", "--qformat", "fp8"], 2, "both were given"),
+        (["--model_dir", SAMPLE, "--chunk_report", "--exclude", "x"], 2, "--exclude cannot be used here"),
+        (["--model_dir", SAMPLE, "--qformat", "fp8", "--context", "64"], 2, "--context cannot be used here"),
         (["--model_dir", SAMPLE, "--chunk_report", "--context", "8192"], 2, "use at most 4096"),
         (["--model_dir", SAMPLE, "--chunk_report", "--target_capture", "nan"], 2, "--target_capture"),
         (["--model_dir", "tests", "--chunk_report"], 3, "E101"),
-        (["--model_dir", SAMPLE, "--chunk_report", "--data", "BAD"], 3, "line 2"),
+        (["--model_dir", SAMPLE, "--chunk_report", "--calib_data", "BAD"], 3, "line 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_and_nothing_is_written(tmp_path, capsys, words, status, text):

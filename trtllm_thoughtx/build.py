@@ -174,10 +174,10 @@ def _build_parts(
                         upcoming = pool.submit(_prepare, partial, source, settings, bounds[number], stop, Progress.silent())
                     for backend in settings.backends:
                         if backend != "onnxruntime":
-                            ready.entry["plans"][backend], check = _build_plan(
+                            ready.entry["plans"][backend], found = _build_plan(
                                 partial, settings, bound, ready, backend, output_dir, progress
                             )
-                            checks.append(check)
+                            checks += found
                     parts.append(ready.entry)
     finally:
         if upcoming.done() and not upcoming.exception():
@@ -223,7 +223,7 @@ def _prepare(
 
 def _build_plan(
     partial: Path, settings: BuildConfig, bound: external.Bound, ready: _Ready, backend: str, output_dir: Path, progress: Progress
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from trtllm_thoughtx.engines.tensorrt import build_plan
 
     graph = bound.graph
@@ -238,6 +238,7 @@ def _build_plan(
         compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
         optimization_level=settings.optimization_level,
         num_attention=graph.num_attention,
+        products=[(product.node, product.weight, product.both) for product in graph.products],
         float32=settings.dtype == "float32",
         log_path=_log_path(output_dir, backend),
         progress=progress,
@@ -252,7 +253,28 @@ def _build_plan(
         "compute_capabilities": list(settings.compute_capabilities) if backend == "tensorrt-rtx" else ["native"],
     }
     evidence = {"expected": graph.num_attention, "found": info.num_attention, "form": settings.plugin}
-    return plan, {"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}
+    checks = [{"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}]
+    if graph.products:
+        checks.append(_products_check(graph, file, info.fallbacks))
+        if info.fallbacks:
+            progress.note(f"{file}: {checks[-1]['reason']}")
+    return plan, checks
+
+
+def _products_check(graph: Graph, file: str, fallbacks: list[str]) -> dict[str, Any]:
+    """Are the quantized products low-precision ones in the plan? A layer that fell back is named."""
+    evidence = {
+        "expected": len(graph.products),
+        "found": len(graph.products) - len(fallbacks),
+        "types": sorted({p.weight for p in graph.products}),
+    }
+    reason = f"computed in the graph's type: {', '.join(fallbacks)}" if fallbacks else ""
+    return {
+        "name": f"low-precision products in {file}",
+        "status": "failed" if fallbacks else "passed",
+        "reason": reason,
+        "evidence": evidence,
+    }
 
 
 def _log_path(output_dir: Path, backend: str) -> Path:

@@ -12,6 +12,7 @@ DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
 MAX_BASE, MAX_NATS = 1e6, 20.0
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
+FIRST_FP8 = (8, 9)
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
 CHUNKS = ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors", "base_size", "threshold_low")
 KNOWN = (
@@ -47,7 +48,7 @@ def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
         **_chunks(given, max_seq_len),
         plugin=_plugin(given, backends, dtype),
         stages=_stages(config, given, dtype, backends),
-        compute_capabilities=tuple(_listed(given.get("compute_capabilities")) or BuildConfig().compute_capabilities),
+        compute_capabilities=_targets(config, given),
         optimization_level=_level(given),
     )
 
@@ -175,6 +176,18 @@ def layer_weights(config: ModelConfig) -> int:
     """Weights of one decoder layer's matrices."""
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
     return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """GPU generations; FP8 products exist from 8.9 on."""
+    asked = tuple(_listed(given.get("compute_capabilities")))
+    is_fp8 = config.quantization is not None and config.quantization.algo == "FP8"
+    old = [name for name in asked or BuildConfig().compute_capabilities if is_fp8 and tuple(map(int, name.split("."))) < FIRST_FP8]
+    if asked and old:
+        raise refuse(
+            "compute_capabilities", ",".join(old), "GPUs of that generation have no FP8 products", "use 8.9 or later, or an int8 format"
+        )
+    return tuple(name for name in asked or BuildConfig().compute_capabilities if name not in old)
 
 
 def _level(given: Mapping[str, Any]) -> int | None:

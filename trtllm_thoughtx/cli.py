@@ -29,7 +29,7 @@ SEVERAL_BACKENDS = CommaList(
     "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
 )
 DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
-ORDER = ("distill", "convert", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
 
 
 @command(
@@ -228,12 +228,12 @@ def distill_main() -> NoReturn:
     sys.exit(run(distill, "thoughtx-distill"))
 
 
-def calibrate_main() -> NoReturn:
-    sys.exit(run(calibrate, "thoughtx-calibrate"))
-
-
 def convert_main() -> NoReturn:
     sys.exit(run(convert, "thoughtx-convert"))
+
+
+def calibrate_main() -> NoReturn:
+    sys.exit(run(calibrate, "thoughtx-calibrate"))
 
 
 def build_main() -> NoReturn:

@@ -1,4 +1,4 @@
-"""The typed objects that everything else is built from: `ModelConfig`, `RopeConfig`, `BuildConfig`.
+"""The typed objects that everything else is built from: `ModelConfig`, `RopeConfig`, `QuantConfig`, `BuildConfig`.
 
 A Hugging Face or TensorRT-LLM config.json is read once, at the door (`families` and `checkpoint`), into a frozen
 `ModelConfig`; nothing later sees a dict or guesses a default. `BuildConfig` is what `thoughtx-build` was asked for, after
@@ -8,6 +8,7 @@ flags and YAML are merged; it is what the engine's config.json and manifest reco
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,29 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
 
 
+# --qformat -> TensorRT-LLM's quant_algo
+QUANT_ALGOS = {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "int4_wo": "W4A16"}
+KV_ALGOS = {"fp8": "FP8", "int8": "INT8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How the linear layers of a checkpoint are stored: fields of TensorRT-LLM's `quantization` section.
+
+    `exclude` holds names of modules, such as `lm_head` or `transformer.layers.3.mlp.proj`; `*` and `?` are wildcards.
+    """
+
+    algo: str | None  # a value of `QUANT_ALGOS`; None: the cache alone is quantized
+    kv_algo: str | None = None  # a value of `KV_ALGOS`
+    group_size: int = 128  # input channels that share a scale, 4-bit formats only
+    prequant: bool = False  # inputs are multiplied by a factor per channel
+    exclude: tuple[str, ...] = ("lm_head",)
+
+    def covers(self, module: str) -> bool:
+        """True when the weight of this linear layer is stored quantized."""
+        return self.algo is not None and not any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """One dense decoder, whatever its family. Sizes are element counts."""
@@ -62,6 +86,7 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool
+    quantization: QuantConfig | None = None
 
     @property
     def q_size(self) -> int:
@@ -70,6 +95,11 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def has_head(self) -> bool:
+        """The checkpoint holds `lm_head.weight`: the model is not tied, or its head is quantized and the embedding is not."""
+        return not self.tied or (self.quantization is not None and self.quantization.covers("lm_head"))
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V of all layers for one position."""

@@ -49,6 +49,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E161": (Exit.REFUSED, "training data has rows that cannot be used"),
     "E162": (Exit.NO, "training stopped: the loss is not a number"),
     "E163": (Exit.USAGE, "a training setting is wrong"),
+    "E164": (Exit.REFUSED, "calibration data has rows that cannot be used"),
+    "E165": (Exit.REFUSED, "a layer computes numbers that are not finite on the calibration data"),
     "E201": (Exit.ENVIRONMENT, "a package that this step needs is not installed"),
     "E202": (Exit.ENVIRONMENT, "no GPU that can run this engine"),
     "E203": (Exit.ENVIRONMENT, "not enough disk space"),

@@ -188,7 +188,7 @@ def run_reference(
 
 def _check_same_model(directory: EngineDir, reference: Path) -> None:
     with open_weights(reference, allow_nonfinite=True) as source:
-        theirs, ours = (dataclasses.asdict(config) | {"dtype": None} for config in (source.config, directory.config))
+        theirs, ours = (dataclasses.asdict(config) | {"dtype": None, "quantization": None} for config in (source.config, directory.config))
     differ = [f"{key}: reference {shown(theirs[key])}, engine {shown(ours[key])}" for key in ours if theirs[key] != ours[key]]
     if differ:
         raise ThoughtxError(

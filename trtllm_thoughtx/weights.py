@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,15 +24,22 @@ from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+from trtllm_thoughtx.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_quantized
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
+# Types of quantized tensors, which are never cast. Two 4-bit numbers share a U8.
+FIXED_DTYPES: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F32": np.dtype(np.float32),
+}
 BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
 CARRIED = (
     "tokenizer.json",
@@ -45,13 +51,13 @@ CARRIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "calibration.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
     "NOTICE",
     "NOTICE.txt",
 )
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _CAST_ELEMENTS = 1 << 16  # a piece whose temporaries stay in the processor's cache
 
 
@@ -126,14 +132,14 @@ class WeightSource:
         self._stamps: dict[str, tuple[int, int, int]] = {}
         self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
-        self._twin = HEAD if config.tied and HEAD in stored else None
+        self._twin = HEAD if config.tied and not config.has_head and HEAD in stored else None
         for name in shards:
             self._handles[name] = files.open_inside(path, name)
             self._stamps[name] = _stamp(self._handles[name])
 
     def names(self) -> tuple[str, ...]:
-        """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`."""
-        return tuple(name for name in self._tensors if name != HEAD or not self.config.tied)
+        """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`, unless that is quantized."""
+        return tuple(name for name in self._tensors if name != HEAD or self.config.has_head)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor of a TensorRT-LLM checkpoint, layer-major, with the head of a tied model."""
@@ -143,12 +149,18 @@ class WeightSource:
         return self._tensors[name].shape
 
     def num_bytes(self, name: str) -> int:
-        """Bytes of a tensor in the checkpoint's dtype."""
-        return math.prod(self.shape(name)) * NUMPY_DTYPES[self.config.dtype].itemsize
+        """Bytes of a tensor as the checkpoint holds it."""
+        stored = self._tensors[name].stored
+        return math.prod(self.shape(name)) * (FIXED_DTYPES[stored] if stored else NUMPY_DTYPES[self.config.dtype]).itemsize
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
-        """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers."""
+        """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers.
+
+        Tensors of a quantized layer come as they are stored, whatever `dtype`.
+        """
         tensor = self._tensors[name]
+        if tensor.stored:
+            return self._read_fixed(tensor)
         dtype = dtype or self.config.dtype
         out = np.empty(tensor.shape, NUMPY_DTYPES[dtype])
         findings, row = Findings(), 0
@@ -157,6 +169,24 @@ class WeightSource:
                 findings.add(self.read_rows(part, begin, end, out[row + begin : row + end]))
             row += part.shape[0]
         self.refuse({name: findings} if findings else {}, dtype)
+        return out
+
+    def _read_fixed(self, tensor: Tensor) -> np.ndarray:
+        """A tensor of a quantized layer. E108 when a scale is not a positive number, or an 8-bit float is not a number."""
+        assert tensor.stored
+        out = np.empty(tensor.shape, FIXED_DTYPES[tensor.stored])
+        self._pread(self._stored[tensor.name], 0, out)
+        if tensor.stored in ("F32", "F8_E4M3"):
+            wide = out.astype(np.float32)
+            good = np.isfinite(wide) & ((wide > 0) | (tensor.stored != "F32"))
+            if not good.all():
+                raise ThoughtxError(
+                    "E108",
+                    f"{tensor.name}: {np.count_nonzero(~good)} values cannot be used",
+                    where=str(self.path),
+                    why="a scale must be a positive number, and a weight a finite one",
+                    fix="calibrate the original checkpoint again",
+                )
         return out
 
     def blocks(self, part: Part) -> Iterator[tuple[int, int]]:
@@ -295,7 +325,7 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
         model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
         shards = checkpoint.shard_files(path)
         stored = checkpoint.read_tensors(path, shards)
-        _refuse_quantized(stored, path)
+        refuse_quantized(stored, path)
         used = {STORED_DTYPES[info.dtype] for info in stored.values() if info.dtype in STORED_DTYPES}
         config = model_config_from_hf(raw, where, weights_dtype=used.pop() if len(used) == 1 else None)
         table = tensors_of(config)
@@ -312,58 +342,10 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
         config = model_config_from_trtllm(raw, where)
         shards = ["rank0.safetensors"]
         stored = checkpoint.read_tensors(path, shards)
-        _refuse_quantized(stored, path)
+        if config.quantization is None:
+            refuse_quantized(stored, path)
         if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
             config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
-        table = in_trtllm_terms(tensors_of(config), tied=config.tied)
-    _check_tensors(table, stored, config, path)
+        table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
+    check_tensors(table, stored, config, path)
     return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite)
-
-
-def _refuse_quantized(stored: dict[str, checkpoint.TensorInfo], path: Path) -> None:
-    quantized = [
-        f"{shown(name)}: {info.dtype}"
-        for name, info in stored.items()
-        if info.dtype not in STORED_DTYPES and name.endswith(("weight", "scales", "qzeros"))
-    ]
-    if quantized:
-        raise ThoughtxError(
-            "E103",
-            "the checkpoint is already quantized",
-            where=str(path),
-            why=f"weights must be F32, F16 or BF16:\n           {listed(quantized)}",
-            fix="use the original, unquantized checkpoint",
-        )
-
-
-def _check_tensors(table: tuple[Tensor, ...], stored: dict[str, checkpoint.TensorInfo], config: ModelConfig, path: Path) -> None:
-    """E107 with every tensor that is missing, extra, misshapen or of the wrong type."""
-    rows: dict[str, int] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
-    for tensor in table:
-        for part in tensor.parts:
-            rows[part.source] = max(rows.get(part.source, 0), part.first_row + part.shape[0])
-            wanted[part.source] = (rows[part.source], *part.shape[1:])
-    if config.tied and HEAD in stored:
-        wanted[HEAD] = (config.vocab_size, config.hidden_size)
-    problems = [f"{name}: missing, wanted {list(shape)}" for name, shape in wanted.items() if name not in stored]
-    for name, info in stored.items():
-        if name not in wanted:
-            if not _HARMLESS.fullmatch(name):
-                problems.append(f"{shown(name)}: not a tensor of this model")
-        elif info.dtype not in STORED_DTYPES:
-            problems.append(f"{shown(name)}: has type {info.dtype}, wanted F32, F16 or BF16")
-        elif info.shape != wanted[name]:
-            problems.append(f"{shown(name)}: has shape {list(info.shape)}, wanted {list(wanted[name])}")
-    if not problems:
-        return
-    is_base = "model.embed_tokens.weight" in wanted and "embed_tokens.weight" in stored
-    raise ThoughtxError(
-        "E107",
-        "the tensors are those of a base model, without a language-model head"
-        if is_base
-        else f"{len(problems)} tensors do not fit the configuration",
-        where=str(path),
-        why="names lack the prefix `model.`" if is_base else listed(problems),
-        fix="save the model as a causal language model" if is_base else "use the config.json that belongs to these weights",
-    )

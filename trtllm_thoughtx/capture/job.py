@@ -39,8 +39,8 @@ def chunk_report(
     model_dir: Path,
     output_dir: Path,
     *,
-    data: Path | None = None,
-    num_samples: int = 16,
+    calib_data: Path | None = None,
+    calib_size: int = 16,
     context: int = 2048,
     target_capture: float = 0.97,
     max_task_loss: float = 0.01,
@@ -49,7 +49,7 @@ def chunk_report(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Look at `num_samples` whole traces and ask `eval_items` questions of each task (0: none). `target_capture` and
+    """Look at `calib_size` whole traces and ask `eval_items` questions of each task (0: none). `target_capture` and
     `max_task_loss` are shares in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
     progress = progress or Progress.silent()
     if kind_of(model_dir) != "huggingface":
@@ -62,8 +62,8 @@ def chunk_report(
         why = f"the model was made for {config.max_position} positions"
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.max_position}")
     text = need_text(Text.load(model_dir), model_dir)
-    sequences = sequences_of(text, data, num_samples, context, seed)
-    questions = questions_of(data, eval_items, seed)
+    sequences = sequences_of(text, calib_data, calib_size, context, seed)
+    questions = questions_of(calib_data, eval_items, seed)
     windows = candidates(context)
     recall, outputs = _look(model_dir, sequences, windows, config.num_layers, progress)
     rows = [

@@ -64,6 +64,7 @@ class PlanInfo:
     num_layers: int
     layer_counts: dict[str, int]
     num_attention: int
+    fallbacks: list[str]  # quantized products that the plan computes in the graph's type
     version: str
     num_warnings: int
     num_distinct_warnings: int
@@ -120,6 +121,7 @@ def build_plan(
     compute_capabilities: Sequence[str],
     optimization_level: int | None,
     num_attention: int,
+    products: Sequence[tuple[str, str, bool]] = (),
     float32: bool,
     log_path: Path,
     progress: Progress,
@@ -130,8 +132,9 @@ def build_plan(
     or they are held already (and stay so).
 
     `profiles`: per optimization profile, (min, opt, max) shape by input. `num_attention`: attention layers that the parser must find.
-    `plugin`: the form that the attention layers must have; "cpp" needs the shared library. `float32`: the graph is, so no TF32.
-    The builder's messages are appended to `log_path`.
+    `plugin`: the form that the attention layers must have; "cpp" needs the shared library.
+    `products`: quantized Gemms as (node, type in the plan, inputs have it too), looked for among the plan's layers.
+    `float32`: the graph is, so no TF32. The builder's messages are appended to `log_path`.
     Raises ThoughtxError E103, E130, E201-E206; on any failure and on KeyboardInterrupt no plan is left and the builder is gone.
     """
     module = load_module(backend)
@@ -147,6 +150,7 @@ def build_plan(
         "targets": targets(module, backend, compute_capabilities),
         "optimization_level": optimization_level,
         "num_attention": num_attention,
+        "products": [list(product) for product in products],
         "float32": float32,
     }
     plan_path, log_path = Path(plan_path), Path(log_path)

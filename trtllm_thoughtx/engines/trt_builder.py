@@ -42,6 +42,11 @@ PHASE = "Determining refit engines"  # where TensorRT-RTX spends its time, once 
 ADDR_NO_RANDOMIZE, QUERY = 0x0040000, 0xFFFFFFFF
 STACK_BYTES = 8 << 20
 PR_SET_PDEATHSIG = 1
+LAYER_LINE = re.compile(
+    r"^Name: [^,]*?_myl(?P<part>\d+)_\d+, LayerType: .*?, Inputs: \[(?P<inputs>.*?)\], "
+    r"Constants: \[(?P<constants>.*?)\], Outputs: .*, Metadata: (?P<origin>.*)$",
+    re.MULTILINE,
+)
 ATTENTION_KINDS = ("ATTENTION_INPUT", "ATTENTION")  # one layer each; ATTENTION_OUTPUT closes the first kind
 PLUGIN_KINDS = ("PLUGIN_V3", "PLUGIN_V2", "PLUGIN")
 
@@ -62,9 +67,12 @@ class Messages:
         self.patterns: set[str] = set()
         self.errors: dict[str, str] = {}
         self.noise: list[str] = []
+        self.layers: list[tuple[str, str, str, str]] = []  # of the plan: profile, types of inputs and constants, nodes it came from
 
     def add(self, severity: str, text: str) -> None:
         os.write(self.log_fd, f"{severity}: {text}\n".encode(errors="replace"))
+        if severity == "VERBOSE":
+            self.layers += [(m["part"], m["inputs"], m["constants"], m["origin"]) for m in LAYER_LINE.finditer(text)]
         if severity == "WARNING":
             self.num_warnings += 1
             self.patterns.add(NAME.sub("*", text))
@@ -174,6 +182,8 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
     _allow_decomposition(trt, network)
     if request["float32"]:
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
+    if request["products"]:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # then the plan's layers are written to the log
     _configure(trt, builder, config, request)
     seconds_parse = time.monotonic() - began
     emit("step", what="parsed")
@@ -192,6 +202,7 @@ def build(request: dict[str, Any], job: mmap.mmap, messages: Messages, plan: Pla
         "num_layers": network.num_layers,
         "layer_counts": dict(sorted(counts.items())),
         "num_attention": num_attention,
+        "fallbacks": fallbacks(request["products"], messages.layers),
         "version": trt.__version__,
     }
 
@@ -224,6 +235,22 @@ def _count_attention(counts: Counter[str], request: dict[str, Any]) -> int:
         why = f"asked for: {form}; {found[other]} {other} layers took their place, or other operators: the engine would be slow, or wrong"
         raise BuildError("E205", what, why)
     return found[kind]
+
+
+def fallbacks(products: list[list[Any]], layers: list[tuple[str, str, str, str]]) -> list[str]:
+    """Gemm nodes that some profile of the plan does not compute from weights (and inputs, if so marked) of the wanted type.
+
+    A product is a node's name, the type, and whether inputs have it too. A fused layer names all nodes that it came from, so a layer
+    counts for a node when it has that origin and constants of that type.
+    """
+    missing = []
+    for node, kind, both in products:
+        origin, wanted = f"[ONNX Layer: {node}]", f"Datatype: {kind}"
+        mine = [layer for layer in layers if origin in layer[3]]
+        good = {part for part, inputs, constants, _ in mine if wanted in constants and (wanted in inputs or not both)}
+        if not mine or {layer[0] for layer in mine} - good:
+            missing.append(node)
+    return missing
 
 
 def _callbacks(trt: Any, messages: Messages, plan: PlanFile) -> tuple[Any, Any, Any]:

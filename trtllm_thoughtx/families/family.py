@@ -88,13 +88,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One global TensorRT-LLM tensor. `layer` is None outside the decoder layers; `suffix` is the name within a layer."""
+    """One global TensorRT-LLM tensor. `layer` is None outside the decoder layers; `suffix` is the name within a layer.
+
+    `stored` is the safetensors type of a tensor that is never cast; None: the checkpoint's type.
+    """
 
     name: str
     layer: int | None
     suffix: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    stored: str | None = None
 
 
 def _tensor(row: Row, layer: int | None, sizes: Mapping[str, int]) -> Tensor:

@@ -13,6 +13,7 @@ from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.families import FAMILIES
 from trtllm_thoughtx.families.fields import BOUNDS, Fields
+from trtllm_thoughtx.families.quantization import check_groups, quantization_of, quantization_section
 from trtllm_thoughtx.families.rope import rope_from_trtllm, rope_to_trtllm
 
 # Fields that switch on arithmetic which is not implemented, with the value that leaves it off.
@@ -68,17 +69,7 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
             "attn_tp_size": tp_size,
             "attn_cp_size": 1,
         },
-        "quantization": {
-            "quant_algo": None,
-            "kv_cache_quant_algo": None,
-            "group_size": 128,
-            "smoothquant_val": 0.5,
-            "clamp_val": None,
-            "use_meta_recipe": False,
-            "has_zero_point": False,
-            "pre_quant_scale": False,
-            "exclude_modules": None,
-        },
+        "quantization": quantization_section(config.quantization),
     }
 
 
@@ -89,14 +80,6 @@ def _refuse(fields: Fields) -> None:
     moe = fields.table("moe")
     if moe is not None and moe.integer("num_experts", 0, 1 << 20, 0):
         fields.unsupported("the model is a mixture of experts", "dense models are supported")
-    quantization = fields.table("quantization")
-    for key in ("quant_algo", "kv_cache_quant_algo"):
-        if quantization is not None and quantization.get(key) is not None:
-            fields.unsupported(
-                f"the checkpoint is already quantized ({key} {shown(quantization.raw[key])})",
-                "weights must be float32, float16 or bfloat16",
-                "convert the original checkpoint instead",
-            )
     for key, wanted in (("hidden_act", "silu"), ("position_embedding_type", "rope_gpt_neox")):
         if fields.text(key) != wanted:
             fields.unsupported(f"{key} is {shown(fields.raw[key])}", f"only {wanted} is supported")
@@ -141,7 +124,7 @@ def model_config_from_trtllm(raw: dict[str, Any], where: str) -> ModelConfig:
     bias = fields.boolean("attn_bias", None)
     if family.qkv_bias not in (None, bias):
         fields.unsupported(f"attn_bias is {str(bias).lower()}", f"{family.model_type} models have it {str(family.qkv_bias).lower()}")
-    return ModelConfig(
+    config = ModelConfig(
         family=family.model_type,
         architecture=architecture,
         dtype=dtype,
@@ -159,4 +142,7 @@ def model_config_from_trtllm(raw: dict[str, Any], where: str) -> ModelConfig:
         qkv_bias=bias,
         o_bias=bias if family.o_bias is None else family.o_bias,
         qk_norm=family.qk_norm,
+        quantization=quantization_of(fields),
     )
+    check_groups(config, fields)
+    return config

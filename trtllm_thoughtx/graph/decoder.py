@@ -24,7 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.graph import chunked_attention, rope
+from trtllm_thoughtx.graph import chunked_attention, quantized, rope
 
 IR_VERSION = 11
 INLINE_BYTES = 1024  # smaller initializers stay inside the graph
@@ -44,22 +44,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Initializer:
-    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, or a computed array."""
+    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, or a computed array.
+
+    `elem_type` is the ONNX type of a tensor that has its own; None: the graph's type.
+    """
 
     name: str
     shape: tuple[int, ...]
     weight: str = ""
     array: np.ndarray | None = None
+    elem_type: int | None = None
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph without its large weights. `num_attention` is what a parser must find in it."""
+    """A graph without its large weights. `num_attention` and `products` are what a parser and a plan must find in it."""
 
     part: Part
     model: onnx.ModelProto
     initializers: tuple[Initializer, ...]
     num_attention: int
+    products: tuple[quantized.Product, ...] = ()
 
 
 def parts_of(config: ModelConfig, stages: tuple[int, ...]) -> list[Part]:
@@ -76,7 +81,7 @@ def layer_output(layer: int) -> str:
     return "embedding.output" if layer < 0 else f"layers.{layer}.output"
 
 
-class _Builder:
+class Builder:
     """Collects nodes and initializers; names follow the checkpoint's, in construction order, so that bytes repeat."""
 
     def __init__(self, config: ModelConfig, build: BuildConfig, part: Part) -> None:
@@ -88,6 +93,7 @@ class _Builder:
         self.inline: list[onnx.TensorProto] = []
         self.external: list[Initializer] = []
         self.num_attention = 0
+        self.products: list[quantized.Product] = []
 
     def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
@@ -97,9 +103,9 @@ class _Builder:
         self.inline.append(numpy_helper.from_array(np.array(value, np.int64), name))
         return name
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> str:
+    def weight(self, name: str, shape: tuple[int, ...], elem_type: int | None = None) -> str:
         if all(x.name != name for x in self.external):
-            self.external.append(Initializer(name, shape, weight=name))
+            self.external.append(Initializer(name, shape, weight=name, elem_type=elem_type))
         return name
 
     def table(self, name: str, array: np.ndarray) -> str:
@@ -118,6 +124,8 @@ class _Builder:
         return self.node("RMSNormalization", [x, self.weight(weight, (size,))], output, axis=-1, epsilon=self.config.norm_eps)
 
     def linear(self, x: str, prefix: str, output: str, num_out: int, num_in: int, bias: bool = False) -> str:
+        if self.config.quantization is not None and self.config.quantization.covers(prefix):
+            return quantized.linear(self, x, prefix, output, num_out, num_in, bias=bias)
         inputs = [x, self.weight(f"{prefix}.weight", (num_out, num_in))]
         if bias:
             inputs.append(self.weight(f"{prefix}.bias", (num_out,)))
@@ -126,7 +134,7 @@ class _Builder:
 
 def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
     """The graph of one part; the same arguments give the same bytes."""
-    b = _Builder(config, build, part)
+    b = Builder(config, build, part)
     x = _enter(b)
     if part.last_layer > part.first_layer:
         _shared_inputs(b)
@@ -140,10 +148,10 @@ def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
         opsets.append(helper.make_opsetid(chunked_attention.DOMAIN, 1))
         functions.append(chunked_attention.function_proto(anchors=build.num_anchors > 0, plugin=build.plugin))
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
-    return Graph(part, model, tuple(b.external), b.num_attention)
+    return Graph(part, model, tuple(b.external), b.num_attention, tuple(b.products))
 
 
-def _enter(b: _Builder) -> str:
+def _enter(b: Builder) -> str:
     hidden = b.config.hidden_size
     b.constant("shape.flat", [-1, hidden])
     if b.part.embeds:
@@ -155,7 +163,7 @@ def _enter(b: _Builder) -> str:
     return b.node("Reshape", [x, "shape.flat"], "hidden_states.flat")
 
 
-def _shared_inputs(b: _Builder) -> None:
+def _shared_inputs(b: Builder) -> None:
     """What all layers of the part share: positions, live slots, rotary tables, shapes."""
     config = b.config
     positions = b.input("positions", TensorProto.INT64, ["B", "S"])
@@ -186,7 +194,7 @@ def _shared_inputs(b: _Builder) -> None:
     b.node("And", [past, live], "mask.visible")
 
 
-def _layer(b: _Builder, layer: int, x: str) -> str:
+def _layer(b: Builder, layer: int, x: str) -> str:
     config, name, hidden = b.config, f"layers.{layer}", b.config.hidden_size
     weights = f"transformer.layers.{layer}"
     h = b.norm(x, f"{weights}.input_layernorm.weight", f"{name}.attention.norm", hidden)
@@ -203,7 +211,7 @@ def _layer(b: _Builder, layer: int, x: str) -> str:
     return b.node("Add", [x, down], layer_output(layer))
 
 
-def _attention(b: _Builder, layer: int, h: str) -> str:
+def _attention(b: Builder, layer: int, h: str) -> str:
     config, name, weights = b.config, f"layers.{layer}.attention", f"transformer.layers.{layer}.attention"
     qkv = b.linear(h, f"{weights}.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
     split = [f"{name}.{x}.flat" for x in "qkv"]
@@ -238,7 +246,7 @@ def _attention(b: _Builder, layer: int, h: str) -> str:
     return b.node("Reshape", [y, "shape.attention"], f"{name}.flat")
 
 
-def _leave(b: _Builder, x: str) -> None:
+def _leave(b: Builder, x: str) -> None:
     config, hidden = b.config, b.config.hidden_size
     b.constant("shape.hidden_tail", [hidden])
     # A head on its own has no `positions` to take B and S from.
@@ -257,8 +265,8 @@ def _leave(b: _Builder, x: str) -> None:
     picked = b.node("GatherND", [shaped, index], "head.rows", batch_dims=1)
     flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
     normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
-    matrix = "transformer.vocab_embedding.weight" if config.tied else "lm_head.weight"
-    logits = b.node("Gemm", [normed, b.weight(matrix, (config.vocab_size, hidden))], "head.logits", transB=1)
+    matrix = "lm_head" if config.has_head else "transformer.vocab_embedding"
+    logits = b.linear(normed, matrix, "head.logits", config.vocab_size, hidden)
     logits = b.node("Cast", [logits], "head.logits.float32", to=TensorProto.FLOAT)
     b.node("Shape", [rows], "shape.rows")
     b.constant("shape.vocab_tail", [config.vocab_size])

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
 from trtllm_thoughtx.progress import Progress
@@ -23,6 +26,8 @@ from trtllm_thoughtx.weights import NUMPY_DTYPES, WeightSource
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
+# Types of quantized tensors, as they lie in memory: two 4-bit numbers share a byte.
+FIXED: dict[int, Any] = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.INT8: np.int8, TensorProto.INT4: np.uint8}
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,26 @@ def bind(graph: Graph, dtype: str, location: str) -> Bound:
     """Declare every large initializer as external data in the file `location` beside the graph."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    offsets, end, item = {}, 0, NUMPY_DTYPES[dtype].itemsize
+    offsets, end = {}, 0
     for entry in graph.initializers:
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        num_bytes = int(np.prod(entry.shape, dtype=np.int64)) * item
-        tensor = model.graph.initializer.add(name=entry.name, data_type=ELEM_TYPE[dtype], dims=entry.shape)
+        num_bytes = int(np.prod(stored_shape(entry), dtype=np.int64)) * numpy_type(entry, dtype).itemsize
+        tensor = model.graph.initializer.add(name=entry.name, data_type=entry.elem_type or ELEM_TYPE[dtype], dims=entry.shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", str(start)), ("length", str(num_bytes))):
             tensor.external_data.add(key=key, value=value)
         offsets[entry.name], end = start, start + num_bytes
     return Bound(graph, dtype, model.SerializeToString(deterministic=True), location, offsets, end)
+
+
+def numpy_type(entry: Initializer, dtype: str) -> np.dtype:
+    """How the entry lies in memory, in a graph of type `dtype`."""
+    return NUMPY_DTYPES[dtype] if entry.elem_type is None else np.dtype(FIXED[entry.elem_type])
+
+
+def stored_shape(entry: Initializer) -> tuple[int, ...]:
+    """Shape in elements of `numpy_type`."""
+    return (*entry.shape[:-1], entry.shape[-1] // 2) if entry.elem_type == TensorProto.INT4 else entry.shape
 
 
 def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Initializer, np.ndarray]]:
@@ -63,8 +78,10 @@ def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Ini
     def value(entry: Initializer) -> np.ndarray:
         if entry.array is not None:
             return entry.array.astype(NUMPY_DTYPES[dtype])
-        assert source.shape(entry.weight) == entry.shape, (entry.weight, entry.shape)
-        return source.read(entry.weight, dtype)
+        found = source.read(entry.weight, dtype)
+        wanted = stored_shape(entry)
+        assert found.shape == wanted or (found.shape, wanted) == ((1,), ()), (entry.weight, found.shape, wanted)
+        return found.reshape(wanted).astype(numpy_type(entry, dtype), copy=False)
 
     with ThreadPoolExecutor(NUM_READERS, "read-weights") as pool:
         ahead: deque[tuple[Initializer, Future[np.ndarray]]] = deque()
@@ -97,5 +114,5 @@ def write_data(bound: Bound, source: WeightSource, path: Path, progress: Progres
 def read_data(bound: Bound, path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The same tensors back from a data file that `write_data` made, as read-only maps."""
     for entry in bound.graph.initializers:
-        mapped = np.memmap(path, NUMPY_DTYPES[bound.dtype], "r", bound.offsets[entry.name], entry.shape)
+        mapped = np.memmap(path, numpy_type(entry, bound.dtype), "r", bound.offsets[entry.name], stored_shape(entry))
         yield entry.name, mapped

@@ -1,0 +1,377 @@
+"""Calibration: whose numbers enter, that they repeat, that the search beats plain rounding, and what bad data gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import write_tiny, write_tokenizer
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+
+
+from trtllm_thoughtx.calibrate import grid  # noqa: E402
+from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
+from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
+from trtllm_thoughtx.calibrate.layers import Walk, _Judge, picks_of  # noqa: E402
+from trtllm_thoughtx.calibrate.measure import Divergence  # noqa: E402
+from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
+from trtllm_thoughtx.calibrate.search import Found  # noqa: E402
+from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
+from trtllm_thoughtx.runtime.text import Text  # noqa: E402
+from trtllm_thoughtx.weights import open_weights  # noqa: E402
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position": 256}
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def ids(num: int, seed: int = 0, low: int = 12, high: int = 40, vocab: int = 90) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(1, vocab, rng.integers(low, high)).tolist()} for _ in range(num)]
+
+
+def stored_bytes(path: Path) -> bytes:
+    return (path / "rank0.safetensors").read_bytes()
+
+
+# --- the walk is the model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("rope", ["none", "yarn", "llama3"])
+def test_layers_are_those_of_transformers(tmp_path, family, rope):
+    import hf_models
+
+    path = hf_models.save(tmp_path / "m", family, rope=rope)
+    tokens = np.random.default_rng(0).integers(0, 97, 50).tolist()
+    with torch.inference_mode():
+        wanted = hf_models.transformers.AutoModelForCausalLM.from_pretrained(path)(torch.tensor([tokens])).logits[0]
+        with open_weights(path) as source:
+            x = read(source, "transformer.vocab_embedding.weight")[tokens]
+            rotary = Rotary(source.config, len(tokens))
+            for index in range(source.config.num_layers):
+                x = Layer(source, index).forward(x, rotary)
+            head = Head(source)
+            torch.testing.assert_close(head.normed(x) @ head.weight.T, wanted, atol=2e-3, rtol=1e-4)
+
+
+# --- whose numbers enter ---------------------------------------------------------------------------------------------
+
+
+def test_batch_size_changes_no_bit(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    data = lines(tmp_path / "d.jsonl", ids(20))
+    for size in (1, 3, 8):
+        calibrate(tmp_path / "m", tmp_path / f"c{size}", qformat="int8_sq", calib_data=data, batch_size=size)
+    assert stored_bytes(tmp_path / "c1") == stored_bytes(tmp_path / "c8") == stored_bytes(tmp_path / "c3")
+    assert (tmp_path / "c1" / "calibration.json").read_bytes() == (tmp_path / "c8" / "calibration.json").read_bytes()
+
+
+def test_pads_never_enter_the_statistics(tmp_path):
+    """Rows with padding, hidden by the mask or by its id, on either side: the same bits as rows without."""
+    write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
+    plain = ids(12)
+    left = [{"input_ids": [96] * 9 + r["input_ids"]} for r in plain]
+    masked = [
+        {"input_ids": [5] * 4 + r["input_ids"] + [7] * 3, "attention_mask": [0] * 4 + [1] * len(r["input_ids"]) + [0] * 3} for r in plain
+    ]
+    for name, rows in (("plain", plain), ("left", left), ("masked", masked)):
+        calibrate(tmp_path / "m", tmp_path / name, qformat="fp8", calib_data=lines(tmp_path / f"{name}.jsonl", rows))
+    assert stored_bytes(tmp_path / "plain") == stored_bytes(tmp_path / "left") == stored_bytes(tmp_path / "masked")
+    facts = json.loads((tmp_path / "left" / "calibration.json").read_text())["data"]
+    assert facts["num_pads_dropped"] == 9 * 12
+
+
+def test_the_chat_template_is_applied(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
+    text = Text.load(tmp_path / "m")
+    rows = [{"prompt": "2 + 2?", "answer": "4"}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}]
+    rows += [{"text": "plain text"}, {"prompt": "q", "steps": ["a", "b"], "answer": "c"}]
+    data = read_data(lines(tmp_path / "d.jsonl", rows), text, vocab_size=97, num_samples=9, max_len=99, seed=0)
+    told = {text.decode(row, skip_special=False) for row in [*data.rows, *data.held]}
+    assert told == {
+        "[user] 2 + 2?<eos>[assistant] 4",
+        "[user] hi<eos>[assistant] yes<eos>",
+        "plain text",
+        text.decode(text.encode("[user] q<eos>[assistant] a \n\nb \n\nc"), skip_special=False),
+    }
+
+
+def test_the_sample_is_the_seeds(tmp_path):
+    path = lines(tmp_path / "d.jsonl", ids(50))
+    one, same, other = (read_data(path, None, vocab_size=97, num_samples=16, max_len=20, seed=seed) for seed in (1, 1, 2))
+    assert (one.rows, one.held) == (same.rows, same.held) and one.rows != other.rows
+    assert len(one.rows) == 14 and len(one.held) == 2 and not [row for row in one.held if row in one.rows]
+    assert one.facts["num_rows"] == 50 and max(map(len, one.rows)) == 20 and one.facts["num_cut"] > 0
+    assert any("cut to 20 tokens" in warning for warning in one.warnings)
+
+
+def test_own_data_is_better_is_said(tmp_path, capsys):
+    write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_size=8, calib_seq_len=32)
+    assert found["data"]["source"] == "generated tasks" and "data of your own" in found["warnings"][0]
+
+
+def test_texts_and_saved_data_sets_are_read(tmp_path):
+    write_tokenizer(tmp_path)
+    text = Text.load(tmp_path)
+    (tmp_path / "d.txt").write_text("one paragraph\nof two lines\n\nanother\n")
+    data = read_data(tmp_path / "d.txt", text, vocab_size=97, num_samples=9, max_len=99, seed=0)
+    assert len(data.rows) + len(data.held) == 2
+    datasets = pytest.importorskip("datasets", reason="the distill extra is not installed")
+    datasets.Dataset.from_list([{"prompt": "a", "answer": "b"}] * 3).save_to_disk(tmp_path / "saved")
+    data = read_data(tmp_path / "saved", text, vocab_size=97, num_samples=9, max_len=99, seed=0)
+    assert text.decode(data.rows[0], skip_special=False) == "[user] a<eos>[assistant] b"
+
+
+# --- bad data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "it is empty"),
+        (b"\n\n", "it is empty"),
+        (b'{"question": "x"}\n', "line 1: unknown key 'question'"),
+        (b'{"input_ids": [1, 2]}\n{"input_ids": []}\n', "line 2: it has no tokens"),
+        (b'{"input_ids": [96, 96, 96]}\n', "line 1: every token is padding"),
+        (b'{"input_ids": [1, 2], "attention_mask": [0, 0]}\n', "line 1: every token is padding"),
+        (b'{"input_ids": [1, 2], "attention_mask": [1]}\n', "line 1: attention_mask"),
+        (b'{"input_ids": [1, 97]}\n', "line 1: token id 97; the vocabulary has 97"),
+        (b'{"text": "caf\xe9"}\n', "line 1: the JSON is not UTF-8"),
+        (b'{"text": 5}\n', "line 1: text must be a text"),
+        (b'{"text": "a", "prompt": "b"}\n', "line 1: it needs one of"),
+        (b"[1]\n", "line 1: the line is not an object"),
+        (b'{"text": "a"\n', "line 1: "),
+    ],
+)
+def test_bad_rows_are_refused_by_their_lines(tmp_path, content, word):
+    write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=tmp_path / "d.jsonl")
+    assert caught.value.code == "E164" and word in caught.value.why
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.jsonl", "m"]
+
+
+def test_one_sample_is_said(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=lines(tmp_path / "d.jsonl", ids(1)))
+    assert found["data"]["num_held_out"] == 0 and any("one sequence is all there is" in warning for warning in found["warnings"])
+
+
+def test_activations_that_are_not_finite_name_their_layer(tmp_path):
+    huge = {"model.layers.1.post_attention_layernorm.weight": np.full(64, 3e38, np.float32)}
+    write_tiny(tmp_path / "m", **SIZES, tensors=huge)
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
+    assert caught.value.code == "E165" and "transformer.layers.1.mlp" in caught.value.what
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_layer_that_is_fed_zeros_stays_as_it_is_and_is_named(tmp_path):
+    zero = {"model.layers.1.post_attention_layernorm.weight": np.zeros(64, np.float32)}
+    write_tiny(tmp_path / "m", **SIZES, tensors=zero)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
+    kept = {f"transformer.layers.1.mlp.{name}" for name in ("fc", "gate", "proj")}
+    assert kept | {"lm_head"} == set(found["quantization"]["exclude"])
+    assert any("always zero inputs" in warning and "layers.1.mlp.fc" in warning for warning in found["warnings"])
+    with open_weights(tmp_path / "c") as source:
+        assert source.read("transformer.layers.1.mlp.fc.weight").dtype == np.float32
+
+
+def test_float16_is_warned_of(tmp_path):
+    wide = {"model.layers.0.post_attention_layernorm.weight": np.full(64, 5e4, np.float32)}
+    write_tiny(tmp_path / "m", **SIZES, tensors=wide)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
+    assert any("beyond float16's range" in warning and "layers.0.mlp.fc" in warning for warning in found["warnings"])
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "m", num_layers=3, **SIZES)
+    data = lines(tmp_path / "d.jsonl", ids(8))
+    calibrate(tmp_path / "m", tmp_path / "whole", qformat="int4_awq", calib_data=data)
+    real, seen = Walk._layer, []
+
+    def until_two(self: Walk, index: int) -> None:
+        seen.append(index)
+        if index == 2:
+            raise KeyboardInterrupt
+        real(self, index)
+
+    monkeypatch.setattr(Walk, "_layer", until_two)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_data=data)
+    assert not (tmp_path / "c").exists() and (tmp_path / ".c.calibration").is_dir()
+    monkeypatch.setattr(Walk, "_layer", lambda self, index: (seen.append(index), real(self, index))[1])
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_data=data)
+    assert seen == [0, 1, 2, 2]
+    assert stored_bytes(tmp_path / "c") == stored_bytes(tmp_path / "whole")
+    assert not (tmp_path / ".c.calibration").exists()
+
+
+def test_other_settings_start_anew(tmp_path, monkeypatch):
+    write_tiny(tmp_path / "m", **SIZES)
+    data = lines(tmp_path / "d.jsonl", ids(8))
+    monkeypatch.setattr(Walk, "_head", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_data=data)
+    monkeypatch.undo()
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=data)
+    again = calibrate(tmp_path / "m", tmp_path / "d", qformat="fp8", calib_data=data)
+    assert found["modules"] == again["modules"]
+    assert calibrate(tmp_path / "m", tmp_path / "d", qformat="fp8", calib_data=data)["up_to_date"]
+
+
+def test_memory_holds_a_layer_and_not_the_model(tmp_path, monkeypatch):
+    """At most one layer's weights are alive at a time."""
+    import gc
+    import weakref
+
+    alive, most = weakref.WeakSet(), []
+    real = Layer.__init__
+
+    def counted(self: Layer, *args: Any) -> None:
+        gc.collect()
+        alive.add(self)
+        most.append(len(alive))
+        real(self, *args)
+
+    monkeypatch.setattr(Layer, "__init__", counted)
+    write_tiny(tmp_path / "m", num_layers=4, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
+    assert len(most) == 4 and max(most) == 1
+
+
+# --- what the search is worth ----------------------------------------------------------------------------------------
+
+
+def planted(path: Path, factor: float = 60.0, **sizes: Any) -> Path:
+    """A model with outlier channels in front of its linear layers, compensated in the matrices: the same function, harder to round."""
+    tensors = write_tiny(path, **{**SIZES, **sizes})
+    rng = np.random.default_rng(3)
+    changed: dict[str, np.ndarray] = {}
+    num_layers = sizes.get("num_layers", 2)
+    for layer in range(num_layers):
+        p = f"model.layers.{layer}."
+        for norm, readers in (
+            ("input_layernorm.weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm.weight", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            channels = rng.choice(64, 3, replace=False)
+            scale = np.ones(64, np.float32)
+            scale[channels] = factor
+            changed[p + norm] = tensors[p + norm] * scale
+            for reader in readers:
+                changed[f"{p}{reader}.weight"] = tensors[f"{p}{reader}.weight"] / scale
+    write_tiny(path, **{**SIZES, **sizes}, tensors=changed)
+    return path
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("qformat", ["int8_sq", "int4_awq"])
+def test_the_search_beats_plain_rounding_on_planted_outliers(tmp_path, family, qformat):
+    planted(tmp_path / "m", family=family)
+    data = lines(tmp_path / "d.jsonl", ids(32))
+    kl = {}
+    for plain in (True, False):
+        found = calibrate(tmp_path / "m", tmp_path / f"c{plain}", qformat=qformat, calib_data=data, plain_rounding=plain)
+        kl[plain] = found["end_to_end"]["kl"]
+    assert kl[False] < (0.1 if qformat == "int8_sq" else 0.9) * kl[True], kl
+
+
+@pytest.mark.parametrize("qformat", ["int8_sq", "int4_awq"])
+def test_the_search_never_loses_on_its_own_rows(tmp_path, qformat):
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_data=lines(tmp_path / "d.jsonl", ids(16)))
+    judged = [facts for facts in found["modules"].values() if facts["quantized"]]
+    assert len(judged) == 10 and all(facts["search_error"] <= facts["search_error_nearest"] for facts in judged)
+    assert any(facts["search_error"] < 0.95 * facts["search_error_nearest"] for facts in judged)
+
+
+def test_clipping_on_held_out_rows_is_counted():
+    found = Found(torch.ones(1, 4), torch.ones(1), grid.input_scale(1.0, "FP8"), torch.tensor([1.0, 1.0, 1.0, 2.0]), None, 0.0, 0.0)
+    judge = _Judge(found, "FP8")
+    judge.add(torch.tensor([[0.5, -0.9, 1.5, 0.4], [0.1, 0.2, -3.0, 0.9]]), torch.ones(2, 1), torch.full((2, 1), 1.1))
+    facts = judge.facts()
+    assert facts["clipped_share"] == 3 / 8  # 1.5, -3, and 0.9 times its factor
+    assert facts["sqnr_db"] == pytest.approx(20, abs=1e-4)
+
+
+# --- flags and sums --------------------------------------------------------------------------------------------------
+
+
+def test_excluded_layers_stay_as_they_are(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(
+        tmp_path / "m",
+        tmp_path / "c",
+        qformat="int8_wo",
+        calib_data=lines(tmp_path / "d.jsonl", ids(4)),
+        exclude=("transformer.layers.0.*", "*.mlp.gate"),
+    )
+    with open_weights(tmp_path / "c") as source, open_weights(tmp_path / "m") as original:
+        kinds = {name: source.read(name).dtype for name in source.names() if name.endswith("weight") and "norm" not in name}
+        assert {name for name, kind in kinds.items() if kind == np.int8} == {
+            f"transformer.layers.1.{module}.weight" for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+        }
+        name = "transformer.layers.1.mlp.gate.weight"
+        assert np.array_equal(source.read(name), original.read(name))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"qformat": "int3"}, "unknown format"),
+        ({"qformat": "fp8", "exclude": ("layers.0.mlp",)}, "names no layer"),
+        ({"qformat": "fp8", "exclude": ("transformer.*",)}, "every layer is excluded"),
+        ({"qformat": "int4_wo", "group_size": 48}, "4-bit groups do not fit"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, options, word):
+    write_tiny(tmp_path / "m", **SIZES)
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", **options)
+    assert caught.value.code == "E001" and word in caught.value.what
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_divergence_is_what_it_says():
+    seen = Divergence()
+    p, q = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
+    seen.add(p.astype(np.float32) + 3, q.astype(np.float32), [0, -1])
+    found = seen.summary()
+    assert found["kl"] == pytest.approx(0.25 * np.log(2) / 2, rel=1e-5) and found["worst_kl"] == pytest.approx(0.25 * np.log(2), rel=1e-5)
+    assert (
+        found["top1_agreement"] == 0.5
+        and found["perplexity_reference"] == pytest.approx(2)
+        and found["perplexity_ratio"] == pytest.approx(2)
+    )
+
+
+def test_the_sample_of_inputs_is_even():
+    picks = picks_of([10, 0, 30, 60], 10)
+    assert [len(p) for p in picks] == [1, 0, 3, 6] and picks[0] == [0] and picks[3][-1] == 59
+    assert [len(p) for p in picks_of([3, 2], 100)] == [3, 2]
+
+
+def test_nothing_is_left_behind_by_a_refusal(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine.txt").write_text("x")
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
+    assert caught.value.code == "E130" and (tmp_path / "c" / "mine.txt").read_text() == "x"
+    shutil.rmtree(tmp_path / "c")

@@ -1,0 +1,265 @@
+"""Quantized checkpoints and their engines: what the stored numbers stand for, in the file, in onnxruntime and in a TensorRT-RTX plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_tiny
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+
+from trtllm_thoughtx import Engine, report  # noqa: E402
+from trtllm_thoughtx.build import build  # noqa: E402
+from trtllm_thoughtx.calibrate import grid  # noqa: E402
+from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
+from trtllm_thoughtx.config import QUANT_ALGOS  # noqa: E402
+from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
+from trtllm_thoughtx.weights import open_weights  # noqa: E402
+
+ROWS = [[5, 9, 2, 44, 7], [1] * 3, list(range(40)), [90, 3]]
+OPTIONS = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, "max_input_len": 16}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position": 256}
+
+
+def test_scales_are_the_same_numbers_in_every_type():
+    values = torch.cat([torch.logspace(-12, 4, 999), torch.tensor([0.0, 65280.0])])
+    for up in (True, False):
+        tidy = grid.tidy(values, up=up)
+        for kind in (torch.float16, torch.bfloat16):
+            assert torch.equal(tidy.to(kind).float(), tidy), kind
+    assert bool((grid.tidy(values) >= values).all())
+    assert bool(((grid.tidy(values) - values) <= torch.maximum(values / 128, torch.tensor(2.0**-24))).all())
+
+
+@pytest.mark.parametrize("qformat", QUANT_ALGOS)
+def test_pack_and_unpack_are_inverse(qformat):
+    algo, weight = QUANT_ALGOS[qformat], torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    scale = grid.weight_scale(weight, algo, 32)
+    found = grid.unpack(grid.pack(weight, scale, algo), scale.numpy())
+    assert np.array_equal(found, grid.on_grid(weight, scale, algo).numpy())
+    step = {"fp8": 1 / 14, "int8_sq": 1 / 127, "int8_wo": 1 / 127, "int4_wo": 1 / 7, "int4_awq": 1 / 7}[qformat]
+    assert np.abs(found - weight.numpy()).max() <= 0.51 * step * float(weight.abs().max()) * 1.01 + 1e-6
+
+
+def plain_engine_of(checkpoint: Path, out: Path, hf: dict[str, np.ndarray], shape: dict) -> Engine:
+    """An engine of an unquantized checkpoint whose matrices are what the quantized ones stand for. Weight-only formats must equal it."""
+    tensors = dict(hf)
+    with open_weights(checkpoint) as source:
+        config = source.config
+        quant = config.quantization
+        for layer in range(config.num_layers):
+            name, mine = f"transformer.layers.{layer}", f"model.layers.{layer}"
+            for module, parts in (
+                ("attention.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("attention.dense", ("self_attn.o_proj",)),
+                ("mlp.fc", ("mlp.gate_proj",)),
+                ("mlp.gate", ("mlp.up_proj",)),
+                ("mlp.proj", ("mlp.down_proj",)),
+            ):
+                suffix = "per_channel_scale" if quant.algo == "W8A16" else "weights_scaling_factor"
+                matrix = grid.unpack(source.read(f"{name}.{module}.weight"), source.read(f"{name}.{module}.{suffix}"))
+                if quant.prequant:
+                    matrix = matrix * source.read(f"{name}.{module}.prequant_scaling_factor")
+                first = 0
+                for part in parts:
+                    rows = hf[f"{mine}.{part}.weight"].shape[0]
+                    tensors[f"{mine}.{part}.weight"] = matrix[first : first + rows].astype(np.float32)
+                    first += rows
+    write_tiny(out / "plain", tensors=tensors, **shape)
+    build(out / "plain", out / "plain-engine", OPTIONS)
+    return Engine.load(out / "plain-engine", num_threads=1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("qformat", ["int8_wo", "int4_wo", "int4_awq"])
+def test_weight_only_engines_compute_with_what_the_file_stands_for(tmp_path, family, qformat):
+    shape = {**SIZES, "family": family}
+    hf = write_tiny(tmp_path / "m", **shape)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    engine = Engine.load(tmp_path / "e", num_threads=1)
+    plain = plain_engine_of(tmp_path / "c", tmp_path, hf, shape)
+    for mine, wanted in zip(engine.forward(ROWS), plain.forward(ROWS), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-4)
+    original = build(tmp_path / "m", tmp_path / "o", OPTIONS) and Engine.load(tmp_path / "o", num_threads=1)
+    assert np.abs(engine.forward(ROWS)[2] - original.forward(ROWS)[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_engines_with_rounded_inputs_compute_what_the_calibration_did(tmp_path, qformat):
+    """The walk's own arithmetic, layer by layer in torch, against the graph in onnxruntime."""
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    engine = Engine.load(tmp_path / "e", num_threads=1)
+    original = build(tmp_path / "m", tmp_path / "o", OPTIONS) and Engine.load(tmp_path / "o", num_threads=1)
+    from trtllm_thoughtx.calibrate.measure import Divergence
+
+    seen = Divergence()
+    for row in found["validation"]:
+        seen.add(original.forward([row])[0], engine.forward([row])[0], [*row[1:], -1])
+    assert seen.summary()["kl"] == pytest.approx(found["end_to_end"]["kl"], rel=0.25)
+    assert seen.summary()["perplexity_ratio"] == pytest.approx(found["end_to_end"]["perplexity_ratio"], rel=0.01)
+    assert found["end_to_end"]["kl"] > 1e-6
+
+
+def test_the_checkpoint_has_tensorrt_llm_names_and_scales(tmp_path):
+    write_tiny(tmp_path / "m", dtype="bfloat16", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=8, calib_seq_len=32)
+    section = json.loads((tmp_path / "c" / "config.json").read_text())["quantization"]
+    assert (section["quant_algo"], section["exclude_modules"], section["pre_quant_scale"]) == ("FP8", ["lm_head"], False)
+    from trtllm_thoughtx.checkpoint import read_tensors
+
+    stored = read_tensors(tmp_path / "c", ["rank0.safetensors"])
+    for module, shape in (("attention.qkv", (128, 64)), ("attention.dense", (64, 64)), ("mlp.fc", (128, 64)), ("mlp.proj", (64, 128))):
+        name = f"transformer.layers.1.{module}"
+        assert (stored[f"{name}.weight"].dtype, stored[f"{name}.weight"].shape) == ("F8_E4M3", shape)
+        for suffix in ("weights_scaling_factor", "activation_scaling_factor"):
+            assert (stored[f"{name}.{suffix}"].dtype, stored[f"{name}.{suffix}"].shape) == ("F32", (1,))
+    assert stored["lm_head.weight"].dtype == stored["transformer.vocab_embedding.weight"].dtype == "BF16"
+    with open_weights(tmp_path / "c") as source, open_weights(tmp_path / "m") as original:
+        # trtllm-build fuses fc and gate with the larger of their scales: with equal ones it rounds nothing again
+        scales = [source.read(f"transformer.layers.0.mlp.{m}.weights_scaling_factor") for m in ("fc", "gate")]
+        assert scales[0] == scales[1]
+        weight = original.read("transformer.layers.0.attention.qkv.weight", "float32")
+        scale = source.read("transformer.layers.0.attention.qkv.weights_scaling_factor")
+        assert np.abs(weight).max() / 448 <= scale[0] <= np.abs(weight).max() / 448 * 1.01
+        found = grid.unpack(source.read("transformer.layers.0.attention.qkv.weight"), scale)
+        assert np.abs(found - weight).max() <= np.abs(weight).max() / 28
+    report.verify_files(tmp_path / "c")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_quantized_when_asked(tmp_path, tied):
+    write_tiny(tmp_path / "m", tied=tied, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_size=8, calib_seq_len=32, quant_lm_head=True)
+    with open_weights(tmp_path / "c") as source:
+        assert source.read("lm_head.weight").dtype == np.int8 and source.config.has_head
+        assert source.read("transformer.vocab_embedding.weight").dtype == np.float32
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    build(tmp_path / "m", tmp_path / "o", OPTIONS)
+    mine, wanted = (Engine.load(tmp_path / name, num_threads=1).forward(ROWS)[2] for name in ("e", "o"))
+    assert 1e-4 < np.abs(mine - wanted).max() < 0.5
+
+
+def test_stages_and_chunked_attention_take_quantized_layers(tmp_path):
+    write_tiny(tmp_path / "m", num_layers=3, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    whole = Engine.load(tmp_path / "e", num_threads=1).forward(ROWS)
+    build(tmp_path / "c", tmp_path / "s", {**OPTIONS, "early_exit_layers": (1, 2), "use_chunked_attention": True, "chunk_size": 64})
+    staged = Engine.load(tmp_path / "s", num_threads=1).forward(ROWS)
+    for mine, wanted in zip(staged, whole, strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int4_awq"])
+def test_half_precision_engines_stay_close(tmp_path, dtype, qformat):
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    build(tmp_path / "c", tmp_path / "h", {**OPTIONS, "dtype": dtype})
+    wide, half = (Engine.load(tmp_path / name, num_threads=1).forward(ROWS)[2] for name in ("e", "h"))
+    assert np.sqrt(np.mean((wide - half) ** 2)) < 0.05 * wide.std()
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("qformat", QUANT_ALGOS)
+def test_plans_compute_in_low_precision(tmp_path, qformat):
+    """For SM89 and SM120, without a GPU: every product is found among the plan's layers with weights of its type."""
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
+    write_tiny(tmp_path / "m", dtype="float16", hidden_size=256, intermediate_size=512, vocab_size=128)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32, quant_lm_head=True)
+    options = {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9", "12.0")}
+    made = build(tmp_path / "c", tmp_path / "e", options)
+    check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
+    assert check["status"] == "passed", check
+    assert check["evidence"] == {
+        "expected": 11,
+        "found": 11,
+        "types": [{"fp8": "FP8", "int8_sq": "Int8", "int8_wo": "Int8"}.get(qformat, "Int4")],
+    }
+
+
+@pytest.mark.rtx
+def test_a_product_that_the_builder_does_not_fuse_is_named(tmp_path):
+    """One 4-bit group per row is a form that TensorRT-RTX 1.7 widens before the product."""
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
+    write_tiny(tmp_path / "m", dtype="float16", hidden_size=128, intermediate_size=256)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_wo", calib_size=4, calib_seq_len=16)
+    made = build(tmp_path / "c", tmp_path / "e", {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9",)})
+    check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
+    assert check["status"] == "failed" and "layers.0.attention.qkv" in check["reason"]
+    assert "layers.0.mlp.proj" not in check["reason"]
+
+
+def test_a_layer_that_fell_back_is_named():
+    from trtllm_thoughtx.engines.trt_builder import fallbacks
+
+    int8, half = "{ Name: x, Datatype: Int8, }", "{ Name: x, Datatype: Half, }"
+    layers = [
+        ("0", int8, int8, "[ONNX Layer: layers.0.mlp.fc][ONNX Layer: layers.0.mlp.fc.matrix]"),
+        ("0", half, half, "[ONNX Layer: layers.0.mlp.fc][ONNX Layer: layers.0.mlp.active]"),
+        ("0", half, half, "[ONNX Layer: layers.0.mlp.gate]"),
+        ("0", half, int8, "[ONNX Layer: layers.0.mlp.gate.matrix]"),
+        ("0", half, int8, "[ONNX Layer: layers.0.mlp.proj]"),
+    ]
+    products = [["layers.0.mlp.fc", "Int8", True], ["layers.0.mlp.gate", "Int8", False], ["layers.0.mlp.proj", "Int8", True]]
+    assert fallbacks(products, layers) == ["layers.0.mlp.gate", "layers.0.mlp.proj"]
+    assert fallbacks([["layers.0.mlp.proj", "Int8", False]], layers) == []
+    other_profile = [*layers, ("1", half, half, "[ONNX Layer: layers.0.mlp.fc]")]
+    assert fallbacks(products[:1], layers) == [] and fallbacks(products[:1], other_profile) == ["layers.0.mlp.fc"]
+    assert fallbacks([["layers.9.mlp.fc", "Int8", True]], layers) == ["layers.9.mlp.fc"]
+
+
+def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16)
+    options = {"backend": ("onnxruntime",), "max_seq_len": 64}
+    assert build(tmp_path / "c", tmp_path / "e", options, dry_run=True)["build"]["compute_capabilities"] == ["8.9", "12.0"]
+    with pytest.raises(ThoughtxError, match=r"compute_capabilities 8\.6") as caught:
+        build(tmp_path / "c", tmp_path / "e", {**options, "compute_capabilities": ("8.6", "8.9")})
+    assert caught.value.code == "E001"
+
+
+def damaged(path: Path, name: str, change) -> None:
+    """Rewrite one tensor of a checkpoint."""
+    from trtllm_thoughtx.calibrate import stored
+    from trtllm_thoughtx.checkpoint import read_tensors
+
+    infos = read_tensors(path, ["rank0.safetensors"])
+    tensors = stored.read_all(path, "rank0.safetensors")
+    tensors[name] = change(tensors[name])
+    stored.write_all(path / "rank0.safetensors", {key: tensors[key] for key in infos if tensors[key] is not None})
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "change", "word"),
+    [
+        ("E108", "transformer.layers.0.mlp.fc.weights_scaling_factor", np.zeros_like, "mlp.fc.weights_scaling_factor"),
+        ("E108", "transformer.layers.0.mlp.fc.activation_scaling_factor", lambda x: x * np.nan, "activation_scaling_factor"),
+        ("E107", "transformer.layers.1.mlp.gate.weights_scaling_factor", lambda x: None, "mlp.gate.weights_scaling_factor: missing"),
+        ("E107", "transformer.layers.1.mlp.proj.weight", lambda x: x.astype(np.float32), "has type F32, wanted F8_E4M3"),
+    ],
+)
+def test_a_damaged_quantized_checkpoint_is_refused_by_name(tmp_path, code, name, change, word):
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16)
+    damaged(tmp_path / "c", name, change)
+    with pytest.raises(ThoughtxError) as caught:
+        build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    assert caught.value.code == code and word in caught.value.what + caught.value.why
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16)
+    with pytest.raises(ThoughtxError, match="already quantized") as caught:
+        calibrate(tmp_path / "c", tmp_path / "d", qformat="int8_wo")
+    assert caught.value.code == "E103" and not (tmp_path / "d").exists()

@@ -1,0 +1,218 @@
+"""The sequences that a model is calibrated on: the user's own, or generated ones where there are none.
+
+A JSONL line is {"text": ...}, {"prompt": ..., "thought" or "steps": ..., "answer": ...}, {"messages": [...]} or {"input_ids": [...],
+"attention_mask": [...]}; a .txt file is text parted by blank lines; a directory is one that `datasets` saved, with rows like the lines.
+Prompts and messages go through the chat template. Tokens that the mask hides, and padding at the ends of a row, are dropped: no pad is
+ever part of a statistic. Which rows are taken depends on the seed alone. Every row that cannot be used is E164 with its line number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.files import read_named, sha256_of
+from trtllm_thoughtx.runtime.chat import plain_messages
+from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.strictjson import parse_json
+from trtllm_thoughtx.tasks import TASKS, draw
+from trtllm_thoughtx.tasks.item import BOUNDARY, steps_of, thought
+
+FILE_BYTES = 1 << 30
+KEYS = frozenset({"id", "text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient"})
+FORMS = ("text", "prompt", "messages", "input_ids")
+MAX_HELD = 16
+BUILT_IN = "generated tasks"
+
+
+@dataclass(frozen=True)
+class Data:
+    """`rows` calibrate, `held` (others, where there are enough) judge the result; token ids. `facts` go into the manifest."""
+
+    rows: list[list[int]]
+    held: list[list[int]]
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_data(
+    path: Path | None, text: Text | None, *, vocab_size: int, num_samples: int, max_len: int, seed: int, pad_id: int | None = None
+) -> Data:
+    """At most `num_samples` sequences of at most `max_len` tokens, an eighth of them held out. E164 for data that cannot be used."""
+    where = str(path) if path is not None else "--calib_data"
+    warnings: list[str] = []
+    if path is None:
+        raws: list[tuple[str, Any]] = (
+            list(_generated(num_samples, seed)) if text is not None else list(_random(num_samples, vocab_size, seed))
+        )
+        what = BUILT_IN if text is not None else "random tokens: the checkpoint has no tokenizer"
+        warnings.append(f"calibrated on {what}; data of your own (--calib_data) makes better scales")
+    else:
+        raws, what = _rows(Path(path)), Path(path).name
+    rows, wrong, num_cut, num_dropped = [], [], 0, 0
+    for place, raw in raws:
+        try:
+            ids = _ids(raw, text, where)
+            kept = _without_pads(ids, raw, pad_id)
+            num_dropped += len(ids) - len(kept)
+            bad = next((i for i in kept if not 0 <= i < vocab_size), None)
+            if bad is not None:
+                raise ValueError(f"token id {bad}; the vocabulary has {vocab_size}")
+            if not kept:
+                raise ValueError("every token is padding" if ids else "it has no tokens")
+            num_cut += len(kept) > max_len
+            rows.append(kept[:max_len])
+        except ThoughtxError as error:
+            wrong.append(f"{place}: {error.what}")
+        except ValueError as error:
+            wrong.append(f"{place}: {shown(str(error))}")
+    if wrong or not rows:
+        raise _refused(
+            f"{len(wrong)} rows cannot be used" if wrong else "there is no data", where, listed(wrong) if wrong else "it is empty"
+        )
+    num_rows = len(rows)
+    order = list(range(num_rows))
+    random.Random(f"calibrate {seed}").shuffle(order)
+    rows = [rows[i] for i in order[:num_samples]]
+    num_held = min(MAX_HELD, max(1, len(rows) // 8)) if len(rows) > 1 else 0
+    held = rows[len(rows) - num_held :] or rows
+    if not num_held:
+        warnings.append("one sequence is all there is: it calibrates, and it judges the result as well")
+    elif len(rows) < 32 and path is not None:
+        warnings.append(f"only {len(rows)} sequences: more of them make scales that hold for more prompts")
+    if num_cut:
+        warnings.append(f"{num_cut} sequences were cut to {max_len} tokens (--calib_seq_len)")
+    rows = rows[: len(rows) - num_held]
+    digest = hashlib.sha256(json.dumps([rows, held]).encode()).hexdigest()
+    facts = {
+        "source": what,
+        "sha256": sha256_of(Path(path)) if path is not None and Path(path).is_file() else None,
+        "tokens_sha256": digest,
+        "num_rows": num_rows,
+        "num_sequences": len(rows),
+        "num_held_out": len(held) if num_held else 0,
+        "num_tokens": sum(map(len, rows)),
+        "num_cut": num_cut,
+        "num_pads_dropped": num_dropped,
+        "seed": seed,
+        "max_len": max_len,
+    }
+    return Data(rows, held, facts, warnings)
+
+
+def _generated(num: int, seed: int) -> Iterator[tuple[str, Any]]:
+    """Questions with their whole chains, spread over the tasks and their sizes."""
+    names = sorted(TASKS)
+    for place in range(num):
+        task = names[place % len(names)]
+        size = 1 + (place // len(names)) % min(4, TASKS[task][1])
+        item = draw(task, "validation", size=size, seed=seed * 100_003 + place)
+        yield f"item {place}", {"prompt": item.prompt, "thought": thought(item.steps), "answer": item.answer}
+
+
+def _random(num: int, vocab_size: int, seed: int) -> Iterator[tuple[str, Any]]:
+    rng = random.Random(f"random tokens {seed}")
+    for place in range(num):
+        yield f"item {place}", {"input_ids": [rng.randrange(vocab_size) for _ in range(rng.randint(16, 128))]}
+
+
+def _rows(path: Path) -> list[tuple[str, Any]]:
+    """(place for messages, raw row) of a file or a saved data set."""
+    if path.is_dir():
+        return list(_saved(path))
+    data = read_named(path, FILE_BYTES, code="E164")
+    if path.suffix == ".txt":
+        try:
+            parts = data.decode("utf-8").replace("\r\n", "\n").split("\n\n")
+        except UnicodeDecodeError as error:
+            raise _refused("the text is not UTF-8", str(path), f"byte {error.start} begins no UTF-8 character") from None
+        return [(f"paragraph {number}", {"text": part}) for number, part in enumerate(parts, 1) if part.strip()]
+    found: list[tuple[str, Any]] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                found.append((f"line {number}", parse_json(line, f"line {number}", "E164")))
+            except ThoughtxError as error:
+                found.append((f"line {number}", error))
+    return found
+
+
+def _saved(path: Path) -> Iterable[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        fix = 'pip install "trtllm-thoughtx[distill]", or give a JSONL file'
+        raise ThoughtxError("E201", "a saved data set needs datasets", where=str(path), why="it is not installed", fix=fix) from None
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # it raises its own types and those of pyarrow
+        why = shown(str(error))
+        raise _refused("the directory is not a data set that `datasets` saved", str(path), why) from None
+    rows = rows["train"] if isinstance(rows, dict) and "train" in rows else rows
+    if isinstance(rows, dict):
+        raise _refused("the data set has no split `train`", str(path), f"it has {shown(sorted(rows))}")
+    return ((f"row {number}", {k: v for k, v in row.items() if v is not None and k in KEYS}) for number, row in enumerate(rows))
+
+
+def _ids(raw: Any, text: Text | None, where: str) -> list[int]:
+    if isinstance(raw, ThoughtxError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise ValueError("the line is not an object")
+    unknown, forms = sorted(map(str, raw.keys() - KEYS)), [form for form in FORMS if form in raw]
+    if unknown or len(forms) != 1:
+        raise ValueError(f"unknown key {unknown[0]!r}" if unknown else f"it needs one of {', '.join(FORMS)}, found {len(forms)}")
+    form, value = forms[0], raw[forms[0]]
+    if form == "input_ids":
+        if not isinstance(value, list) or any(type(i) is not int for i in value):
+            raise ValueError("input_ids must be a list of token ids")
+        return value
+    if text is None:
+        raise ValueError("a text needs a tokenizer, and the checkpoint has none; give input_ids")
+    if form == "messages":
+        return text.chat(tuple(plain_messages(value, where)), add_generation_prompt=False)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{form} must be a text that is not empty")
+    return text.encode(value) if form == "text" else _told(raw, text)
+
+
+def _told(raw: dict[str, Any], text: Text) -> list[int]:
+    """Prompt in the chat template, then thought between its tags, then the answer."""
+    steps = raw.get("steps", steps_of(raw["thought"]) if isinstance(raw.get("thought"), str) else [])
+    answer = raw.get("answer", "")
+    if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not isinstance(answer, str):
+        raise ValueError("steps must be a list of texts, thought and answer texts")
+    ids = text.chat(raw["prompt"]) if text.has_template else text.encode(raw["prompt"])
+    first, last = text.think_ids or ((), ())
+    if steps and first and tuple(ids[-len(first) :]) != first:
+        ids += first
+    for step in steps:
+        ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
+    return [*ids, *(last if steps else ()), *(text.encode(answer, add_special=False) if answer else ())]
+
+
+def _without_pads(ids: list[int], raw: Any, pad_id: int | None) -> list[int]:
+    mask = raw.get("attention_mask") if isinstance(raw, dict) else None
+    if mask is not None:
+        if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
+            raise ValueError("attention_mask must be a list of 0 and 1, as long as input_ids")
+        return [i for i, seen in zip(ids, mask, strict=True) if seen]
+    if isinstance(raw, dict) and "input_ids" in raw and pad_id is not None:
+        begin, end = 0, len(ids)
+        while begin < end and ids[begin] == pad_id:
+            begin += 1
+        while end > begin and ids[end - 1] == pad_id:
+            end -= 1
+        return ids[begin:end]
+    return ids
+
+
+def _refused(what: str, where: str, why: str) -> ThoughtxError:
+    fix = 'each line is an object like {"prompt": "...", "answer": "..."} or {"text": "..."}. Nothing was written.'
+    return ThoughtxError("E164", what, where=where, why=why, fix=fix)

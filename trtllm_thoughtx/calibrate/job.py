@@ -1,0 +1,267 @@
+"""`thoughtx-calibrate --qformat`: a checkpoint and data in, a quantized TensorRT-LLM checkpoint out, with a report of what it cost.
+
+Everything that can be refused is refused before the first layer. The walk keeps its state beside the output, in a hidden directory that
+a run with the same inputs and settings goes on from; the output appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtllm_thoughtx import __version__, files, report
+from trtllm_thoughtx.calibrate import stored
+from trtllm_thoughtx.calibrate.data import read_data
+from trtllm_thoughtx.config import QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families import Tensor
+from trtllm_thoughtx.families.quantization import STORED, linear_modules, with_quantization
+from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.weights import STORED_DTYPES, WeightSource, open_weights
+
+SMOOTHED = ("int8_sq", "int4_awq")
+GROUPS = (128, 64, 32, 16)
+CALIBRATION = "calibration.json"
+SPACE_FOR_REST = 64 << 20
+
+
+def calibrate(
+    model_dir: Path,
+    output_dir: Path,
+    *,
+    qformat: str,
+    calib_data: Path | None = None,
+    calib_size: int = 128,
+    calib_seq_len: int = 512,
+    batch_size: int = 8,
+    group_size: int | None = None,
+    exclude: Sequence[str] = (),
+    quant_lm_head: bool = False,
+    plain_rounding: bool = False,
+    seed: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
+
+    E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
+    """
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    progress = progress or Progress.silent()
+    with open_weights(model_dir) as source:
+        config = source.config
+        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
+        text = Text.load(model_dir)
+        data = read_data(
+            calib_data,
+            text,
+            vocab_size=config.vocab_size,
+            num_samples=calib_size,
+            max_len=min(calib_seq_len, config.max_position),
+            seed=seed,
+            pad_id=text.pad_id if text else None,
+        )
+        settings = {
+            "qformat": qformat,
+            "group_size": quant.group_size,
+            "plain_rounding": plain_rounding,
+            "exclude": list(quant.exclude),
+            "calib_seq_len": calib_seq_len,
+            "calib_size": calib_size,
+            "seed": seed,
+            "data": data.facts["tokens_sha256"],
+        }
+        inputs = report.manifest_inputs(source.inputs(), progress)
+        if not force and report.is_current(output_dir, settings, lambda: inputs):
+            return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
+        files.check_output(output_dir, force=force, inputs=[model_dir])
+        num_states = 3 * sum(map(len, [*data.rows, *data.held, *data.held])) * config.hidden_size * 4
+        files.require_space(output_dir.absolute().parent, 2 * source_bytes(source) + num_states + SPACE_FOR_REST)
+        for warning in data.warnings:
+            progress.note(f"warning: {warning}")
+        work = working_dir(output_dir, {**settings, "inputs": inputs, "version": __version__}, progress)
+        from trtllm_thoughtx.calibrate.layers import Walk
+
+        walk = Walk(source, data, quant, work, batch_size)
+        walk.run(progress)
+        modules, end_to_end, on_stored = walk.facts()
+        final = with_excluded(quant, modules)
+        found = {
+            "schema": "trtllm-thoughtx/calibration/1",
+            "qformat": qformat,
+            "quantization": report.plain(final),
+            "data": data.facts,
+            "end_to_end": end_to_end,
+            "limits": limits_of(on_stored),
+            "size": sizes(config, final, modules),
+            "modules": modules,
+            "warnings": [*data.warnings, *_warnings(modules)],
+            "validation": walk.stored_rows(),
+        }
+        for warning in _warnings(modules):
+            progress.note(f"warning: {warning}")
+        _write(output_dir, source, replace(config, quantization=final), work, found, settings, inputs, force=force, progress=progress)
+        shutil.rmtree(work, ignore_errors=True)
+    return {**found, "output_dir": str(output_dir), "up_to_date": False}
+
+
+def quant_config(
+    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
+) -> QuantConfig:
+    """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
+    if config.quantization is not None:
+        why = f"it holds {config.quantization.algo or config.quantization.kv_algo} tensors; rounding them again loses twice"
+        raise ThoughtxError(
+            "E103", "the checkpoint is already quantized", where="--model_dir", why=why, fix="calibrate the original checkpoint"
+        )
+    if qformat not in QUANT_ALGOS:
+        why = f"known are {', '.join(QUANT_ALGOS)}"
+        raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
+    algo, size = QUANT_ALGOS[qformat], group_size or 128
+    if STORED[algo] == "U8":
+        widths = (config.hidden_size, config.q_size, config.intermediate_size)
+        fitting = [g for g in GROUPS if all(width % g == 0 for width in widths)]
+        size = group_size or (fitting[0] if fitting else 0)
+        if not size or size % 2 or any(width % size for width in widths):
+            why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
+            fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
+            raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
+    excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
+    quant = QuantConfig(algo=algo, group_size=size, prequant=qformat in SMOOTHED and not plain, exclude=excluded)
+    known = linear_modules(config)
+    idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
+    if idle:
+        why = f"names are like {known[0]}, {known[4]}; * and ? are wildcards"
+        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix="correct the name")
+    if not any(quant.covers(module) for module in known):
+        raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
+    return quant
+
+
+def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
+    """The same with the layers by name that were covered and stay as they are."""
+    kept = [name for name, facts in modules.items() if not facts["quantized"] and quant.covers(name)]
+    return replace(quant, exclude=(*quant.exclude, *kept))
+
+
+def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
+    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding."""
+    return {
+        "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
+        "min_top1_agreement": round(max(0.0, seen["top1_agreement"] - 0.02), 6),
+        "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
+    }
+
+
+def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes and mean bits of the linear layers' weights, before and after; scales count."""
+    wide = 32 if config.dtype == "float32" else 16
+    bits = {"F8_E4M3": 8.0, "I8": 8.0, "U8": 4.0}[STORED[quant.algo or ""]]
+    if STORED[quant.algo or ""] == "U8":
+        bits += 32 / quant.group_size
+    linear = [(name, facts) for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")]
+    total = sum(facts["num_weights"] for _, facts in linear)
+    used = sum(facts["num_weights"] * (bits if quant.covers(name) else wide) for name, facts in linear)
+    return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
+
+
+def source_bytes(source: WeightSource) -> int:
+    return sum(source.num_bytes(name) for name in source.names())
+
+
+def _warnings(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    silent = [name for name, facts in modules.items() if not facts["input_amax"]]
+    wide = [name for name, facts in modules.items() if facts["exceeds_float16"]]
+    found = []
+    if silent:
+        found.append(f"always zero inputs, so kept as they are: {', '.join(silent)}")
+    if wide:
+        found.append(f"inputs beyond float16's range (build with bfloat16 or float32): {', '.join(wide)}")
+    return found
+
+
+def working_dir(output_dir: Path, key: Mapping[str, Any], progress: Progress) -> Path:
+    """Where the walk keeps its state: emptied unless a run with the same key left it."""
+    real = output_dir.resolve()
+    work = real.parent / f".{real.name}.calibration"
+    digest = hashlib.sha256(json.dumps(report.plain(key), sort_keys=True).encode()).hexdigest()
+    try:
+        if (work / "key.json").is_file() and files.read_json(work, "key.json") == {"key": digest}:
+            done = len(list(work.glob("layer.*.json")))
+            progress.note(f"going on from an earlier run: {done} layers are done")
+            return work
+    except ThoughtxError:
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with files.atomic_file(work / "key.json") as out:
+        out.write(report.to_json({"key": digest}).encode())
+    return work
+
+
+def _write(
+    output_dir: Path,
+    source: WeightSource,
+    config: ModelConfig,
+    work: Path,
+    found: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    inputs: list[dict[str, Any]],
+    *,
+    force: bool,
+    progress: Progress,
+) -> None:
+    table = with_quantization(source.tensors(), config)
+    entries = [(t.name, t.stored or _stored_name(config.dtype), t.shape) for t in table]
+    with files.atomic_dir(output_dir, force=force) as partial:
+        with progress.stage("write", len(table)) as stage:
+
+            def values() -> Iterator[np.ndarray]:
+                for value in _values(table, source, work):
+                    stage.advance(1)
+                    yield value
+
+            hashes = {"rank0.safetensors": stored.write(partial / "rank0.safetensors", entries, values())}
+        body = json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n"
+        (partial / "config.json").write_bytes(body.encode())
+        for name, path in source.carried().items():
+            if name != CALIBRATION:
+                (partial / name).write_bytes(files.read_inside(path.parent, name, 512 << 20))
+        (partial / CALIBRATION).write_bytes(report.to_json(found).encode())
+        source.verify_unchanged()
+        report.write_manifest(
+            partial,
+            command=f"thoughtx-calibrate --model_dir {source.path.name} --output_dir {output_dir.name} --qformat {found['qformat']}",
+            inputs=inputs,
+            config=settings,
+            checks=[],
+            environment={},
+            hashes=hashes,
+        )
+
+
+def _stored_name(dtype: str) -> str:
+    return {name: stored_as for stored_as, name in STORED_DTYPES.items()}[dtype]
+
+
+def _values(table: Sequence[Tensor], source: WeightSource, work: Path) -> Iterator[np.ndarray]:
+    """Every tensor in order: quantized ones from the walk's files, a layer of them in memory at a time, the rest from the source."""
+    held: dict[str, np.ndarray] = {}
+    name_held = ""
+    for tensor in table:
+        if tensor.stored is None:
+            yield source.read(tensor.name)
+            continue
+        file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else "head.safetensors"
+        if file != name_held:
+            held, name_held = stored.read_all(work, file), file
+        yield held[tensor.name]

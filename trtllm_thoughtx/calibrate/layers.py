@@ -1,0 +1,315 @@
+"""The walk through the layers: run the rows, see what each linear layer is fed, choose its grid, and run the held-out rows on it.
+
+After each layer its tensors, its facts and the rows' states are on disk; a run that is started again goes on behind the last of them.
+Held-out rows go through twice, on the layers as they were and on the quantized ones, so the end-to-end loss is known after one walk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.calibrate import grid, stored
+from trtllm_thoughtx.calibrate.data import Data
+from trtllm_thoughtx.calibrate.measure import Divergence
+from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
+from trtllm_thoughtx.calibrate.search import Found, Inputs, search
+from trtllm_thoughtx.calibrate.states import States
+from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
+from trtllm_thoughtx.files import atomic_file, read_json
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.weights import WeightSource
+
+NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
+NUM_STORED, STORED_LEN = 8, 256  # held-out sequences that travel with the checkpoint; a multiple of `Head.ROWS`
+FLOAT16_LARGEST = 65504.0
+
+
+class _Watch:
+    """Collects `Inputs` of one unit over all calibrating rows, in their order."""
+
+    def __init__(self, picks: Sequence[Sequence[int]]) -> None:
+        self.picks, self.rows, self.num = picks, [], 0
+        self.amax: torch.Tensor | None = None
+
+    rows: list[torch.Tensor]
+
+    def add(self, x: torch.Tensor, row: int) -> None:
+        size = x.abs()
+        if self.amax is None:
+            self.amax = torch.zeros_like(size[0])
+            self.sum, self.squares = torch.zeros_like(self.amax, dtype=torch.float64), torch.zeros_like(self.amax, dtype=torch.float64)
+        self.amax = torch.maximum(self.amax, size.amax(0))
+        self.sum += size.double().sum(0)
+        self.squares += x.double().square().sum(0)
+        self.num += len(x)
+        self.rows.append(x[list(self.picks[row])])
+
+    def inputs(self) -> Inputs:
+        assert self.amax is not None
+        return Inputs(self.amax, (self.sum / self.num).float(), (self.squares / self.num).float(), torch.cat(self.rows))
+
+
+class _Judge:
+    """What a found grid does to held-out rows of one linear layer."""
+
+    def __init__(self, found: Found, algo: str) -> None:
+        self.found, self.algo = found, algo
+        self.error = self.energy = 0.0
+        self.num_clipped = self.num = 0
+
+    def add(self, x: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor) -> None:
+        self.error += float((got - wanted).double().square().sum())
+        self.energy += float(wanted.double().square().sum())
+        if self.found.input_scale is not None:
+            scaled = (x if self.found.factor is None else x * self.found.factor).abs()
+            self.num_clipped += int((scaled > self.found.input_scale * grid.LEVELS[STORED[self.algo]]).sum())
+        self.num += x.numel()
+
+    def facts(self) -> dict[str, Any]:
+        share = self.error / self.energy if self.energy else 0.0
+        return {
+            "sqnr_db": float(-10 * np.log10(max(share, 1e-30))),
+            "error_share": share,
+            "clipped_share": self.num_clipped / max(self.num, 1) if self.found.input_scale is not None else None,
+        }
+
+
+def picks_of(lengths: Sequence[int], num: int = NUM_SAMPLED) -> list[list[int]]:
+    """Positions of each row, spread evenly over all tokens: the sample depends on the rows alone, not on how they are grouped."""
+    starts = np.cumsum([0, *lengths])
+    wanted = np.unique(np.linspace(0, starts[-1] - 1, min(num, int(starts[-1]))).round().astype(int))
+    return [(wanted[(wanted >= a) & (wanted < b)] - a).tolist() for a, b in itertools.pairwise(starts)]
+
+
+class Walk:
+    """One calibration under way. `root` is its working directory."""
+
+    def __init__(self, source: WeightSource, data: Data, quant: QuantConfig, root: Path, batch_size: int) -> None:
+        assert quant.algo is not None
+        self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
+        self.batch_size = batch_size
+        self.num_rows, self.num_held = len(data.rows), len(data.held)
+        rows = [*data.rows, *data.held, *data.held]
+        self.lengths = [len(row) for row in rows]
+        self.states = States(root, self.lengths, source.config.hidden_size)
+        self.rotary = Rotary(source.config, max(self.lengths))
+        self.picks = picks_of(self.lengths[: self.num_rows])
+
+    @property
+    def held(self) -> range:
+        return range(self.num_rows, self.num_rows + self.num_held)
+
+    def run(self, progress: Progress) -> None:
+        """Every layer and the head; what is there already is kept."""
+        num_layers = self.source.config.num_layers
+        with torch.inference_mode(), progress.stage("calibrate layers", num_layers + 1) as stage:
+            done = self._resume_point(num_layers)
+            if done == 0 and not self.states.is_whole(-1):
+                self._embed()
+            stage.advance(done)
+            for index in range(done, num_layers):
+                self._layer(index)
+                stage.advance(1)
+            if not (self.root / "head.json").is_file():
+                self._head()
+            stage.advance(1)
+
+    def _resume_point(self, num_layers: int) -> int:
+        """Layers whose tensors are on disk, with the states that the next one needs."""
+        for done in range(num_layers, 0, -1):
+            if self.states.is_whole(done - 1) and all((self.root / f"layer.{i}.json").is_file() for i in range(done)):
+                return done
+        return 0
+
+    def _embed(self) -> None:
+        table = read(self.source, "transformer.vocab_embedding.weight")
+        for row, ids in enumerate([*self.data.rows, *self.data.held, *self.data.held]):
+            self.states.write(-1, row, table[torch.tensor(ids, device=table.device)].numpy(force=True))
+
+    def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def _each(self, index: int, rows: Sequence[int], run: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        """Rows through a layer, `batch_size` of them in memory; E165 when one comes out with numbers that are not finite."""
+        for batch in self._batches(rows):
+            held = [(row, torch.from_numpy(self.states.read(index - 1, row)).to(self.rotary.cos.device)) for row in batch]
+            for row, x in held:
+                out = run(row, x)
+                if not bool(torch.isfinite(out).all()):
+                    raise not_finite(f"transformer.layers.{index}")
+                self.states.write(index, row, out.numpy(force=True))
+
+    def _layer(self, index: int) -> None:
+        layer = Layer(self.source, index)
+        watches: dict[str, _Watch] = {unit[0]: _Watch(self.picks) for unit in UNITS}
+
+        def observe(row: int, x: torch.Tensor) -> torch.Tensor:
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                if not bool(torch.isfinite(h).all()):
+                    raise not_finite(f"{layer.name}.{module}")
+                if module in watches:
+                    watches[module].add(h, row)
+                return layer.plain(module, h)
+
+            return layer.forward(x, self.rotary, linear)
+
+        self._each(index, range(self.num_rows), observe)
+        found: dict[str, Found] = {}
+        facts: dict[str, Any] = {}
+        for unit in UNITS:
+            seen = watches.pop(unit[0]).inputs()
+            weights = {module: layer.weights[f"{module}.weight"] for module in unit}
+            made, told = choose(layer.name, weights, seen, self.quant)
+            found |= made
+            facts |= told
+        judges = {module: _Judge(one, self.algo) for module, one in found.items()}
+
+        def judge(row: int, x: torch.Tensor) -> torch.Tensor:
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                wanted = layer.plain(module, h)
+                if module in found:
+                    judges[module].add(h, wanted, quantized(layer, module, found[module], self.algo, h))
+                return wanted
+
+            return layer.forward(x, self.rotary, linear)
+
+        def on_grid(row: int, x: torch.Tensor) -> torch.Tensor:
+            return layer.forward(
+                x, self.rotary, lambda m, h: quantized(layer, m, found[m], self.algo, h) if m in found else layer.plain(m, h)
+            )
+
+        self._each(index, self.held, judge)
+        self._each(index, range(self.held.stop, self.held.stop + self.num_held), on_grid)
+        for module, one in judges.items():
+            facts[f"{layer.name}.{module}"] |= one.facts()
+        self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts)
+        self.states.drop(index - 1)
+
+    def _keep(
+        self, file: str, prefix: str, found: dict[str, Found], weights: dict[str, torch.Tensor], facts: dict[str, Any], **more: Any
+    ) -> None:
+        tensors: dict[str, np.ndarray] = {}
+        for module, one in found.items():
+            name = f"{prefix}.{module}".strip(".")
+            scaled = weights[module] if one.factor is None else weights[module] / one.factor
+            suffix, shape = scale_of(self.algo, scaled.shape[0], scaled.shape[1], self.quant.group_size)
+            tensors[f"{name}.weight"] = grid.pack(scaled, one.scale, self.algo)
+            tensors[f"{name}.{suffix}"] = one.scale.reshape(shape).numpy(force=True)
+            if one.input_scale is not None:
+                tensors[f"{name}.activation_scaling_factor"] = one.input_scale.numpy(force=True)
+            if one.factor is not None:
+                tensors[f"{name}.prequant_scaling_factor"] = one.factor.numpy(force=True)
+        stored.write_all(self.root / f"{file}.safetensors", tensors)
+        with atomic_file(self.root / f"{file}.json") as out:
+            out.write(report.to_json({"modules": facts, **more}).encode())
+
+    def _head(self) -> None:
+        last = self.source.config.num_layers - 1
+        head = Head(self.source)
+        facts: dict[str, Any] = {}
+        found: dict[str, Found] = {}
+        if self.quant.covers("lm_head"):
+            watch = _Watch(self.picks)
+            for row in range(self.num_rows):
+                watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
+            found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
+        one = found.get("lm_head")
+        judge = _Judge(one, self.algo) if one else None
+        divergence, stored_part = Divergence(), Divergence()
+        for number, row in enumerate(self.held):
+            ids = self.data.held[number]
+            pair = [head.normed(torch.from_numpy(self.states.read(last, r)).to(head.weight.device)) for r in (row, row + self.num_held)]
+            for at in range(0, len(ids), Head.ROWS):
+                clean, rough = (h[at : at + Head.ROWS] for h in pair)
+                wanted = F.linear(clean, head.weight)
+                got = F.linear(one.inputs(rough, self.algo), one.matrix) if one else F.linear(rough, head.weight)
+                if judge and one:
+                    judge.add(clean, wanted, F.linear(one.inputs(clean, self.algo), one.matrix))
+                targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
+                pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
+                divergence.add(*pair_of_logits, targets)
+                if number < NUM_STORED and at < STORED_LEN:
+                    stored_part.add(*pair_of_logits, targets)
+        if judge:
+            facts["lm_head"] |= judge.facts()
+        self._keep(
+            "head",
+            "",
+            found,
+            {"lm_head": head.weight} if found else {},
+            facts,
+            end_to_end=divergence.summary(),
+            stored=stored_part.summary(),
+        )
+
+    def facts(self) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
+        """(module -> facts, end-to-end numbers, those of the stored sequences alone) of a walk that is done."""
+        modules: dict[str, Any] = {}
+        for index in range(self.source.config.num_layers):
+            modules |= read_json(self.root, f"layer.{index}.json")["modules"]
+        last = read_json(self.root, "head.json")
+        return modules | last["modules"], last["end_to_end"], last["stored"]
+
+    def stored_rows(self) -> list[list[int]]:
+        """The held-out sequences that go with the checkpoint, so that an engine can be judged on them."""
+        return [row[:STORED_LEN] for row in self.data.held[:NUM_STORED]]
+
+
+def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer as the engine computes it."""
+    return F.linear(found.inputs(x, algo), found.matrix, layer.weights.get(f"{module}.bias"))
+
+
+def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Found], dict[str, Any]]:
+    """Grids of layers that read the same inputs: one search for all, so that they share factor, input scale and (FP8) weight scale.
+
+    A layer whose inputs are always zero stays as it is: no scale stands for them.
+    """
+    assert quant.algo is not None
+    covered = [module for module in weights if quant.covers(f"{prefix}.{module}".strip("."))]
+    amax = float(seen.amax.amax())
+    facts: dict[str, Any] = {}
+    for module, weight in weights.items():
+        facts[f"{prefix}.{module}".strip(".")] = {
+            "quantized": module in covered and amax > 0,
+            "input_amax": amax,
+            "weight_amax": float(weight.abs().amax()),
+            "num_weights": weight.numel(),
+            "num_zero_rows": int((weight.abs().amax(1) == 0).sum()),
+            "exceeds_float16": amax > FLOAT16_LARGEST,
+        }
+    if not covered or not amax:
+        return {}, facts
+    found = search(torch.cat([weights[module] for module in covered]), seen, quant)
+    made, first = {}, 0
+    for module in covered:
+        end = first + weights[module].shape[0]
+        scale = found.scale if quant.algo in STATIC_ACTIVATIONS and found.scale.numel() == 1 else found.scale[first:end]
+        made[module] = Found(found.matrix[first:end], scale, found.input_scale, found.factor, found.alpha, found.error, found.error_nearest)
+        facts[f"{prefix}.{module}".strip(".")] |= {
+            "alpha": found.alpha,
+            "search_error": found.error,
+            "search_error_nearest": found.error_nearest,
+        }
+        first = end
+    return made, facts
+
+
+def not_finite(module: str) -> ThoughtxError:
+    return ThoughtxError(
+        "E165",
+        f"the numbers that {module} computes with are not finite",
+        where=module,
+        why="NaN or infinity in its inputs or outputs: the weights overflow float32 on this data, or are damaged",
+        fix="validate the original checkpoint first; nothing was written",
+    )

@@ -1,0 +1,57 @@
+"""How far one distribution over the vocabulary is from another, position by position: KL, top-1 agreement, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Divergence:
+    """Sums over positions. `add` takes float [n, vocab] logits of both, and the tokens that came next (-1: none known)."""
+
+    num: int = 0
+    kl: float = 0.0
+    num_same: int = 0
+    num_targets: int = 0
+    nll: float = 0.0
+    nll_other: float = 0.0
+    worst_kl: float = 0.0
+
+    def add(self, reference: np.ndarray, other: np.ndarray, targets: Sequence[int] | None = None) -> None:
+        p, q = log_softmax(reference), log_softmax(other)
+        each = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+        self.num += len(p)
+        self.kl += float(each.sum())
+        self.worst_kl = max(self.worst_kl, float(each.max(initial=0.0)))
+        self.num_same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        rows = [(i, t) for i, t in enumerate(targets or ()) if t >= 0]
+        if rows:
+            at, tokens = map(list, zip(*rows, strict=True))
+            self.num_targets += len(rows)
+            self.nll -= float(p[at, tokens].sum())
+            self.nll_other -= float(q[at, tokens].sum())
+
+    def summary(self) -> dict[str, float]:
+        """Means: KL in nats, share of equal top tokens, perplexities and their ratio (1.0 without targets)."""
+        num, targets = max(self.num, 1), max(self.num_targets, 1)
+        ppl, other = (math.exp(min(x / targets, 700)) for x in (self.nll, self.nll_other))
+        return {
+            "kl": self.kl / num,
+            "worst_kl": self.worst_kl,
+            "top1_agreement": self.num_same / num,
+            "perplexity_reference": ppl,
+            "perplexity": other,
+            "perplexity_ratio": other / ppl,
+            "num_positions": self.num,
+        }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 [n, vocab]."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

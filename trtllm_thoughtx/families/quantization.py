@@ -1,0 +1,133 @@
+"""Quantized linear layers in a checkpoint: the `quantization` section of its config.json, and the tensors of each layer.
+
+Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices [out, in]:
+
+    FP8                   weight F8_E4M3, weights_scaling_factor [1], activation_scaling_factor [1]
+    W8A8_SQ_PER_CHANNEL   weight I8, weights_scaling_factor [out], activation_scaling_factor [1], prequant_scaling_factor [in]
+    W8A16                 weight I8, per_channel_scale [out]
+    W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]
+    W4A16_AWQ             the same, and prequant_scaling_factor [in]
+
+value = stored * scale, symmetric; an input is multiplied by the prequant factor first. Two 4-bit numbers share a byte, the earlier
+channel in the low half. Weight-only matrices keep this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only
+unquantized and FP8 checkpoints go to `trtllm-build` as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.errors import shown
+from trtllm_thoughtx.families.family import ALL, Part, Tensor
+from trtllm_thoughtx.families.fields import Fields
+
+LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
+STORED = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W8A16": "I8", "W4A16": "U8", "W4A16_AWQ": "U8"}
+STATIC_ACTIVATIONS = ("FP8", "W8A8_SQ_PER_CHANNEL")
+MAX_EXCLUDED = 1 << 14
+
+
+def linear_modules(config: ModelConfig) -> list[str]:
+    """Every linear layer, layer-major, the head last."""
+    return [*(f"transformer.layers.{i}.{name}" for i in range(config.num_layers) for name in LINEARS), "lm_head"]
+
+
+def scale_of(algo: str, num_out: int, num_in: int, group_size: int) -> tuple[str, tuple[int, ...]]:
+    """(suffix, shape) of the scale of a matrix [num_out, num_in]."""
+    if algo == "W8A16":
+        return "per_channel_scale", (num_out,)
+    shapes = {"FP8": (1,), "W8A8_SQ_PER_CHANNEL": (num_out,)}
+    return "weights_scaling_factor", shapes.get(algo, (num_out, num_in // group_size))
+
+
+def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """suffix -> (safetensors type, shape) of the tensors of one quantized linear layer, without its bias."""
+    assert quant.algo is not None
+    stored = STORED[quant.algo]
+    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
+    found = {"weight": (stored, (num_out, num_in // 2 if stored == "U8" else num_in)), suffix: ("F32", shape)}
+    if quant.algo in STATIC_ACTIVATIONS:
+        found["activation_scaling_factor"] = ("F32", (1,))
+    if quant.prequant:
+        found["prequant_scaling_factor"] = ("F32", (num_in,))
+    return found
+
+
+def check_groups(config: ModelConfig, fields: Fields) -> None:
+    """E102 when a 4-bit matrix cannot be cut into groups of `group_size` input channels."""
+    quant = config.quantization
+    if quant is not None and STORED.get(quant.algo or "") == "U8":
+        for num_in in (config.hidden_size, config.q_size, config.intermediate_size):
+            if num_in % quant.group_size or quant.group_size % 2:
+                fields.wrong("quantization.group_size", f"is {quant.group_size}, which does not cut {num_in} inputs into even groups")
+
+
+def with_quantization(table: Sequence[Tensor], config: ModelConfig) -> tuple[Tensor, ...]:
+    """The table of an unquantized checkpoint, with each covered matrix replaced by its quantized tensors, and the cache's scales."""
+    quant = config.quantization
+    if quant is None:
+        return tuple(table)
+    result: list[Tensor] = []
+    for tensor in table:
+        module = tensor.name.removesuffix(".weight")
+        if (tensor.suffix.removesuffix(".weight") in LINEARS or module == "lm_head") and quant.covers(module):
+            for suffix, (stored, shape) in quantized_shapes(quant, tensor.shape[0], tensor.shape[1]).items():
+                result.append(_own(f"{module}.{suffix}", tensor, suffix, shape, stored))
+        else:
+            result.append(tensor)
+        if quant.kv_algo and tensor.suffix == "attention.qkv.weight":
+            result.append(_own(f"{module.removesuffix('.qkv')}.kv_cache_scaling_factor", tensor, "kv_cache_scaling_factor", (1,), "F32"))
+    return tuple(result)
+
+
+def _own(name: str, like: Tensor, suffix: str, shape: tuple[int, ...], stored: str) -> Tensor:
+    within = name if like.layer is None else name.removeprefix(f"transformer.layers.{like.layer}.")
+    return Tensor(name, like.layer, within, shape, (Part(name, 0, shape, ALL),), stored)
+
+
+def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
+    """TensorRT-LLM's `quantization`: it refuses keys that it does not know."""
+    return {
+        "quant_algo": quant.algo if quant else None,
+        "kv_cache_quant_algo": quant.kv_algo if quant else None,
+        "group_size": quant.group_size if quant else 128,
+        "smoothquant_val": 0.5,
+        "clamp_val": None,
+        "use_meta_recipe": False,
+        "has_zero_point": False,
+        "pre_quant_scale": quant.prequant if quant else False,
+        "exclude_modules": list(quant.exclude) if quant else None,
+    }
+
+
+def quantization_of(fields: Fields) -> QuantConfig | None:
+    """Inverse of `quantization_section`; None when nothing is quantized. E103 for what is not read."""
+    table = fields.table("quantization")
+    if table is None or not (table.get("quant_algo") or table.get("kv_cache_quant_algo")):
+        return None
+    algo, kv_algo = table.get("quant_algo"), table.get("kv_cache_quant_algo")
+    for key, value, known in (("quant_algo", algo, QUANT_ALGOS), ("kv_cache_quant_algo", kv_algo, KV_ALGOS)):
+        if value is not None and value not in known.values():
+            table.unsupported(
+                f"{key} {shown(value)} is not supported",
+                f"supported are {', '.join(known.values())}",
+                "calibrate the original checkpoint with thoughtx-calibrate",
+            )
+    for key, off in (("has_zero_point", False), ("clamp_val", None), ("use_meta_recipe", False)):
+        if table.get(key) not in (None, off):
+            table.unsupported(f"quantization.{key} is {shown(table.raw[key])}", f"only {shown(off)} is supported")
+    excluded = table.get("exclude_modules")
+    if excluded is None:
+        excluded = ["lm_head"]  # as TensorRT-LLM takes it
+    if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(x, str) and len(x) < 256 for x in excluded):
+        table.wrong("exclude_modules", "is not a list of module names")
+    size = table.integer("group_size", 1, 1 << 16, 128)
+    return QuantConfig(
+        algo=algo,
+        kv_algo=kv_algo,
+        group_size=size,
+        prequant=table.boolean("pre_quant_scale", False),
+        exclude=tuple(excluded),
+    )

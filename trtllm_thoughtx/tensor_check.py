@@ -1,0 +1,69 @@
+"""What a checkpoint must hold, tensor by tensor, compared with what it does hold: names, shapes and types, before a value is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trtllm_thoughtx.checkpoint import TensorInfo
+from trtllm_thoughtx.config import ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.families import Tensor
+
+STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+
+def refuse_quantized(stored: Mapping[str, TensorInfo], path: Path) -> None:
+    """E103 when matrices are stored in a type that only quantization uses."""
+    quantized = [
+        f"{shown(name)}: {info.dtype}"
+        for name, info in stored.items()
+        if info.dtype not in STORED_DTYPES and name.endswith(("weight", "scales", "qzeros"))
+    ]
+    if quantized:
+        raise ThoughtxError(
+            "E103",
+            "the checkpoint is already quantized",
+            where=str(path),
+            why=f"weights must be F32, F16 or BF16:\n           {listed(quantized)}",
+            fix="use the original, unquantized checkpoint",
+        )
+
+
+def check_tensors(table: Sequence[Tensor], stored: Mapping[str, TensorInfo], config: ModelConfig, path: Path) -> None:
+    """E107 with every tensor that is missing, extra, misshapen or of the wrong type."""
+    rows: dict[str, int] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    fixed = {tensor.name: tensor.stored for tensor in table if tensor.stored}
+    for tensor in table:
+        for part in tensor.parts:
+            rows[part.source] = max(rows.get(part.source, 0), part.first_row + part.shape[0])
+            wanted[part.source] = (rows[part.source], *part.shape[1:])
+    if config.tied and not config.has_head and HEAD in stored:
+        wanted[HEAD] = (config.vocab_size, config.hidden_size)
+    problems = [f"{name}: missing, wanted {list(shape)}" for name, shape in wanted.items() if name not in stored]
+    for name, info in stored.items():
+        if name not in wanted:
+            if not _HARMLESS.fullmatch(name):
+                problems.append(f"{shown(name)}: not a tensor of this model")
+        elif fixed.get(name, info.dtype) != info.dtype:
+            problems.append(f"{shown(name)}: has type {info.dtype}, wanted {fixed[name]}")
+        elif info.dtype not in STORED_DTYPES and name not in fixed:
+            problems.append(f"{shown(name)}: has type {info.dtype}, wanted F32, F16 or BF16")
+        elif info.shape != wanted[name]:
+            problems.append(f"{shown(name)}: has shape {list(info.shape)}, wanted {list(wanted[name])}")
+    if not problems:
+        return
+    is_base = "model.embed_tokens.weight" in wanted and "embed_tokens.weight" in stored
+    raise ThoughtxError(
+        "E107",
+        "the tensors are those of a base model, without a language-model head"
+        if is_base
+        else f"{len(problems)} tensors do not fit the configuration",
+        where=str(path),
+        why="names lack the prefix `model.`" if is_base else listed(problems),
+        fix="save the model as a causal language model" if is_base else "use the config.json that belongs to these weights",
+    )
