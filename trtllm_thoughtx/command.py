@@ -52,3 +52,13 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.
         return COMMANDS[name]
 
     return wrap
+
+
+def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags that end a chain of thought early; `run` and `eval` share them."""
+    for option in reversed((
+        click.option("--max_reasoning_depth", type=COUNT, help="Most steps of thinking; 0 answers at once.  [default: no limit]"),
+        click.option("--max_thinking_tokens", type=COUNT, help="Most tokens of thinking; 0 answers at once.  [default: no limit]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function

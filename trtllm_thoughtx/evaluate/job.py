@@ -41,6 +41,8 @@ def evaluation(
     backend: str | None = None,
     num_threads: int | None = None,
     chunk_size: int | str | None = None,
+    max_reasoning_depth: int | None = None,
+    max_thinking_tokens: int | None = None,
     memory_context: int | None = None,
     output: Path | None = None,
     plot: Path | None = None,
@@ -57,7 +59,9 @@ def evaluation(
             report.check_file_output(target)
     if plot is not None:
         pictures.check_format(plot)
+    thinking = {"max_reasoning_depth": max_reasoning_depth, "max_thinking_tokens": max_thinking_tokens}
     if harness is not None:
+        _refuse_unused({f"--{name}": value for name, value in thinking.items()})
         _refuse_unused(
             {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
         )
@@ -84,7 +88,7 @@ def evaluation(
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
-    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
+    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **thinking)  # type: ignore[arg-type]
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     results = [
         _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size, chunk_size=chunk_size)

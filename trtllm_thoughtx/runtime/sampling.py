@@ -54,7 +54,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class GenerationParams:
     """What one request asks for. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
 
-    `stop_ids` end a row once generated; `ignore_eos` switches them off. Wrong values raise E001 naming the flag.
+    `stop_ids` end a row once generated; `ignore_eos` switches them off. `max_reasoning_depth` steps and `max_thinking_tokens` at most
+    stand between the thinking tags (None: as many as the model likes). Wrong values raise E001 naming the flag.
     """
 
     max_new_tokens: int = 256
@@ -64,10 +65,14 @@ class GenerationParams:
     seed: int = 0
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
+    max_reasoning_depth: int | None = None
+    max_thinking_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, kind, is_good, wanted in _RULES:
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not is_good(value):
                 raise ThoughtxError(
                     "E001",
@@ -82,6 +87,15 @@ class GenerationParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_reasoning_depth is not None or self.max_thinking_tokens is not None
+
+    @property
+    def thinks_nothing(self) -> bool:
+        """A budget of nothing: the answer comes at once."""
+        return 0 in (self.max_reasoning_depth, self.max_thinking_tokens)
 
     @property
     def stops(self) -> frozenset[int]:
@@ -267,4 +281,7 @@ _RULES: tuple[tuple[str, Any, Any, str], ...] = (
     ("seed", int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2**64 - 1"),
     ("ignore_eos", bool, lambda v: True, "true or false"),
     ("stop_ids", tuple, _are_ids, f"a tuple of at most {MAX_IDS} token ids"),
+    ("max_reasoning_depth", int, lambda v: 0 <= v < 2**31, "a whole number from 0 (answer at once)"),
+    ("max_thinking_tokens", int, lambda v: 0 <= v < 2**31, "a whole number from 0 (answer at once)"),
 )
+_OPTIONAL = ("max_reasoning_depth", "max_thinking_tokens")
