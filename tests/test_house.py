@@ -28,7 +28,7 @@ LAYERS = (
     ("files", "header"),
     ("checkpoint", "report"),
     ("families",),
-    ("weights",),
+    ("weights", "exit_weights"),
     ("convert",),
     ("graph",),
     ("engine_dir", "engines"),

@@ -250,4 +250,4 @@ def test_run_and_eval_report_and_obey(engine, tmp_path):
     records = json.loads(saved.read_text())["records"]
     assert {record["num_steps"] for record in records} == {2} and {record["thinking_stop"] for record in records} == {"depth"}
     ran = CliRunner().invoke(thoughtx, ["eval", "--model_dir", SAMPLE, "--task", "chain", "--num_items", "1", "--max_thinking_tokens", "4"])
-    assert isinstance(ran.exception, ThoughtxError) and "budgets of thinking are for engines" in str(ran.exception)
+    assert isinstance(ran.exception, ThoughtxError) and "--max_thinking_tokens is for engines" in str(ran.exception)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.metadata
 import platform
 import threading
@@ -25,6 +26,7 @@ import numpy as np
 from trtllm_thoughtx import engine_dir, files, report
 from trtllm_thoughtx.build_options import CHUNKS, resolve
 from trtllm_thoughtx.config import AUTO, BuildConfig
+from trtllm_thoughtx.exit_weights import ExitWeights, exit_files, read_exits
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
@@ -58,15 +60,16 @@ def build(
     began = time.monotonic()
     with open_weights(checkpoint_dir) as source:
         config = source.config
-        settings = resolve(config, options or {})
-        graphs = [decoder_graph(config, settings, part) for part in parts_of(config, settings.stages)]
+        exits = read_exits(checkpoint_dir, config)
+        settings = _with_exits(resolve(config, options or {}), exits)
+        graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
         if dry_run:
             return {**plan, "dry_run": True}
         recorded = {"build": settings.as_dict(), "model": report.plain(config)}
         pool = concurrent.futures.ThreadPoolExecutor(1, "hash-inputs")
-        inputs = pool.submit(report.manifest_inputs, source.inputs())
+        inputs = pool.submit(report.manifest_inputs, [*source.inputs(), *exit_files(checkpoint_dir)])
         try:
             if not force and report.is_current(output_dir, recorded, inputs.result):
                 return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
@@ -91,6 +94,18 @@ def build(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": checks}
+
+
+def _with_exits(settings: BuildConfig, exits: ExitWeights) -> BuildConfig:
+    """What the engine takes of the checkpoint's exits: the head, and the adapters of layers at which it is cut."""
+    drafts = [one for one in exits.adapters if one.layer in settings.stages]
+    return dataclasses.replace(
+        settings,
+        exit_head=exits.head is not None,
+        exit_threshold=exits.head.threshold if exits.head is not None else 0.0,
+        draft_layers=tuple(one.layer for one in drafts),
+        draft_thresholds=tuple(one.threshold for one in drafts),
+    )
 
 
 def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
-from trtllm_thoughtx.runtime.sampling import GenerationParams, unused_settings
+from trtllm_thoughtx.runtime.sampling import THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.runtime.text import Text, prompt_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "max_reasoning_depth", "max_thinking_tokens")
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", *THINKING)
 
 
 def _usage(what: str, why: str, fix: str) -> ThoughtxError:
@@ -84,6 +84,8 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
         "num_thinking_tokens": done.num_thinking_tokens,
         "thinking_stop": done.thinking_stop,
         "num_layer_tokens": done.num_layer_tokens,
+        "num_probes": done.num_probes,
+        "num_probes_skipped": done.num_probes_skipped,
     }
 
 

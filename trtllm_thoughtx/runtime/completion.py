@@ -30,6 +30,8 @@ class Completion:
     num_thinking_tokens: int = 0
     thinking_stop: str | None = None
     num_layer_tokens: int = 0
+    num_probes: int = 0
+    num_probes_skipped: int = 0  # they could not have been taken back from a bounded cache
 
 
 @dataclass

@@ -224,10 +224,14 @@ class Engine:
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
         """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""
-        logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
-        done = [len(fed) for fed in batch.tokens]
-        while any(at < len(row) for at, row in zip(done, rows, strict=True)):
-            new = batch.cut([row[at:] for at, row in zip(done, rows, strict=True)], self.build.max_input_len)
+        return self.extend(batch, [row[len(fed) :] for fed, row in zip(batch.tokens, rows, strict=True)])
+
+    def extend(self, batch: Batch, pending: Sequence[Sequence[int]]) -> np.ndarray:
+        """Feed each row its tokens, in as many calls as they take; float32 logits [B, vocab] of the last of them, zeros without any."""
+        logits = np.zeros((len(pending), self.config.vocab_size), np.float32)
+        done = [0] * len(pending)
+        while any(at < len(row) for at, row in zip(done, pending, strict=True)):
+            new = batch.cut([row[at:] for at, row in zip(done, pending, strict=True)], self.build.max_input_len)
             out = self.step(batch, new, [[max(len(x) - 1, 0)] for x in new])[:, 0]
             for b, extra in enumerate(new):
                 done[b] += len(extra)

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime import thinking
+from trtllm_thoughtx.exit_weights import READY
+from trtllm_thoughtx.runtime import probe, thinking
 from trtllm_thoughtx.runtime.completion import Completion
+from trtllm_thoughtx.runtime.probe import Trials
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
 from trtllm_thoughtx.runtime.thinking import Thinking
 
@@ -52,6 +55,11 @@ class Generation:
         self.forced: list[list[int]] = [[] for _ in prompts]  # what must be written next
         self.why: list[str] = ["" for _ in prompts]  # the thinking ends by what is forced
         self.thoughts = [self._thought(row) for row in range(len(prompts))]
+        asked = params.exit_threshold
+        self.exit_threshold = engine.build.exit_threshold if asked == AUTO else asked
+        self.chances: np.ndarray | None = None  # what the exit head said of each row's last token
+        self.trials = [Trials() for _ in prompts]
+        self.is_settled = [False for _ in prompts]  # by a trial, behind the step that just ended
 
     def run(self) -> list[Completion]:
         engine, stats = self.engine, self.engine.stats
@@ -62,19 +70,28 @@ class Generation:
             if None not in self.reasons:
                 break
             logits = engine.step(self.batch, new, [[0]] * len(new))[:, 0]
+            self.chances = engine.runner.exit_chances
             stats.num_decoded += sum(map(len, new))
+            self._probe()
         stats.prefill_seconds += prefilled - self.began
         stats.decode_seconds += time.perf_counter() - prefilled
         stats.num_prefilled += sum(self.num_prompt)
         return [self._completion(row) for row in range(len(self.rows))]
 
     def _check(self) -> None:
-        engine, text = self.engine, self.engine.text
-        if self.params.has_budget and (text is None or text.think_ids is None):
-            flag = "--max_reasoning_depth" if self.params.max_reasoning_depth is not None else "--max_thinking_tokens"
+        """E122 for settings of the thinking that this engine cannot follow, before any work."""
+        engine, text, flags = self.engine, self.engine.text, self.params.thinking_flags
+        where, what = str(engine.directory.root), ", ".join(f"--{name}" for name in flags)
+        if flags and (text is None or text.think_ids is None):
             why = "neither the tokenizer nor the chat template has them" if text else "the engine was built without a tokenizer"
-            fix = f"leave {flag} out, or build from a checkpoint whose tokenizer files have the tags"
-            raise ThoughtxError("E122", f"{flag} needs thinking tags", where=str(engine.directory.root), why=why, fix=fix)
+            fix = f"leave {what} out, or build from a checkpoint whose tokenizer files have the tags"
+            raise ThoughtxError("E122", f"{what} needs thinking tags", where=where, why=why, fix=fix)
+        if self.params.exit_threshold is not None and not engine.build.exit_head:
+            why = "its checkpoint carried no exit head when it was built"
+            fix = "fit one (thoughtx-calibrate --fit_exit_head) and build again, or use --exit_probe, which needs none"
+            raise ThoughtxError("E122", "--exit_threshold needs an exit head, and this engine has none", where=where, why=why, fix=fix)
+        if self.params.exit_probe is not None and text is not None and text.think_ids is not None:
+            probe.check_room(engine, len(text.think_ids[1]) + self.params.probe_tokens)
 
     def _thought(self, row: int) -> Thinking | None:
         """Follows the row's thinking. A thinking that must not begin is closed in the prompt."""
@@ -136,7 +153,32 @@ class Generation:
     def _must_end(self, row: int, thought: Thinking, choice: int) -> str | None:
         if thought.is_end_tag(choice):
             return None
-        return thought.budget_spent or (None if thought.admits(choice) else thinking.DEPTH)
+        why = thought.budget_spent or (None if thought.admits(choice) else thinking.DEPTH)
+        if why or not thought.is_step_end:
+            return why
+        if self.exit_threshold is not None and self.chances is not None and self.chances[row, 0, READY] >= self.exit_threshold:
+            return thinking.HEAD
+        return thinking.PROBE if self.is_settled[row] else None
+
+    def _probe(self) -> None:
+        """Try the answers of all rows whose last token ended a step."""
+        threshold, text = self.params.exit_probe, self.engine.text
+        if threshold is None or text is None:
+            return
+        self.is_settled = [False] * len(self.rows)
+        closings = {}
+        for row, thought in enumerate(self.thoughts):
+            if self.reasons[row] is None and not self.forced[row] and thought and thought.is_step_end and not thought.budget_spent:
+                closing = thought.closing()
+                if len(closing) + self.params.probe_tokens <= probe.room(self.batch, row):
+                    closings[row] = closing
+                else:
+                    self.trials[row].num_skipped += 1
+        found = probe.trial(self.engine, self.batch, closings, self.params.probe_tokens, self.eos_ids | self.params.stops)
+        for row, (answer, confidence) in found.items():
+            said = text.decode(answer)
+            agree = self.params.probe_agree
+            self.is_settled[row] = self.trials[row].settles(answer, confidence, said, threshold=threshold, num_agreeing=agree)
 
     def _reason(self, row: int, token: int) -> str | None:
         num_new, params = len(self.output[row]), self.params
@@ -168,4 +210,6 @@ class Generation:
             num_thinking_tokens=thought.num_tokens if thought else 0,
             thinking_stop=thought.stop if thought else None,
             num_layer_tokens=self.batch.layer_tokens[row],
+            num_probes=self.trials[row].num_done,
+            num_probes_skipped=self.trials[row].num_skipped,
         )
