@@ -38,10 +38,12 @@ LAYERS = (
     ("validate",),
     ("describe", "bench", "requests", "plot"),
     ("evaluate",),
+    ("exits",),
     ("distill",),
     ("console", "recipes"),
     ("command",),
     ("cli_distill", "cli_eval"),
+    ("cli_exits",),
     ("cli",),
     ("__main__", "demo"),
 )

@@ -16,6 +16,7 @@ import click
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
+from trtllm_thoughtx.cli_exits import calibrate
 from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command, thinking_options
 from trtllm_thoughtx.config import BACKENDS, DTYPES, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
@@ -28,7 +29,7 @@ SEVERAL_BACKENDS = CommaList(
     "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
 )
 DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
-ORDER = ("distill", "convert", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
 
 
 @command(
@@ -228,6 +229,10 @@ def distill_main() -> NoReturn:
 
 def convert_main() -> NoReturn:
     sys.exit(run(convert, "thoughtx-convert"))
+
+
+def calibrate_main() -> NoReturn:
+    sys.exit(run(calibrate, "thoughtx-calibrate"))
 
 
 def build_main() -> NoReturn:

@@ -214,7 +214,11 @@ class Engine:
         for row, extra in enumerate(new):
             batch.layer_tokens[row] += len(extra) * self.config.num_layers
         self._count(sum(map(len, new)), sum(len(wanted) for wanted, extra in zip(logit_rows, new, strict=True) if extra))
-        return self.runner.step(feeds)
+        logits = self.runner.step(feeds)
+        if self.runner.exit_chances is not None:
+            is_new = [bool(extra) for extra in new]
+            batch.chances[is_new] = self.runner.exit_chances[is_new, -1]
+        return logits
 
     def _count(self, num_tokens: int, num_head_rows: int) -> None:
         """One call of all parts."""

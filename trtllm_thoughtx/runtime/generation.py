@@ -57,7 +57,7 @@ class Generation:
         self.thoughts = [self._thought(row) for row in range(len(prompts))]
         asked = params.exit_threshold
         self.exit_threshold = engine.build.exit_threshold if asked == AUTO else asked
-        self.chances: np.ndarray | None = None  # what the exit head said of each row's last token
+        self.chances = self.batch.chances  # what the exit head says of each row's last token
         self.trials = [Trials() for _ in prompts]
         self.is_settled = [False for _ in prompts]  # by a trial, behind the step that just ended
 
@@ -65,14 +65,14 @@ class Generation:
         engine, stats = self.engine, self.engine.stats
         logits = engine.prefill(self.batch, self.rows)
         prefilled = time.perf_counter()
+        self._look()
         while None in self.reasons:
             new = self._write(logits)
             if None not in self.reasons:
                 break
             logits = engine.step(self.batch, new, [[0]] * len(new))[:, 0]
-            self.chances = engine.runner.exit_chances
             stats.num_decoded += sum(map(len, new))
-            self._probe()
+            self._look()
         stats.prefill_seconds += prefilled - self.began
         stats.decode_seconds += time.perf_counter() - prefilled
         stats.num_prefilled += sum(self.num_prompt)
@@ -156,12 +156,13 @@ class Generation:
         why = thought.budget_spent or (None if thought.admits(choice) else thinking.DEPTH)
         if why or not thought.is_step_end:
             return why
-        if self.exit_threshold is not None and self.chances is not None and self.chances[row, 0, READY] >= self.exit_threshold:
+        if self.exit_threshold is not None and self.chances[row, READY] >= self.exit_threshold:
             return thinking.HEAD
         return thinking.PROBE if self.is_settled[row] else None
 
-    def _probe(self) -> None:
-        """Try the answers of all rows whose last token ended a step."""
+    def _look(self) -> None:
+        """What is known behind the tokens just fed: the exit head's word, and trial answers of the rows that ended a step."""
+        self.chances = self.batch.chances.copy()
         threshold, text = self.params.exit_probe, self.engine.text
         if threshold is None or text is None:
             return

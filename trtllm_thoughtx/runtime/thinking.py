@@ -39,12 +39,12 @@ class Thinking:
         self.num_ended = 0  # steps that a blank line ended
         self.num_tokens = 0
         self.stop: str | None = None
-        self.is_step_end = False  # the last token ended a step
         self._window: list[int] = []  # tokens since the last boundary or tag, at most WINDOW
         self._carry = ""  # text behind a boundary that the boundary's own token holds
         self._has_text = False  # the current step holds more than blanks
         self._num_begun = 0  # tokens of the end tag that were written before `closing`
         self.state = INSIDE if self._is_open(prompt) else BEFORE
+        self.is_step_end = self.state == INSIDE  # the last token ended a step, or the first step comes next
 
     @property
     def num_steps(self) -> int:
