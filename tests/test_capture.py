@@ -217,8 +217,8 @@ def test_a_target_that_no_window_reaches_writes_no_recipe_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
-        (["--model_dir", SAMPLE], 2, "one of --qformat and --chunk_report"),
-        (["--model_dir", SAMPLE, "--chunk_report", "--qformat", "fp8"], 2, "both were given"),
+        (["--model_dir", SAMPLE], 2, "one of --qformat, --chunk_report"),
+        (["--model_dir", SAMPLE, "--chunk_report", "--qformat", "fp8"], 2, "given: --qformat; --chunk_report"),
         (["--model_dir", SAMPLE, "--chunk_report", "--exclude", "x"], 2, "--exclude cannot be used here"),
         (["--model_dir", SAMPLE, "--qformat", "fp8", "--context", "64"], 2, "--context cannot be used here"),
         (["--model_dir", SAMPLE, "--chunk_report", "--context", "8192"], 2, "use at most 4096"),

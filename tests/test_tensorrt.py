@@ -415,6 +415,18 @@ class TestRunner:
         runner.close()
         assert gpu.cuda.alive == {}
 
+    def test_parts_run_alone(self, gpu: Any) -> None:
+        """Stages hand hidden states over through the host, as drafts need it: the same numbers as in one call."""
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner.start(2)
+        fed = feeds(5, 3)
+        first = runner.run({name: value for name, value in fed.items() if name != "logit_indices"}, 0, 1)
+        assert set(first) == {"hidden_states_out"} and first["hidden_states_out"].dtype == ml_dtypes.bfloat16
+        rest = runner.run({**fed, "hidden_states": first["hidden_states_out"]}, 1, 3)
+        assert (rest["logits"] == runner.step(fed)).all()
+        alone = runner.run({"hidden_states": first["hidden_states_out"], "logit_indices": fed["logit_indices"]}, 2, 3)
+        assert (alone["logits"] == rest["logits"] - 1).all()
+
     def test_kv_buffers_are_made_once_per_batch_size(self, gpu: Any) -> None:
         runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
         runner.start(2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.metadata
 import platform
 import threading
@@ -26,6 +27,7 @@ from trtllm_thoughtx import engine_dir, files, report
 from trtllm_thoughtx.build_options import CHUNKS, refuse, resolve
 from trtllm_thoughtx.config import AUTO, PLUGIN_LIBRARY, BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.exit_weights import ExitWeights, exit_files, read_exits
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
@@ -62,16 +64,17 @@ def build(
         config = source.config
         given = dict(options or {})
         library = given.pop("plugin_library", None)
-        settings = resolve(config, given)
+        exits = read_exits(checkpoint_dir, config)
+        settings = _with_exits(resolve(config, given), exits)
         _check_library(settings, library)
-        graphs = [decoder_graph(config, settings, part) for part in parts_of(config, settings.stages)]
+        graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
         if dry_run:
             return {**plan, "dry_run": True}
         recorded = {"build": settings.as_dict(), "model": report.plain(config)}
         pool = concurrent.futures.ThreadPoolExecutor(1, "hash-inputs")
-        inputs = pool.submit(report.manifest_inputs, source.inputs())
+        inputs = pool.submit(report.manifest_inputs, [*source.inputs(), *exit_files(checkpoint_dir)])
         try:
             if not force and report.is_current(output_dir, recorded, inputs.result):
                 return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
@@ -109,6 +112,18 @@ def _check_library(settings: BuildConfig, library: Path | None) -> None:
     if library is not None and files.read_named(library, LIBRARY_BYTES)[:4] != b"\x7fELF":
         fix = "give the .so that make plugin wrote"
         raise ThoughtxError("E101", "not a shared library", where=str(library), why="it does not begin as an ELF file does", fix=fix)
+
+
+def _with_exits(settings: BuildConfig, exits: ExitWeights) -> BuildConfig:
+    """What the engine takes of the checkpoint's exits: the head, and the adapters of layers at which it is cut."""
+    drafts = [one for one in exits.adapters if one.layer in settings.stages]
+    return dataclasses.replace(
+        settings,
+        exit_head=exits.head is not None,
+        exit_threshold=exits.head.threshold if exits.head is not None else 0.0,
+        draft_layers=tuple(one.layer for one in drafts),
+        draft_thresholds=tuple(one.threshold for one in drafts),
+    )
 
 
 def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path) -> dict[str, Any]:

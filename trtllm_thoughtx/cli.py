@@ -17,7 +17,7 @@ from trtllm_thoughtx import __version__
 from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
-from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command
+from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command, thinking_options
 from trtllm_thoughtx.config import BACKENDS, DTYPES, PLUGINS, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
@@ -160,6 +160,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
 @click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
+@thinking_options
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
 def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

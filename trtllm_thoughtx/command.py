@@ -9,13 +9,15 @@ import click
 
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.config import AUTO
-from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr
 
 PATH = FilePath()
 POSITIVE = Count(min=1, max=1 << 24)
 COUNT = Count(min=0, max=1 << 24)
 CHUNK_SIZE = CountOr(AUTO, min=1, max=1 << 24)
 NATS = FiniteFloat(min=0, max=20, min_open=True)
+CHANCE = FiniteFloat(min=0, max=1)
+CHANCE_OR_AUTO = FiniteFloatOr(AUTO, min=0, max=1)
 LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
 COMMANDS: dict[str, click.Command] = {}
 
@@ -52,3 +54,21 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.
         return COMMANDS[name]
 
     return wrap
+
+
+def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags that end a chain of thought early; `run` and `eval` share them."""
+    for option in reversed((
+        click.option("--max_reasoning_depth", type=COUNT, help="Most steps of thinking; 0 answers at once.  [default: no limit]"),
+        click.option("--max_thinking_tokens", type=COUNT, help="Most tokens of thinking; 0 answers at once.  [default: no limit]"),
+        click.option(
+            "--exit_threshold",
+            type=CHANCE_OR_AUTO,
+            help="End the thinking behind a step where the exit head is so sure of the answer; auto: as calibrated.  [default: off]",
+        ),
+        click.option("--exit_probe", type=CHANCE, help="End it where trial answers of so much confidence agree.  [default: off]"),
+        click.option("--probe_agree", type=Count(1, 1000), help="How many trial answers must agree.  [default: 2]"),
+        click.option("--probe_tokens", type=Count(1, 4096), help="Most tokens of a trial answer.  [default: 16]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function

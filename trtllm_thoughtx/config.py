@@ -126,6 +126,10 @@ class BuildConfig:
     threshold_low: float = 0.0  # nats; a prompt below it is answered in a single step
     plugin: str = "function"  # form of the chunked attention in a tensorrt engine
     stages: tuple[int, ...] = ()
+    exit_head: bool = False  # the checkpoint carries one, and so does the engine
+    exit_threshold: float = 0.0  # readiness from which its calibration ends the thinking; 0 without a head
+    draft_layers: tuple[int, ...] = ()  # stages that draft tokens: each ends before one of these layers
+    draft_thresholds: tuple[float, ...] = ()  # confidence from which a draft of each is worth checking
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None
 

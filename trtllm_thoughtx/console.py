@@ -72,6 +72,17 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
+class FiniteFloatOr(FiniteFloat):
+    """A number in a range, or one word."""
+
+    def __init__(self, word: str, min: float, max: float) -> None:
+        super().__init__(min, max)
+        self.word, self.name = word, f"number|{word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == self.word else super().convert(value, param, ctx)
+
+
 class Count(click.ParamType):
     """A whole number from `min` to `max`. The upper bound only stops typing errors, so help does not show it."""
 

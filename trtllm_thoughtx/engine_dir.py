@@ -20,6 +20,7 @@ from typing import Any
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.exit_weights import is_threshold
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
 
@@ -145,6 +146,13 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
         raise _malformed(where, "thoughtx.build has thresholds that cannot be")
     if build.adaptive_chunks and not build.base_size:
         raise _malformed(where, "thoughtx.build chooses chunks without a base_size")
+    drafts = zip(build.draft_layers, build.draft_thresholds, strict=False)
+    if len(build.draft_layers) != len(build.draft_thresholds) or not all(
+        layer in build.stages and is_threshold(threshold) for layer, threshold in drafts
+    ):
+        raise _malformed(where, "thoughtx.build has drafts that cannot be")
+    if build.exit_head != (build.exit_threshold > 0) or not 0 <= build.exit_threshold <= 1:
+        raise _malformed(where, "thoughtx.build has an exit head that cannot be")
     return build
 
 

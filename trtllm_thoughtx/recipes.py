@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.console import Count, CountOr
+from trtllm_thoughtx.console import Count, CountOr, FiniteFloatOr
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 LIMIT_BYTES = 64 << 10
@@ -84,6 +84,8 @@ def _wanted(param: click.Option) -> tuple[str, tuple[type, ...]]:
         return f"a whole number or {param.type.word}", (int, str)
     if isinstance(param.type, Count):
         return "a whole number", (int,)
+    if isinstance(param.type, FiniteFloatOr):
+        return f"a number or {param.type.word}", (int, float, str)
     if isinstance(param.type, click.types.FloatParamType):
         return "a number", (int, float)
     if getattr(param.type, "is_list", False):

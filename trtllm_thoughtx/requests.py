@@ -16,13 +16,13 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
-from trtllm_thoughtx.runtime.sampling import GenerationParams, unused_settings
+from trtllm_thoughtx.runtime.sampling import THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.runtime.text import Text, prompt_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", *THINKING)
 
 
 def _usage(what: str, why: str, fix: str) -> ThoughtxError:
@@ -80,6 +80,12 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
         "chunk_size": done.chunk_size,
         "complexity": done.complexity,
         "single_step": done.single_step,
+        "num_steps": done.num_steps,
+        "num_thinking_tokens": done.num_thinking_tokens,
+        "thinking_stop": done.thinking_stop,
+        "num_layer_tokens": done.num_layer_tokens,
+        "num_probes": done.num_probes,
+        "num_probes_skipped": done.num_probes_skipped,
     }
 
 
@@ -137,6 +143,9 @@ def run_requests(
         if row["complexity"] is not None:
             how = "a single step" if row["single_step"] else "a chain of thought"
             progress.note(f"{row['id']}: complexity {row['complexity']:.3f} nats, chunks of {row['chunk_size']}, {how}")
+        if row["thinking_stop"] is not None:
+            much = f"{row['num_steps']} steps, {row['num_thinking_tokens']} tokens"
+            progress.note(f"{row['id']}: {much} of thinking, ended by {row['thinking_stop']}")
     num_new = sum(row["num_output_tokens"] for row in results)
     reasons = ", ".join(dict.fromkeys(row["stop_reason"] for row in results))
     rate = f"{speed:.1f} tokens/s decoding" if speed else "no decode step"

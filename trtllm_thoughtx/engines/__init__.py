@@ -22,6 +22,7 @@ class Runner(Protocol):
     """A loaded engine: all parts of one model and their KV cache. Shapes as in `graph.decoder`."""
 
     max_logit_rows: int  # how many rows of logits one step can return for a sequence
+    exit_chances: np.ndarray | None  # of the last call: float32 [B, K, 2] (ready to answer, end of a step) of an exit head
 
     def start(self, batch_size: int) -> None:
         """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
@@ -30,6 +31,12 @@ class Runner(Protocol):
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call through all parts: feeds by input name (input_ids, positions, kv_positions, write_indices, logit_indices,
         chunk_size) -> logits float32 [B, K, vocab]. The KV cache is updated in place."""
+        ...
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+        """The parts `first` to `last - 1` alone. `feeds` has the inputs of `step`, as far as they take them, and `hidden_states`
+        [B, S, H] unless the first part is among them. Outputs of the last of them by name: hidden_states_out [B, S, H], draft_states
+        [B, S, H] and draft_confidence [B, S] where it has an exit adapter; logits, exit."""
         ...
 
     def close(self) -> None: ...

@@ -23,6 +23,7 @@ from trtllm_thoughtx.graph.decoder import layer_output
 from trtllm_thoughtx.graph.twin import float32_twin, is_bfloat16
 
 MAX_GRAPH_BYTES = 256 << 20  # a graph without its weights takes kilobytes per layer
+OUTPUTS = ("logits", "exit", "hidden_states_out", "draft_states", "draft_confidence")
 QUIET = 3  # errors only: warnings here are about folded constants
 
 
@@ -50,6 +51,7 @@ class OnnxRuntimeRunner:
         self.device = available_device()
         self.kv_dtype = np.float16 if build.dtype == "float16" else np.float32
         self.tapped: dict[int, np.ndarray] = {}
+        self.exit_chances: np.ndarray | None = None
         self.cache: dict[str, ort.OrtValue] = {}
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
         self.bindings = [session.io_binding() for session in self.sessions]
@@ -92,15 +94,19 @@ class OnnxRuntimeRunner:
         self.cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.kv_dtype), self.device, 0) for name in names}
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.run(feeds, 0, len(self.parts))["logits"]
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
         hidden: ort.OrtValue | None = None
         self.tapped = {}
-        for part, session, binding in zip(self.parts, self.sessions, self.bindings, strict=True):
+        results: dict[str, ort.OrtValue] = {}
+        for part, session, binding in list(zip(self.parts, self.sessions, self.bindings, strict=True))[first:last]:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
             for value in session.get_inputs():
                 if value.name.startswith("past_"):
                     binding.bind_ortvalue_input(value.name, self.cache[value.name[5:]])
-                elif value.name == "hidden_states":
+                elif value.name == "hidden_states" and hidden is not None:
                     binding.bind_ortvalue_input(value.name, hidden)
                 else:
                     binding.bind_cpu_input(value.name, feeds[value.name])
@@ -116,7 +122,9 @@ class OnnxRuntimeRunner:
             for layer in range(-1, part["last_layer"]):
                 if layer_output(layer) in results:
                     self.tapped[layer] = results[layer_output(layer)].numpy()
-        return results["logits"].numpy()
+        found = {name: results[name].numpy() for name in OUTPUTS if name in results}
+        self.exit_chances = found.get("exit")
+        return found
 
     def close(self) -> None:
         self.sessions, self.bindings, self.cache = [], [], {}

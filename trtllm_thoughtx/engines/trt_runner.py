@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from trtllm_thoughtx import files
@@ -20,7 +21,7 @@ from trtllm_thoughtx.engines.trt_module import load_module, num_gpus
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4}  # by TensorRT's DataType
-FEED_DTYPES = {"INT64": np.int64, "INT32": np.int32}
+NUMPY_DTYPES = {"INT64": np.int64, "INT32": np.int32, "FLOAT": np.float32, "HALF": np.float16, "BF16": ml_dtypes.bfloat16}
 PREFILL, DECODE = 0, 1  # optimization profiles, in the order of `build`
 VALIDATE_ON_CPU = "use a host with a GPU that the plans were built for, or --backend onnxruntime, which runs the same graph"
 
@@ -103,6 +104,7 @@ class TensorRTRunner:
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
         self.cache: dict[str, int] = {}
         self.batch_size = 0
+        self.exit_chances: np.ndarray | None = None
         self.buffers: dict[str, tuple[int, int]] = {}  # name -> address and size; they only grow
 
     def _load_library(self, path: Path) -> None:
@@ -136,28 +138,39 @@ class TensorRTRunner:
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call through all parts; feeds as in `engines.Runner` -> logits float32 [B, K, vocab]."""
-        batch, width = feeds["positions"].shape
-        num_rows = feeds["logit_indices"].shape[1]
+        return self.run(feeds, 0, len(self.parts))["logits"]
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+        """One call through some parts; see `engines.Runner`. Hidden states pass through the host only where the caller holds them."""
+        batch, width = (feeds["positions"] if "positions" in feeds else feeds["hidden_states"]).shape[:2]
+        num_rows = feeds["logit_indices"].shape[1] if "logit_indices" in feeds else 1
         profile = DECODE if width == 1 and num_rows == 1 else PREFILL
         hidden_shape = (batch, width, self.config.hidden_size)
-        shapes = {"hidden_states": hidden_shape, "hidden_states_out": hidden_shape, "logits": (batch, num_rows, self.config.vocab_size)}
+        shapes = {
+            **dict.fromkeys(("hidden_states", "hidden_states_out", "draft_states"), hidden_shape),
+            "logits": (batch, num_rows, self.config.vocab_size),
+            "exit": (batch, num_rows, 2),
+            "draft_confidence": (batch, width),
+        }
         alive: list[np.ndarray] = []
+        uploaded: set[str] = set()
         hidden = 0
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(self.parts[first:last]):
             context = part.contexts[profile]
             for name in part.inputs:
                 if name.startswith("past_"):
                     context.set_input_shape(name, self._cache_shape(batch))
                     context.set_tensor_address(name, self.cache[name[5:]])
-                elif name == "hidden_states":
+                elif name == "hidden_states" and index:
                     context.set_input_shape(name, hidden_shape)
                     context.set_tensor_address(name, hidden)
                 else:
-                    array = np.ascontiguousarray(feeds[name], FEED_DTYPES[part.dtypes[name]])
+                    array = np.ascontiguousarray(feeds[name], NUMPY_DTYPES[part.dtypes[name]])
                     alive.append(array)
                     address = self._buffer(name, array.nbytes)
-                    if index == 0 or name not in self.parts[0].inputs:  # later parts read what the first one was given
+                    if name not in uploaded:  # later parts read what the first one was given
                         self.device.upload(address, array)
+                        uploaded.add(name)
                     context.set_input_shape(name, array.shape)
                     context.set_tensor_address(name, address)
             for name in part.outputs:
@@ -174,10 +187,14 @@ class TensorRTRunner:
                 raise ThoughtxError(
                     "E205", "the engine refused a step", where=f"part {index}", why=listed(self.errors) or "no message", fix=VALIDATE_ON_CPU
                 )
-        logits = np.empty(shapes["logits"], np.float32)
-        self.device.download(logits, self.buffers["logits"][0])
+        found = {}
+        for name in part.outputs:
+            if not name.startswith("present_"):
+                found[name] = np.empty(shapes[name], NUMPY_DTYPES[part.dtypes[name]])
+                self.device.download(found[name], hidden if name == "hidden_states_out" else self.buffers[name][0])
         self.device.wait()
-        return logits
+        self.exit_chances = found.get("exit")
+        return found
 
     def close(self) -> None:
         self._free_cache()

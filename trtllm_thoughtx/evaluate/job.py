@@ -18,7 +18,7 @@ from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.evaluate.summary import comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.systems import open_system
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.sampling import THINKING, GenerationParams
 
 
 def evaluation(
@@ -49,6 +49,7 @@ def evaluation(
     num_fewshot: int | None = None,
     chat_template: bool = False,
     progress: Progress | None = None,
+    **thinking: Any,
 ) -> dict[str, Any]:
     """What the flags of the same names ask for; see `thoughtx-eval --help`. {"system", "summary", "comparison", "harness"}."""
     progress = progress or Progress.silent()
@@ -57,7 +58,10 @@ def evaluation(
             report.check_file_output(target)
     if plot is not None:
         pictures.check_format(plot)
+    assert set(thinking) <= set(THINKING), thinking
+    thinking = {name: value for name, value in thinking.items() if value is not None}
     if harness is not None:
+        _refuse_unused({f"--{name}": value for name, value in thinking.items()})
         _refuse_unused(
             {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
         )
@@ -84,7 +88,7 @@ def evaluation(
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
-    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed)
+    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **thinking)
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     results = [
         _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size, chunk_size=chunk_size)

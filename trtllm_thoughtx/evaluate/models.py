@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import Written, need_text
 from trtllm_thoughtx.reference import load_model, version
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
@@ -32,6 +33,12 @@ class ModelSystem:
         self.description = {"name": path.name, "path": str(path), "kind": "model", "backend": backend, "dtype": "float32"}
 
     def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+        if params.thinking_flags:
+            why = "transformers runs this one, and its thinking is not followed"
+            fix = "give an engine directory, or leave the flag out"
+            raise ThoughtxError(
+                "E001", f"--{', --'.join(params.thinking_flags)} is for engines", where=self.description["path"], why=why, fix=fix
+            )
         began = time.perf_counter()
         width, num = max(map(len, prompts)), len(prompts)
         ids, mask = torch.zeros(num, width, dtype=torch.int64), torch.zeros(num, width, dtype=torch.int64)

@@ -31,6 +31,7 @@ class Record:
     Tokens and steps are those that the system wrote; `num_redundant` of the steps repeat an earlier one. `seconds` run from the
     start of the batch to the last token. `confidence` is the probability of the answer's tokens in [0, 1], None without an answer;
     `coherence` the share of sound steps in [0, 1], None where the chain is not known. `truncated`: it ran out of tokens.
+    `thinking_stop` says why an engine's thinking ended; `num_layer_tokens` what the answer cost, in tokens times layers, 0 where not known.
     """
 
     id: str
@@ -49,6 +50,8 @@ class Record:
     seconds: float
     confidence: float | None = None
     coherence: float | None = None
+    thinking_stop: str | None = None
+    num_layer_tokens: int = 0
     traits: dict[str, int] = field(default_factory=dict)
 
 

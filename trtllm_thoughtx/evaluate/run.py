@@ -50,6 +50,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
         "top_k": params.top_k,
         "top_p": params.top_p,
         "seed": params.seed,
+        **params.thinking_flags,
         "batch_size": system.batch_size,
         "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
     }
@@ -87,7 +88,7 @@ def parted(ids: Sequence[int], text: Text, *, is_closed: bool) -> tuple[list[int
 
 
 def judged(asked: Question, num_prompt_tokens: int, written: Written, text: Text) -> Record:
-    thought, answer_ids = parted(written.ids, text, is_closed=asked.thought is not None)
+    thought, answer_ids = parted(written.ids, text, is_closed=asked.thought is not None or written.is_closed)
     steps = item.steps_of(text.decode(thought)) if thought else []
     answer = confidence = None
     if answer_ids is not None:
@@ -115,5 +116,7 @@ def judged(asked: Question, num_prompt_tokens: int, written: Written, text: Text
         seconds=written.seconds,
         confidence=confidence,
         coherence=None if asked.item is None or asked.thought is not None else item.coherence(asked.item, steps),
+        thinking_stop=written.thinking_stop,
+        num_layer_tokens=written.num_layer_tokens,
         traits=asked.traits,
     )

@@ -23,12 +23,18 @@ TRUNCATED = ("length", "capacity")
 
 @dataclass(frozen=True)
 class Written:
-    """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last."""
+    """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last.
+
+    `thinking_stop` says why the thinking ended where the system knows (`runtime.thinking`), `num_layer_tokens` what the answer cost.
+    `is_closed`: no thinking stands in `ids`, it was closed before it began."""
 
     ids: list[int]
     logprobs: list[float]
     stop_reason: str
     seconds: float
+    thinking_stop: str | None = None
+    num_layer_tokens: int = 0
+    is_closed: bool = False
 
 
 class System(Protocol):
@@ -78,7 +84,18 @@ class EngineSystem:
             last[row] = time.perf_counter()
 
         done = self.engine.generate(prompts, params, on_token, return_logprobs=True, streams=streams, chunk_size=self.chunk_size)
-        return [Written(one.output_ids, one.logprobs or [], one.stop_reason, end - began) for one, end in zip(done, last, strict=True)]
+        return [
+            Written(
+                one.output_ids,
+                one.logprobs or [],
+                one.stop_reason,
+                end - began,
+                one.thinking_stop,
+                one.num_layer_tokens,
+                one.single_step or params.thinks_nothing,
+            )
+            for one, end in zip(done, last, strict=True)
+        ]
 
     def close(self) -> None:
         self.engine.close()

@@ -24,7 +24,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.graph import chunked_attention, quantized, rope
+from trtllm_thoughtx.exit_weights import ExitWeights
+from trtllm_thoughtx.graph import chunked_attention, exits, quantized, rope
 
 IR_VERSION = 11
 INLINE_BYTES = 1024  # smaller initializers stay inside the graph
@@ -84,8 +85,8 @@ def layer_output(layer: int) -> str:
 class Builder:
     """Collects nodes and initializers; names follow the checkpoint's, in construction order, so that bytes repeat."""
 
-    def __init__(self, config: ModelConfig, build: BuildConfig, part: Part) -> None:
-        self.config, self.build, self.part = config, build, part
+    def __init__(self, config: ModelConfig, build: BuildConfig, part: Part, exits: ExitWeights) -> None:
+        self.config, self.build, self.part, self.exits = config, build, part, exits
         self.elem_type = ELEM_TYPE[build.dtype]
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -132,9 +133,9 @@ class Builder:
         return self.node("Gemm", inputs, output, transB=1)
 
 
-def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part) -> Graph:
-    """The graph of one part; the same arguments give the same bytes."""
-    b = Builder(config, build, part)
+def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part, exits: ExitWeights | None = None) -> Graph:
+    """The graph of one part; the same arguments give the same bytes. `exits` adds the outputs of `graph.exits`."""
+    b = Builder(config, build, part, exits or ExitWeights())
     x = _enter(b)
     if part.last_layer > part.first_layer:
         _shared_inputs(b)
@@ -257,6 +258,9 @@ def _leave(b: Builder, x: str) -> None:
     if not b.part.head:
         out = b.output("hidden_states_out", b.elem_type, ["B", "S", hidden])
         b.node("Reshape", [x, shape], out)
+        adapter = b.exits.adapter(b.part.last_layer)
+        if adapter is not None:
+            exits.add_draft(b, x, adapter)
         return
     shaped = b.node("Reshape", [x, shape], "head.hidden")
     rows = b.input("logit_indices", TensorProto.INT64, ["B", "K"])
@@ -273,3 +277,5 @@ def _leave(b: Builder, x: str) -> None:
     b.node("Concat", ["shape.rows", "shape.vocab_tail"], "shape.logits", axis=0)
     out = b.output("logits", TensorProto.FLOAT, ["B", "K", config.vocab_size])
     b.node("Reshape", [logits, "shape.logits"], out)
+    if b.exits.head is not None:
+        exits.add_exit_head(b, normed, b.exits.head)

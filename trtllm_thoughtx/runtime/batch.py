@@ -33,6 +33,8 @@ class Batch:
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.slots = np.full((num_rows, build.kv_capacity), -1, np.int64)  # the position that a slot holds, -1: none
         self.used = 0  # slots from here on were never written
+        self.layer_tokens = [0] * num_rows  # work done for each row: tokens times layers
+        self.chances = np.zeros((num_rows, 2), np.float32)  # what an exit head said of each row's last token
 
     @property
     def lengths(self) -> np.ndarray:

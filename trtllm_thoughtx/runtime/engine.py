@@ -10,8 +10,7 @@ the KV cache. Rows of a batch may have any lengths. The same Python runs every b
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,37 +23,12 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import AUTO, Choice
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
+from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, layer_parameters
+from trtllm_thoughtx.runtime.generation import Generation, OnToken
+from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
 
-OnToken = Callable[[int, int], None]  # (index of the prompt, token id)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
-    `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
-    `complexity` (nats) and `single_step` where the engine chose the chunk size: see `chunks`."""
-
-    output_ids: list[int]
-    stop_reason: str
-    num_prompt_tokens: int
-    chunk_size: int | None
-    logits: np.ndarray | None = None
-    logprobs: list[float] | None = None
-    complexity: float | None = None
-    single_step: bool = False
-
-
-@dataclass
-class Stats:
-    """Wall-clock of the last `generate`, summed over its batches."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    num_prefilled: int = 0
-    num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
-    num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
+__all__ = ["Completion", "Engine", "Stats", "Work"]
 
 
 @dataclass
@@ -117,11 +91,11 @@ class Engine:
         Returns float32 logits [length - num_prompt + 1, vocab] per row, for positions num_prompt-1 .. length-1.
         """
         batch = self._start(ids, chunk_size)
-        first = self._prefill(batch, [list(row[:n]) for row, n in zip(ids, num_prompt, strict=True)])
+        first = self.prefill(batch, [list(row[:n]) for row, n in zip(ids, num_prompt, strict=True)])
         logits = [[row] for row in first]
         for step in range(max(len(row) - n for row, n in zip(ids, num_prompt, strict=True))):
             new = [list(row[n + step : n + step + 1]) for row, n in zip(ids, num_prompt, strict=True)]
-            out = self._step(batch, new, [[0]] * len(new))[:, 0]
+            out = self.step(batch, new, [[0]] * len(new))[:, 0]
             for row, token, value in zip(logits, new, out, strict=True):
                 if token:
                     row.append(value)
@@ -160,60 +134,10 @@ class Engine:
         wants = (return_logits, return_logprobs)
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            done += self._complete(prompts[part], start, numbers[part], params, on_token, wants, chunk_size)
+            done += Generation(self, prompts[part], start, numbers[part], params, on_token, wants, chunk_size).run()
         return done
 
-    def _complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        first_row: int,
-        streams: Sequence[int],
-        params: GenerationParams,
-        on_token: OnToken | None,
-        wants: tuple[bool, bool],
-        chunk_size: int | str | None,
-    ) -> list[Completion]:
-        began = time.perf_counter()
-        batch, rows, choices = self._choose(prompts, chunk_size)
-        logits = self._prefill(batch, rows)
-        prefilled = time.perf_counter()
-        sampler = Sampler(params, len(prompts), streams=streams)
-        eos_ids = frozenset() if params.ignore_eos or not self.text else frozenset(self.text.eos_ids)
-        output: list[list[int]] = [[] for _ in prompts]
-        kept: list[list[np.ndarray]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        reasons: list[str | None] = [None if params.max_new_tokens else "length" for _ in prompts]
-        while None in reasons:
-            picked = sampler.pick(logits)
-            new: list[list[int]] = [[] for _ in prompts]
-            for row, token in enumerate(picked.tolist()):
-                if reasons[row] is not None:
-                    continue
-                output[row].append(token)
-                if wants[0]:
-                    kept[row].append(logits[row])
-                if wants[1]:
-                    logprobs[row].append(log_probability(logits[row], token))
-                if on_token:
-                    on_token(first_row + row, token)
-                reasons[row] = self._reason(token, len(output[row]), len(rows[row]), params, eos_ids)
-                if reasons[row] is None:
-                    new[row] = [token]
-            if None not in reasons:
-                break
-            logits = self._step(batch, new, [[0]] * len(new))[:, 0]
-            self.stats.num_decoded += sum(map(len, new))
-        self.stats.prefill_seconds += prefilled - began
-        self.stats.decode_seconds += time.perf_counter() - prefilled
-        self.stats.num_prefilled += sum(map(len, prompts))
-        done = []
-        for row, choice in enumerate(choices):
-            logits_of, logs = np.stack(kept[row]) if kept[row] else None, logprobs[row] if wants[1] else None
-            size, complexity, single = (None, None, False) if choice is None else (choice.chunk_size, choice.complexity, choice.single_step)
-            done.append(Completion(output[row], str(reasons[row]), len(prompts[row]), size, logits_of, logs, complexity, single))
-        return done
-
-    def _choose(
+    def choose(
         self, prompts: Sequence[Sequence[int]], chunk_size: int | str | None
     ) -> tuple[Batch, list[list[int]], Sequence[Choice | None]]:
         """The batch, what it is to be fed, and the chunks of each row (None: full attention)."""
@@ -234,8 +158,6 @@ class Engine:
             self.stats.num_read_again += len(batch.tokens[row]) - kept
             batch.chunk_size[row] = choice.chunk_size
             batch.forget(row, kept)
-            if choice.single_step:
-                rows[row] += self._closing(rows[row])
         return batch, rows, choices
 
     def _complexity(self, batch: Batch, rows: list[list[int]]) -> list[float]:
@@ -246,30 +168,12 @@ class Engine:
         while any(at < len(head) for at, head in zip(done, heads, strict=True)):
             new = batch.cut([head[at:] for at, head in zip(done, heads, strict=True)], self.build.max_input_len)
             places = [chunks.spread(max(1, len(extra)), min(most, max(map(len, new)))) for extra in new]
-            out = chunks.entropy(self._step(batch, new, places))
+            out = chunks.entropy(self.step(batch, new, places))
             for row, extra in enumerate(new):
                 done[row] += len(extra)
                 if extra:
                     sums[row] += len(extra) * float(out[row, np.unique(places[row], return_index=True)[1]].mean())
         return [total / len(head) for total, head in zip(sums, heads, strict=True)]
-
-    def _closing(self, row: Sequence[int]) -> list[int]:
-        """Ids that end the thinking of a prompt before it begins; none where there are no tags, or no room."""
-        tags = self.text.think_ids if self.text else None
-        if tags is None:
-            return []
-        first, last = tags
-        ids = [*(() if tuple(row[-len(first) :]) == first else first), *last]
-        return ids if len(row) + len(ids) < self.build.max_seq_len else []
-
-    def _reason(self, token: int, num_new: int, num_prompt: int, params: GenerationParams, eos_ids: frozenset[int]) -> str | None:
-        if token in eos_ids:
-            return "eos"
-        if token in params.stops:
-            return "stop"
-        if num_new >= params.max_new_tokens:
-            return "length"
-        return "capacity" if num_prompt + num_new >= self.build.max_seq_len else None
 
     def _start(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> Batch:
         self._check(rows, chunk_size)
@@ -309,19 +213,38 @@ class Engine:
                 fix="change the request, or build an engine with other limits (thoughtx-build --help)",
             )
 
-    def _step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
+    def step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
         """One call of the runner, after those that keep what the next chunk still needs; logits [B, K, vocab]."""
         for feeds in batch.upkeep(new):
             self.runner.step(feeds)
-        return self.runner.step(batch.feed(new, logit_rows))
+            self._count(feeds["positions"].shape[1], len(new))
+        feeds = batch.feed(new, logit_rows)
+        for row, extra in enumerate(new):
+            batch.layer_tokens[row] += len(extra) * self.config.num_layers
+        self._count(sum(map(len, new)), sum(len(wanted) for wanted, extra in zip(logit_rows, new, strict=True) if extra))
+        logits = self.runner.step(feeds)
+        if self.runner.exit_chances is not None:
+            is_new = [bool(extra) for extra in new]
+            batch.chances[is_new] = self.runner.exit_chances[is_new, -1]
+        return logits
 
-    def _prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
+    def _count(self, num_tokens: int, num_head_rows: int) -> None:
+        """One call of all parts."""
+        item = 4 if self.build.dtype == "float32" else 2
+        num_parameters = self.config.num_layers * layer_parameters(self.config) + self.config.vocab_size * self.config.hidden_size
+        self.stats.work.add(self.config.num_layers, num_tokens, num_head_rows, num_parameters * item)
+
+    def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
         """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""
-        logits = np.zeros((len(rows), self.config.vocab_size), np.float32)
-        done = [len(fed) for fed in batch.tokens]
-        while any(at < len(row) for at, row in zip(done, rows, strict=True)):
-            new = batch.cut([row[at:] for at, row in zip(done, rows, strict=True)], self.build.max_input_len)
-            out = self._step(batch, new, [[max(len(x) - 1, 0)] for x in new])[:, 0]
+        return self.extend(batch, [row[len(fed) :] for fed, row in zip(batch.tokens, rows, strict=True)])
+
+    def extend(self, batch: Batch, pending: Sequence[Sequence[int]]) -> np.ndarray:
+        """Feed each row its tokens, in as many calls as they take; float32 logits [B, vocab] of the last of them, zeros without any."""
+        logits = np.zeros((len(pending), self.config.vocab_size), np.float32)
+        done = [0] * len(pending)
+        while any(at < len(row) for at, row in zip(done, pending, strict=True)):
+            new = batch.cut([row[at:] for at, row in zip(done, pending, strict=True)], self.build.max_input_len)
+            out = self.step(batch, new, [[max(len(x) - 1, 0)] for x in new])[:, 0]
             for b, extra in enumerate(new):
                 done[b] += len(extra)
                 if extra:

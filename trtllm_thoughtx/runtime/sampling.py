@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 MAX_IDS = 1024  # stop ids
+THINKING = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe", "probe_agree", "probe_tokens")
 # What transformers assumes where a generation_config.json is silent.
 DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 # Settings of a generation_config.json that would change the tokens and are not applied here, with their neutral values.
@@ -54,7 +56,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class GenerationParams:
     """What one request asks for. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
 
-    `stop_ids` end a row once generated; `ignore_eos` switches them off. Wrong values raise E001 naming the flag.
+    `stop_ids` end a row once generated; `ignore_eos` switches them off. `max_reasoning_depth` steps and `max_thinking_tokens` at most
+    stand between the thinking tags (None: as many as the model likes). The thinking also ends behind a step where the engine's exit head
+    says `exit_threshold` ("auto": as calibrated), or where the last `probe_agree` trial answers of up to `probe_tokens` tokens agree
+    with a confidence of `exit_probe`. Wrong values raise E001 naming the flag.
     """
 
     max_new_tokens: int = 256
@@ -64,10 +69,18 @@ class GenerationParams:
     seed: int = 0
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
+    max_reasoning_depth: int | None = None
+    max_thinking_tokens: int | None = None
+    exit_threshold: float | str | None = None
+    exit_probe: float | None = None
+    probe_agree: int = 2
+    probe_tokens: int = 16
 
     def __post_init__(self) -> None:
         for name, kind, is_good, wanted in _RULES:
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not is_good(value):
                 raise ThoughtxError(
                     "E001",
@@ -82,6 +95,17 @@ class GenerationParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def thinking_flags(self) -> dict[str, Any]:
+        """The settings that may end the thinking, those that are set."""
+        names = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def thinks_nothing(self) -> bool:
+        """A budget of nothing: the answer comes at once."""
+        return 0 in (self.max_reasoning_depth, self.max_thinking_tokens)
 
     @property
     def stops(self) -> frozenset[int]:
@@ -267,4 +291,11 @@ _RULES: tuple[tuple[str, Any, Any, str], ...] = (
     ("seed", int, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2**64 - 1"),
     ("ignore_eos", bool, lambda v: True, "true or false"),
     ("stop_ids", tuple, _are_ids, f"a tuple of at most {MAX_IDS} token ids"),
+    ("max_reasoning_depth", int, lambda v: 0 <= v < 2**31, "a whole number from 0 (answer at once)"),
+    ("max_thinking_tokens", int, lambda v: 0 <= v < 2**31, "a whole number from 0 (answer at once)"),
+    ("exit_threshold", (int, float, str), lambda v: v == AUTO or (not isinstance(v, str) and 0 <= v <= 1), "a number from 0 to 1, or auto"),
+    ("exit_probe", (int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    ("probe_agree", int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
+    ("probe_tokens", int, lambda v: 1 <= v <= 4096, "a whole number from 1 to 4096"),
 )
+_OPTIONAL = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe")

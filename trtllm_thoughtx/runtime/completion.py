@@ -1,0 +1,80 @@
+"""What `Engine.generate` returns, and what it cost: `Completion` of one prompt, `Stats` of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trtllm_thoughtx.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
+    `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
+    `complexity` (nats) and `single_step` where the engine chose the chunk size: see `chunks`.
+
+    `num_steps` and `num_thinking_tokens` count what was written between the thinking tags; `thinking_stop` says why it ended (see
+    `thinking`), None where nothing was thought. `num_layer_tokens` is this row's part of `Work`, probes and rejected drafts included."""
+
+    output_ids: list[int]
+    stop_reason: str
+    num_prompt_tokens: int
+    chunk_size: int | None
+    logits: np.ndarray | None = None
+    logprobs: list[float] | None = None
+    complexity: float | None = None
+    single_step: bool = False
+    num_steps: int = 0
+    num_thinking_tokens: int = 0
+    thinking_stop: str | None = None
+    num_layer_tokens: int = 0
+    num_probes: int = 0
+    num_probes_skipped: int = 0  # they could not have been taken back from a bounded cache
+
+
+@dataclass
+class Work:
+    """Work that was done, whatever it was good for: tokens times layers, rows of logits, and bytes of weights read.
+
+    A call reads the weights of the parts that it runs once, whatever its batch; embeddings are looked up and not counted. Padding and
+    rows of a batch that wait are not counted as tokens.
+    """
+
+    num_layer_tokens: int = 0
+    num_head_rows: int = 0
+    num_calls: int = 0
+    weight_bytes: int = 0
+
+    def add(self, num_layers: int, num_tokens: int, num_head_rows: int, weight_bytes: int) -> None:
+        self.num_layer_tokens += num_layers * num_tokens
+        self.num_head_rows += num_head_rows
+        self.num_calls += 1
+        self.weight_bytes += weight_bytes
+
+    def in_layers(self, config: ModelConfig) -> float:
+        """Tokens times layers, with each row of logits as the layers that its matrix weighs."""
+        return self.num_layer_tokens + self.num_head_rows * head_in_layers(config)
+
+
+@dataclass
+class Stats:
+    """Wall-clock and work of the last `generate`, summed over its batches."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_prefilled: int = 0
+    num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
+    num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
+    work: Work = field(default_factory=Work)
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Parameters of one decoder layer's matrices."""
+    return config.hidden_size * (2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size)
+
+
+def head_in_layers(config: ModelConfig) -> float:
+    """What the output matrix weighs, in layers: 2.3 for Qwen2.5-7B."""
+    return config.vocab_size * config.hidden_size / layer_parameters(config)
