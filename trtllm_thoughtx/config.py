@@ -14,6 +14,7 @@ from typing import Any
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 AUTO = "auto"  # the chunk size of a request for which the engine chooses one
+EXIT_POLICIES = ("off", "verify", "trust", "auto")  # what becomes of drafted tokens
 CHUNK_STEP = 16  # chosen chunk sizes are multiples of it
 
 
