@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.config import AUTO
+from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr
 
 PATH = FilePath()
@@ -69,6 +69,12 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--exit_probe", type=CHANCE, help="End it where trial answers of so much confidence agree.  [default: off]"),
         click.option("--probe_agree", type=Count(1, 1000), help="How many trial answers must agree.  [default: 2]"),
         click.option("--probe_tokens", type=Count(1, 4096), help="Most tokens of a trial answer.  [default: 16]"),
+        click.option(
+            "--exit_policy",
+            type=click.Choice(EXIT_POLICIES),
+            help="Tokens that the first stages draft: check all, trust confident ones, or check where that pays.  [default: auto]",
+        ),
+        click.option("--draft_threshold", type=CHANCE, help="Confidence from which a draft is used.  [default: the engine's break-even]"),
     )):  # fmt: skip
         function = option(function)
     return function

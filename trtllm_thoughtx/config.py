@@ -17,6 +17,7 @@ BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PLUGINS = ("function", "aot", "cpp")
 PLUGIN_LIBRARY = "libthoughtx_chunked_attention.so"  # in an engine directory whose plans need it
 AUTO = "auto"  # the chunk size of a request for which the engine chooses one
+EXIT_POLICIES = ("off", "verify", "trust", "auto")  # what becomes of drafted tokens
 CHUNK_STEP = 16  # chosen chunk sizes are multiples of it
 
 

@@ -16,13 +16,13 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
-from trtllm_thoughtx.runtime.sampling import THINKING, GenerationParams, unused_settings
+from trtllm_thoughtx.runtime.sampling import DRAFTS, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.runtime.text import Text, prompt_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", *THINKING)
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", *THINKING, *DRAFTS)
 
 
 def _usage(what: str, why: str, fix: str) -> ThoughtxError:
@@ -158,6 +158,8 @@ def run_requests(
         "prefill_seconds": stats.prefill_seconds,
         "decode_seconds": stats.decode_seconds,
         "num_read_again": stats.num_read_again,
+        "num_drafted": stats.num_drafted,
+        "num_accepted": stats.num_accepted,
         "not_applied": list(ignored),
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }

@@ -18,7 +18,7 @@ from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.evaluate.summary import comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.systems import open_system
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import THINKING, GenerationParams
+from trtllm_thoughtx.runtime.sampling import DRAFTS, THINKING, GenerationParams
 
 
 def evaluation(
@@ -58,7 +58,7 @@ def evaluation(
             report.check_file_output(target)
     if plot is not None:
         pictures.check_format(plot)
-    assert set(thinking) <= set(THINKING), thinking
+    assert set(thinking) <= {*THINKING, *DRAFTS}, thinking
     thinking = {name: value for name, value in thinking.items() if value is not None}
     if harness is not None:
         _refuse_unused({f"--{name}": value for name, value in thinking.items()})

@@ -33,11 +33,11 @@ class ModelSystem:
         self.description = {"name": path.name, "path": str(path), "kind": "model", "backend": backend, "dtype": "float32"}
 
     def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
-        if params.thinking_flags:
+        if params.engine_flags:
             why = "transformers runs this one, and its thinking is not followed"
             fix = "give an engine directory, or leave the flag out"
             raise ThoughtxError(
-                "E001", f"--{', --'.join(params.thinking_flags)} is for engines", where=self.description["path"], why=why, fix=fix
+                "E001", f"--{', --'.join(params.engine_flags)} is for engines", where=self.description["path"], why=why, fix=fix
             )
         began = time.perf_counter()
         width, num = max(map(len, prompts)), len(prompts)

@@ -50,7 +50,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
         "top_k": params.top_k,
         "top_p": params.top_p,
         "seed": params.seed,
-        **params.thinking_flags,
+        **params.engine_flags,
         "batch_size": system.batch_size,
         "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
     }

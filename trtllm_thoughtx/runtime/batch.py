@@ -122,6 +122,19 @@ class Batch:
         assert end - begin >= width, (begin, end, width)
         return min(first, end - width)
 
+    def refeed(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
+        """Inputs of a call that takes the last `counts` tokens of each row again, right-padded, all of them projected to logits.
+
+        `logit_indices` is [B, widest]; past a row's count it repeats. A row of count 0 has ended: it gets any of its tokens.
+        """
+        width, starts, slots = max(counts), [], []
+        for row, (history, count) in enumerate(zip(self.tokens, counts, strict=True)):
+            starts.append(len(history) - count if count else self._start(row, width, len(history) - 1))
+            slots.append(self.slot(row, starts[-1]))
+            if count:
+                self.slots[row, slots[-1] + count : slots[-1] + width] = -1  # padding is written there
+        return self._feeds(width, starts, slots, [[min(i, max(count - 1, 0)) for i in range(width)] for count in counts])
+
     def _again(self, width: int, kept: dict[int, tuple[int, int]]) -> dict[str, np.ndarray]:
         """Feed `width` tokens of each row of `kept` again, into other slots; the last ones of all other rows, into their own."""
         starts, slots = [], []

@@ -67,6 +67,9 @@ class Stats:
     num_prefilled: int = 0
     num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
     num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
+    num_cycles: int = 0  # of drafts and checks
+    num_drafted: int = 0
+    num_accepted: int = 0  # drafts that were written
     work: Work = field(default_factory=Work)
 
 

@@ -10,7 +10,7 @@ the KV cache. Rows of a batch may have any lengths. The same Python runs every b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import AUTO, Choice
 from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, layer_parameters
+from trtllm_thoughtx.runtime.drafts import Pace
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
@@ -40,6 +41,7 @@ class Engine:
     runner: Runner
     text: Text | None
     stats: Stats = field(default_factory=Stats)
+    paces: dict[int, Pace] = field(default_factory=dict)  # by batch size
 
     @classmethod
     def load(
@@ -215,24 +217,36 @@ class Engine:
 
     def step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
         """One call of the runner, after those that keep what the next chunk still needs; logits [B, K, vocab]."""
-        for feeds in batch.upkeep(new):
-            self.runner.step(feeds)
-            self._count(feeds["positions"].shape[1], len(new))
-        feeds = batch.feed(new, logit_rows)
-        for row, extra in enumerate(new):
-            batch.layer_tokens[row] += len(extra) * self.config.num_layers
-        self._count(sum(map(len, new)), sum(len(wanted) for wanted, extra in zip(logit_rows, new, strict=True) if extra))
-        logits = self.runner.step(feeds)
-        if self.runner.exit_chances is not None:
+        self.keep(batch, new)
+        counts = list(map(len, new))
+        rows = [len(wanted) if extra else 0 for wanted, extra in zip(logit_rows, new, strict=True)]
+        out = self.run_parts(batch, batch.feed(new, logit_rows), 0, len(self.directory.parts), counts, rows)
+        if "exit" in out:
             is_new = [bool(extra) for extra in new]
-            batch.chances[is_new] = self.runner.exit_chances[is_new, -1]
-        return logits
+            batch.chances[is_new] = out["exit"][is_new, -1]
+        return out["logits"]
 
-    def _count(self, num_tokens: int, num_head_rows: int) -> None:
-        """One call of all parts."""
+    def keep(self, batch: Batch, new: Sequence[Sequence[int]]) -> None:
+        """The calls that must come before `new` is fed: see `Batch.upkeep`."""
+        for feeds in batch.upkeep(new):
+            none = [0] * len(new)
+            self.run_parts(batch, feeds, 0, len(self.directory.parts), none, none)
+            self.stats.work.num_layer_tokens += feeds["positions"].shape[1] * self.config.num_layers  # at least one row's
+
+    def run_parts(
+        self, batch: Batch, feeds: Mapping[str, np.ndarray], first: int, last: int, num_tokens: Sequence[int], num_rows: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row, padding left out."""
+        parts = self.directory.parts[first:last]
+        num_layers = parts[-1]["last_layer"] - parts[0]["first_layer"]
+        parameters = num_layers * layer_parameters(self.config)
+        if parts[-1]["head"]:
+            parameters += self.config.vocab_size * self.config.hidden_size
+        for row, number in enumerate(num_tokens):
+            batch.layer_tokens[row] += number * num_layers
         item = 4 if self.build.dtype == "float32" else 2
-        num_parameters = self.config.num_layers * layer_parameters(self.config) + self.config.vocab_size * self.config.hidden_size
-        self.stats.work.add(self.config.num_layers, num_tokens, num_head_rows, num_parameters * item)
+        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), parameters * item)
+        return self.runner.run(feeds, first, last)
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
         """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""

@@ -17,6 +17,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.exit_weights import READY
 from trtllm_thoughtx.runtime import probe, thinking
 from trtllm_thoughtx.runtime.completion import Completion
+from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, Pace, Timer, check_policy
 from trtllm_thoughtx.runtime.probe import Trials
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
 from trtllm_thoughtx.runtime.thinking import Thinking
@@ -60,23 +61,51 @@ class Generation:
         self.chances = self.batch.chances  # what the exit head says of each row's last token
         self.trials = [Trials() for _ in prompts]
         self.is_settled = [False for _ in prompts]  # by a trial, behind the step that just ended
+        self.is_held = [False for _ in prompts]
+        self.drafts: list[list[int]] = [[] for _ in prompts]
+        self.drafter, self.timer = self._drafter()
 
     def run(self) -> list[Completion]:
         engine, stats = self.engine, self.engine.stats
-        logits = engine.prefill(self.batch, self.rows)
+        self._offer(engine.prefill(self.batch, self.rows)[:, None], None)
         prefilled = time.perf_counter()
-        self._look()
-        while None in self.reasons:
-            new = self._write(logits)
+        while True:
+            self._look()
+            new = [self._write(row) for row in range(len(self.rows))]
+            while any(self.is_held):  # a step ended among drafts, and trial answers come first
+                held = [row for row, is_held in enumerate(self.is_held) if is_held]
+                self._look()
+                for row in held:
+                    new[row] = self._write(row)
             if None not in self.reasons:
                 break
-            logits = engine.step(self.batch, new, [[0]] * len(new))[:, 0]
-            stats.num_decoded += sum(map(len, new))
-            self._look()
+            self._feed(new)
         stats.prefill_seconds += prefilled - self.began
         stats.decode_seconds += time.perf_counter() - prefilled
         stats.num_prefilled += sum(self.num_prompt)
+        stats.num_decoded += sum(max(0, len(row) - 1) for row in self.output)
         return [self._completion(row) for row in range(len(self.rows))]
+
+    def _feed(self, new: list[list[int]]) -> None:
+        """Feed the tokens just written, with drafts behind them where these pay."""
+        if self.drafter is None or not self.timer.start(sum(map(len, self.output))):
+            self.drafts = [[] for _ in new]
+            self._offer(self.engine.step(self.batch, new, [[0]] * len(new)), None)
+            return
+        most = [self._most_drafts(row) if extra else 0 for row, extra in enumerate(new)]
+        self.drafts, logits, chances = self.drafter.cycle(new, most, self.sampler.guess)
+        self._offer(logits, chances)
+
+    def _most_drafts(self, row: int) -> int:
+        thought = self.thoughts[row]
+        if self.params.exit_probe is not None and thought is not None and thought.is_step_end:
+            return 0  # a trial comes first
+        return min(MAX_DRAFTS, self.params.max_new_tokens - len(self.output[row]) - 1)
+
+    def _offer(self, logits: np.ndarray, chances: np.ndarray | None) -> None:
+        """What each row may be written from next: logits [B, W, V], behind the last token fed and behind each draft."""
+        self.logits_of, self.chances_of = logits, chances
+        self.num_used = [0] * len(logits)
 
     def _check(self) -> None:
         """E122 for settings of the thinking that this engine cannot follow, before any work."""
@@ -90,8 +119,19 @@ class Generation:
             why = "its checkpoint carried no exit head when it was built"
             fix = "fit one (thoughtx-calibrate --fit_exit_head) and build again, or use --exit_probe, which needs none"
             raise ThoughtxError("E122", "--exit_threshold needs an exit head, and this engine has none", where=where, why=why, fix=fix)
+        check_policy(engine, self.params.exit_policy)
         if self.params.exit_probe is not None and text is not None and text.think_ids is not None:
             probe.check_room(engine, len(text.think_ids[1]) + self.params.probe_tokens)
+
+    def _drafter(self) -> tuple[Drafter | None, Timer]:
+        engine, params = self.engine, self.params
+        if params.exit_policy == OFF or not engine.build.draft_layers:
+            return None, Timer(None)
+        threshold = params.draft_threshold
+        if threshold is None and params.exit_policy == TRUST:
+            threshold = max(TRUSTED, engine.build.draft_thresholds[0])
+        pace = engine.paces.setdefault(len(self.rows), Pace()) if params.exit_policy == AUTO else None
+        return Drafter(engine, self.batch, threshold), Timer(pace)
 
     def _thought(self, row: int) -> Thinking | None:
         """Follows the row's thinking. A thinking that must not begin is closed in the prompt."""
@@ -114,25 +154,47 @@ class Generation:
             followed.stop = stop
         return followed
 
-    def _write(self, logits: np.ndarray) -> list[list[int]]:
-        """Write one token of each row that goes on; what is to be fed."""
-        picked = self.sampler.pick(logits).tolist()
-        new: list[list[int]] = [[] for _ in picked]
-        for row, choice in enumerate(picked):
-            if self.reasons[row] is not None:
+    def _write(self, row: int) -> list[int]:
+        """Write tokens of a row as far as its logits reach; the one that is to be fed, none when the row has ended or is held."""
+        self.is_held[row] = False
+        while self.reasons[row] is None:
+            place = self.num_used[row]
+            logits, drafts = self.logits_of[row, place], self.drafts[row]
+            if self.chances_of is not None:
+                self.chances[row] = self.chances_of[row, place]
+            picked = int(self.sampler.pick(logits[None], [row])[0])
+            if place < len(drafts) and self.params.exit_policy == TRUST:
+                picked = drafts[place]
+            token = self._next(row, picked)
+            self._keep(row, token, logits)
+            self.num_used[row] += 1
+            if self.reasons[row] is None and place < len(drafts) and token == drafts[place]:
+                self.engine.stats.num_accepted += 1
+                thought = self.thoughts[row]
+                if self.params.exit_probe is not None and thought is not None and thought.is_step_end:
+                    self._take_back(row, len(drafts) - place - 1)
+                    self.is_held[row] = True
+                    return []
                 continue
-            token = self._next(row, choice)
-            self.output[row].append(token)
-            if self.wants[0]:
-                self.logits[row].append(logits[row])
-            if self.wants[1]:
-                self.logprobs[row].append(log_probability(logits[row], token))
-            if self.on_token:
-                self.on_token(self.first_row + row, token)
-            self.reasons[row] = self._reason(row, token)
-            if self.reasons[row] is None:
-                new[row] = [token]
-        return new
+            self._take_back(row, len(drafts) - place)
+            return [token] if self.reasons[row] is None else []
+        return []
+
+    def _take_back(self, row: int, num_drafts: int) -> None:
+        """The last drafts of a row will not be written."""
+        if num_drafts:
+            self.batch.forget(row, len(self.batch.tokens[row]) - num_drafts)
+        self.drafts[row] = self.drafts[row][: len(self.drafts[row]) - num_drafts]
+
+    def _keep(self, row: int, token: int, logits: np.ndarray) -> None:
+        self.output[row].append(token)
+        if self.wants[0]:
+            self.logits[row].append(logits.copy())
+        if self.wants[1]:
+            self.logprobs[row].append(log_probability(logits, token))
+        if self.on_token:
+            self.on_token(self.first_row + row, token)
+        self.reasons[row] = self._reason(row, token)
 
     def _next(self, row: int, choice: int) -> int:
         """The row's next token: the sampler's `choice`, or one that ends the thinking."""
@@ -162,14 +224,23 @@ class Generation:
 
     def _look(self) -> None:
         """What is known behind the tokens just fed: the exit head's word, and trial answers of the rows that ended a step."""
-        self.chances = self.batch.chances.copy()
+        if self.chances_of is None:
+            self.chances = self.batch.chances.copy()
         threshold, text = self.params.exit_probe, self.engine.text
         if threshold is None or text is None:
             return
         self.is_settled = [False] * len(self.rows)
         closings = {}
         for row, thought in enumerate(self.thoughts):
-            if self.reasons[row] is None and not self.forced[row] and thought and thought.is_step_end and not thought.budget_spent:
+            is_next = self.is_held[row] or not any(self.is_held)
+            if (
+                is_next
+                and self.reasons[row] is None
+                and not self.forced[row]
+                and thought
+                and thought.is_step_end
+                and not thought.budget_spent
+            ):
                 closing = thought.closing()
                 if len(closing) + self.params.probe_tokens <= probe.room(self.batch, row):
                     closings[row] = closing

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx.config import AUTO
+from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 MAX_IDS = 1024  # stop ids
 THINKING = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe", "probe_agree", "probe_tokens")
+DRAFTS = ("exit_policy", "draft_threshold")
 # What transformers assumes where a generation_config.json is silent.
 DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 # Settings of a generation_config.json that would change the tokens and are not applied here, with their neutral values.
@@ -59,7 +60,8 @@ class GenerationParams:
     `stop_ids` end a row once generated; `ignore_eos` switches them off. `max_reasoning_depth` steps and `max_thinking_tokens` at most
     stand between the thinking tags (None: as many as the model likes). The thinking also ends behind a step where the engine's exit head
     says `exit_threshold` ("auto": as calibrated), or where the last `probe_agree` trial answers of up to `probe_tokens` tokens agree
-    with a confidence of `exit_probe`. Wrong values raise E001 naming the flag.
+    with a confidence of `exit_probe`. `exit_policy` says what becomes of drafted tokens, `draft_threshold` how confident a draft must
+    be (None: the engine's): see `drafts`. Wrong values raise E001 naming the flag.
     """
 
     max_new_tokens: int = 256
@@ -75,6 +77,8 @@ class GenerationParams:
     exit_probe: float | None = None
     probe_agree: int = 2
     probe_tokens: int = 16
+    exit_policy: str = "auto"
+    draft_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind, is_good, wanted in _RULES:
@@ -101,6 +105,12 @@ class GenerationParams:
         """The settings that may end the thinking, those that are set."""
         names = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def engine_flags(self) -> dict[str, Any]:
+        """The settings that only an engine can follow, those that are set."""
+        drafts = {"exit_policy": self.exit_policy} if self.exit_policy != AUTO else {}
+        return {**self.thinking_flags, **drafts, **({} if self.draft_threshold is None else {"draft_threshold": self.draft_threshold})}
 
     @property
     def thinks_nothing(self) -> bool:
@@ -183,10 +193,17 @@ class Sampler:
             self._steps[row] += 1
         return chosen
 
-    def _draw(self, row: int, logits: np.ndarray) -> int:
+    def guess(self, row: int, num_ahead: int, logits: np.ndarray) -> int:
+        """What `pick` would give for float[V] after `num_ahead` more steps of the row. Nothing advances; any values are taken."""
+        if self.params.is_greedy or not np.isfinite(logits).all():
+            return int(logits.argmax())
+        return self._draw(row, np.asarray(logits, np.float32), num_ahead)
+
+    def _draw(self, row: int, logits: np.ndarray, num_ahead: int = 0) -> int:
         ids, probs = distribution(logits, self.params)
         sums = probs.cumsum()
-        place = sums.searchsorted(uniform(self.params.seed, self.streams[row], self._steps[row]) * sums[-1], side="right")
+        number = uniform(self.params.seed, self.streams[row], self._steps[row] + num_ahead)
+        place = sums.searchsorted(number * sums[-1], side="right")
         return int(ids[min(int(place), len(ids) - 1)])
 
 
@@ -297,5 +314,7 @@ _RULES: tuple[tuple[str, Any, Any, str], ...] = (
     ("exit_probe", (int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     ("probe_agree", int, lambda v: 1 <= v <= 1000, "a whole number from 1 to 1000"),
     ("probe_tokens", int, lambda v: 1 <= v <= 4096, "a whole number from 1 to 4096"),
+    ("exit_policy", str, lambda v: v in EXIT_POLICIES, f"one of {', '.join(EXIT_POLICIES)}"),
+    ("draft_threshold", (int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 )
-_OPTIONAL = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe")
+_OPTIONAL = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe", "draft_threshold")
