@@ -249,17 +249,20 @@ def test_the_head_ends_the_thinking_where_the_answer_is_known(calibrated):
     rng = random.Random(3)
     texts = [" ".join(f"x{i + 1} = {rng.randrange(100):02d}" for i in range(size)) + " ?" for size in (3, 4, 5, 6, 7)]
     prompts = [engine.text.chat(text) for text in texts]
-    free = engine.generate(prompts, GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids))
+    free = engine.generate(prompts, GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids, exit_policy="off"))
     work = engine.stats.work.num_layer_tokens
-    params = GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids, exit_threshold="auto")
+    params = GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids, exit_policy="off", exit_threshold="auto")
     done = engine.generate(prompts, params)
     assert engine.stats.work.num_layer_tokens < 0.9 * work
     for prompt, one, other in zip(prompts, done, free, strict=True):
+        assert one.output_ids.count(engine.text.think_ids[1][0]) == 1
         assert one.thinking_stop in ("head", "end") and one.num_thinking_tokens <= other.num_thinking_tokens
         assert one.output_ids[: one.num_thinking_tokens] == other.output_ids[: one.num_thinking_tokens]
         assert engine.generate([prompt], params)[0].output_ids == one.output_ids
     assert any(one.thinking_stop == "head" for one in done)
-    never = engine.generate(prompts, GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids, exit_threshold=1.0))
+    never = engine.generate(
+        prompts, GenerationParams(max_new_tokens=250, stop_ids=engine.text.eos_ids, exit_policy="off", exit_threshold=1.0)
+    )
     assert [one.output_ids for one in never] == [one.output_ids for one in free]
     engine.close()
 
@@ -336,6 +339,7 @@ def test_trials_that_agree_end_the_thinking(tmp_path):
     free = engine.generate(prompts, GenerationParams(**base))
     for agree, num_steps in ((1, (3, 4)), (2, (4, 5))):
         done = engine.generate(prompts, GenerationParams(**base, exit_probe=0.8, probe_agree=agree))
+        assert all(one.output_ids.count(engine.text.think_ids[1][0]) == 1 for one in done)
         assert [one.thinking_stop for one in done] == ["probe", "probe"]
         assert tuple(one.num_steps for one in done) == num_steps  # known after all operands, once or twice in a row
         assert [engine.text.decode(one.output_ids).split("</think>")[1] for one in done] == [

@@ -251,3 +251,17 @@ def test_run_and_eval_report_and_obey(engine, tmp_path):
     assert {record["num_steps"] for record in records} == {2} and {record["thinking_stop"] for record in records} == {"depth"}
     ran = CliRunner().invoke(thoughtx, ["eval", "--model_dir", SAMPLE, "--task", "chain", "--num_items", "1", "--max_thinking_tokens", "4"])
     assert isinstance(ran.exception, ThoughtxError) and "--max_thinking_tokens is for engines" in str(ran.exception)
+
+
+def test_the_presets_are_recipes_of_run_and_of_eval(engine, tmp_path):
+    root = str(engine.directory.root)
+    preset = "build_configs/thoughtx-tiny-batch.yaml"
+    words = ["--config", preset, "--engine_dir", root, "--json"]
+    ran = CliRunner().invoke(thoughtx, ["run", *words, "--prompt", chain(random.Random(1), 9)])
+    found = json.loads(ran.stdout)
+    assert found["sampling"]["temperature"] == 0.3 and found["sampling"]["max_reasoning_depth"] == 6
+    assert (found["results"][0]["num_steps"], found["results"][0]["thinking_stop"]) == (6, "depth")
+    ran = CliRunner().invoke(thoughtx, ["eval", *words, "--task", "chain", "--num_items", "3", "--sizes", "8"])
+    summary = json.loads(ran.stdout)["summary"]
+    assert summary["overall"]["steps"] == 6 and summary["overall"]["thinking_stops"] == {"depth": 3}
+    assert summary["conditions"]["max_reasoning_depth"] == 6 and summary["overall"]["layer_tokens"] > 0

@@ -122,6 +122,7 @@ def _with_exits(settings: BuildConfig, exits: ExitWeights) -> BuildConfig:
         exit_head=exits.head is not None,
         exit_threshold=exits.head.threshold if exits.head is not None else 0.0,
         draft_layers=tuple(one.layer for one in drafts),
+        draft_ranks=tuple(int(one.down.shape[0]) for one in drafts),
         draft_thresholds=tuple(one.threshold for one in drafts),
     )
 

@@ -130,6 +130,7 @@ class BuildConfig:
     exit_head: bool = False  # the checkpoint carries one, and so does the engine
     exit_threshold: float = 0.0  # readiness from which its calibration ends the thinking; 0 without a head
     draft_layers: tuple[int, ...] = ()  # stages that draft tokens: each ends before one of these layers
+    draft_ranks: tuple[int, ...] = ()  # of their maps
     draft_thresholds: tuple[float, ...] = ()  # confidence from which a draft of each is worth checking
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None

@@ -98,6 +98,11 @@ class EngineDir:
             )
         return backend
 
+    def adapter_weights(self, layer: int) -> int:
+        """Parameters of the exit adapter before `layer`: its map, its norm and its confidence."""
+        rank = self.build.draft_ranks[self.build.draft_layers.index(layer)]
+        return (2 * rank + 2) * self.config.hidden_size
+
     def verify(self, backend: str) -> None:
         """Hash what `backend` would load, and config.json, against the manifest. E120 on any difference."""
         report.verify_files(self.root, [CONFIG, *self.files_of(backend)])
@@ -146,9 +151,9 @@ def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
         raise _malformed(where, "thoughtx.build has thresholds that cannot be")
     if build.adaptive_chunks and not build.base_size:
         raise _malformed(where, "thoughtx.build chooses chunks without a base_size")
-    drafts = zip(build.draft_layers, build.draft_thresholds, strict=False)
-    if len(build.draft_layers) != len(build.draft_thresholds) or not all(
-        layer in build.stages and is_threshold(threshold) for layer, threshold in drafts
+    drafts = list(zip(build.draft_layers, build.draft_ranks, build.draft_thresholds, strict=False))
+    if not len(build.draft_layers) == len(build.draft_thresholds) == len(build.draft_ranks) or not all(
+        layer in build.stages and type(rank) is int and rank > 0 and is_threshold(threshold) for layer, rank, threshold in drafts
     ):
         raise _malformed(where, "thoughtx.build has drafts that cannot be")
     if build.exit_head != (build.exit_threshold > 0) or not 0 <= build.exit_threshold <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ MEASURES: dict[str, tuple[str, Callable[[Record], float]]] = {
     "steps": ("", lambda record: float(record.num_steps)),
     "redundant steps": ("", lambda record: float(record.num_redundant)),
     "tokens": ("", lambda record: float(record.num_tokens)),
+    "layer-tokens": ("", lambda record: float(record.num_layer_tokens)),
     "time per token": ("ms", lambda record: 1000.0 * record.seconds / max(record.num_tokens, 1)),
     "time to answer": ("ms", lambda record: 1000.0 * record.seconds),
 }
@@ -67,6 +69,8 @@ def numbers(records: Sequence[Record]) -> dict[str, Any]:
         "redundant_steps": _mean([record.num_redundant for record in records]),
         "coherence": _mean(coherent) if coherent else None,
         "num_truncated": sum(record.truncated for record in records),
+        "layer_tokens": _mean([record.num_layer_tokens for record in records]),
+        "thinking_stops": dict(Counter(str(record.thinking_stop) for record in records)),
         "seconds": _mean(seconds),
         "seconds_p95": float(np.percentile(seconds, 95)),
         "ms_per_token": 1000 * sum(seconds) / max(1, sum(record.num_tokens for record in records)),
@@ -166,6 +170,9 @@ def result_tables(found: dict[str, Any]) -> list[Any]:
     ]
     if cuts:
         tables.append(report.table("thoughts cut short", ("task", "items", "said ? when due", "answered when it sufficed"), cuts))
+    stops = found["overall"].get("thinking_stops", {})
+    if set(stops) - {"None", "end", "cut"}:
+        tables.append(f"the thinking ended by {', '.join(f'{why}: {num}' for why, num in sorted(stops.items()))}")
     if found["calibration_error"] is not None and math.isfinite(found["calibration_error"]):
         tables.append(f"calibration error of the answers' probabilities: {found['calibration_error']:.4f}")
     return tables

@@ -38,7 +38,7 @@ SPLITS = ("train", "validation", "test")  # to fit, to choose, to report
 
 
 @dataclass
-class _Set:
+class TracedSet:
     traces: list[Trace]
     states: list[np.ndarray]  # see traces.hidden_states
 
@@ -82,7 +82,7 @@ def calibrate_exits(
         build(model_dir, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)
         try:
-            sets = [_measure(engine, questions, max_new_tokens, gain, exit_layers, progress) for questions in asked]
+            sets = [measure(engine, questions, max_new_tokens, gain, exit_layers, progress) for questions in asked]
         finally:
             engine.close()
         head, found = (None, {}) if not fit_exit_head else _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps)
@@ -126,17 +126,17 @@ def _questions(tasks: Sequence[str] | None, dataset: Path | None, num_items: int
     return [[rows[i] for i in part] for part in np.array_split(order, 3)]
 
 
-def _measure(
+def measure(
     engine: Engine, questions: list[Question], max_new_tokens: int, gain: np.ndarray, layers: Sequence[int], progress: Progress
-) -> _Set:
+) -> TracedSet:
     traces = collect(engine, questions, max_new_tokens, progress)
     if not any(trace.stops for trace in traces):
         why = "none of its answers has a step between its thinking tags"
         raise ThoughtxError("E112", "the model does not think in steps", where=str(engine.directory.root), why=why, fix="use another model")
-    return _Set(traces, hidden_states(engine, traces, gain, engine.config.norm_eps, layers))
+    return TracedSet(traces, hidden_states(engine, traces, gain, engine.config.norm_eps, layers))
 
 
-def _fit_head(sets: Sequence[_Set], max_loss: float, gain: np.ndarray, epsilon: float) -> tuple[ExitHead, dict[str, Any]]:
+def _fit_head(sets: Sequence[TracedSet], max_loss: float, gain: np.ndarray, epsilon: float) -> tuple[ExitHead, dict[str, Any]]:
     fitted, chosen, reported = (one.traces for one in sets)
     stops = [(trace, stop) for trace in fitted for stop in trace.stops]
     x = np.stack([stop.hidden for _, stop in stops])
@@ -159,7 +159,7 @@ def _fit_head(sets: Sequence[_Set], max_loss: float, gain: np.ndarray, epsilon: 
     return head, {"head": found}
 
 
-def _boundaries(one: _Set, gain: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+def _boundaries(one: TracedSet, gain: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """The final norm's output at every token up to the end of the last step, and which of these tokens end a step."""
     rows, labels = [], []
     for trace, states in zip(one.traces, one.states, strict=True):
@@ -171,7 +171,7 @@ def _boundaries(one: _Set, gain: np.ndarray, epsilon: float) -> tuple[np.ndarray
 
 
 def _fit_adapters(
-    sets: Sequence[_Set], layers: Sequence[int], rank: int, config: ModelConfig, gain: np.ndarray, matrix: np.ndarray | None
+    sets: Sequence[TracedSet], layers: Sequence[int], rank: int, config: ModelConfig, gain: np.ndarray, matrix: np.ndarray | None
 ) -> tuple[tuple[ExitAdapter, ...], dict[str, Any]]:
     """For each of `layers`: a map to the last layer's output, and the confidence that its next token is the full model's.
 
@@ -209,7 +209,7 @@ def _fit_adapters(
     return tuple(made), {"adapters": rows}
 
 
-def _generated(one: _Set, place: int) -> np.ndarray:
+def _generated(one: TracedSet, place: int) -> np.ndarray:
     """Residual streams at the tokens behind which something was generated, as far as MAX_ADAPTER_TOKENS."""
     return np.concatenate([x[place, trace.num_prompt - 1 : -1] for trace, x in zip(one.traces, one.states, strict=True)])[
         :MAX_ADAPTER_TOKENS

@@ -3,7 +3,7 @@
 A cycle begins with one written token per row that no layer has seen:
 
     draft    the first stages read it; their exit adapter drafts the next token, they read that one, and so on, as long as the adapter
-             is confident (its threshold is the break-even of a draft) and there is room
+             is confident that all of them hold (its threshold is the break-even of a draft) and there is room
     check    the other stages and the head read all these tokens at once: their KV is computed, never invented
     write    the sampler picks from the checked logits, token by token; what differs from the draft ends the row's cycle, and the tokens
              behind it are taken back from the cache
@@ -101,12 +101,13 @@ class Drafter:
         drafts: list[list[int]] = [[] for _ in new]
         states: list[np.ndarray] = []
         feeding = [list(row) for row in new]
+        hope = np.ones(len(new))  # probability that all drafts so far hold: one behind a wrong one is worth nothing
         while any(feeding):
             feeds = batch.feed(feeding, [[0]] * len(new))
             out = engine.run_parts(batch, feeds, 0, self.num_first, [len(row) for row in feeding], [0] * len(new))
             states.append(out["hidden_states_out"][:, -1])
-            sure = out["draft_confidence"][:, -1] >= self.threshold
-            goes_on = [bool(fed) and bool(sure[row]) and len(drafts[row]) < room[row] for row, fed in enumerate(feeding)]
+            hope *= out["draft_confidence"][:, -1]
+            goes_on = [bool(fed) and bool(hope[row] >= self.threshold) and len(drafts[row]) < room[row] for row, fed in enumerate(feeding)]
             feeding = [[] for _ in new]
             if any(goes_on):
                 rows = np.zeros((len(new), 1), np.int64)

@@ -240,12 +240,18 @@ class Engine:
         parts = self.directory.parts[first:last]
         num_layers = parts[-1]["last_layer"] - parts[0]["first_layer"]
         parameters = num_layers * layer_parameters(self.config)
+        of_exits = 0
         if parts[-1]["head"]:
-            parameters += self.config.vocab_size * self.config.hidden_size
+            of_exits += sum(num_rows) * 2 * self.config.hidden_size * self.build.exit_head
+            parameters += (self.config.vocab_size + 2 * self.build.exit_head) * self.config.hidden_size
+        for part in parts:
+            if part["last_layer"] in self.build.draft_layers:
+                of_exits += sum(num_tokens) * self.directory.adapter_weights(part["last_layer"])
+                parameters += self.directory.adapter_weights(part["last_layer"])
         for row, number in enumerate(num_tokens):
             batch.layer_tokens[row] += number * num_layers
         item = 4 if self.build.dtype == "float32" else 2
-        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), parameters * item)
+        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), of_exits, parameters * item)
         return self.runner.run(feeds, first, last)
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:

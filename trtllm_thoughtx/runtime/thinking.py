@@ -163,7 +163,7 @@ class Thinking:
         return None if at < 0 else seen[at + len(STEP_BOUNDARY) :]
 
     def _enter(self, state: str) -> None:
-        self.state, self.stop = state, None
+        self.state, self.stop, self.is_step_end = state, None, False
         self._window, self._carry = [], ""
 
     def _leave(self, why: str) -> None:
