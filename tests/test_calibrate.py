@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 
+from trtllm_thoughtx import Engine  # noqa: E402
+from trtllm_thoughtx.build import build  # noqa: E402
 from trtllm_thoughtx.calibrate import grid  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
@@ -308,6 +310,58 @@ def test_clipping_on_held_out_rows_is_counted():
     facts = judge.facts()
     assert facts["clipped_share"] == 3 / 8  # 1.5, -3, and 0.9 times its factor
     assert facts["sqnr_db"] == pytest.approx(20, abs=1e-4)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_holds_with_the_fewest_layers_kept(tmp_path):
+    planted(tmp_path / "m", num_layers=3)
+    data = lines(tmp_path / "d.jsonl", ids(24))
+    options: dict[str, Any] = {"qformat": "int8_sq", "calib_data": data, "plain_rounding": True}
+    free = calibrate(tmp_path / "m", tmp_path / "free", **options)
+    goal = free["end_to_end"]["kl"] / 8
+    found = calibrate(tmp_path / "m", tmp_path / "c", **options, accuracy_budget=goal)
+    kept = {name for name, facts in found["modules"].items() if facts.get("kept")}
+    assert kept and found["end_to_end"]["kl"] <= goal < free["end_to_end"]["kl"]
+    # outliers were planted in front of qkv, fc and gate
+    assert kept <= {f"transformer.layers.{i}.{module}" for i in range(3) for module in ("attention.qkv", "mlp.fc", "mlp.gate")}
+    ranked = sorted((facts["sensitivity"], name) for name, facts in found["modules"].items() if facts["sensitivity"] is not None)
+    assert {name for _, name in ranked[-len(kept) :]} == kept
+    # the engine keeps the promise, not only the simulation
+    for name, source in (("o", "m"), ("e", "c")):
+        build(tmp_path / source, tmp_path / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64})
+    original, engine = (Engine.load(tmp_path / name, num_threads=1) for name in ("o", "e"))
+    seen = Divergence()
+    for row in found["validation"]:
+        seen.add(original.forward([row])[0], engine.forward([row])[0])
+    assert seen.summary()["kl"] <= 1.2 * goal
+    # one unit fewer breaks it: the head of the list is the shortest
+    least = min(found["modules"][name]["sensitivity"] for name in kept)
+    fewer = tuple(name for name in kept if found["modules"][name]["sensitivity"] > least)
+    assert calibrate(tmp_path / "m", tmp_path / "d", **options, exclude=fewer)["end_to_end"]["kl"] > goal
+
+
+def test_a_budget_that_holds_anyway_keeps_nothing(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(
+        tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_data=lines(tmp_path / "d.jsonl", ids(8)), accuracy_budget=5.0
+    )
+    assert not [name for name, facts in found["modules"].items() if facts.get("kept")]
+
+
+def test_target_bits_are_used_where_they_help_most(tmp_path):
+    planted(tmp_path / "m", num_layers=3)
+    data = lines(tmp_path / "d.jsonl", ids(24))
+    kls = []
+    for bits in (None, 14.0, 24.0):
+        goal = {} if bits is None else {"target_bits": bits}
+        found = calibrate(tmp_path / "m", tmp_path / f"c{bits}", qformat="int8_sq", calib_data=data, plain_rounding=True, **goal)
+        assert found["size"]["mean_bits"] <= (bits or 8.0)
+        kls.append(found["end_to_end"]["kl"])
+    assert kls[0] > kls[1] > kls[2]
+    with pytest.raises(ThoughtxError, match="cannot be met"):
+        calibrate(tmp_path / "m", tmp_path / "x", qformat="int8_sq", calib_data=data, target_bits=6.0)
 
 
 # --- flags and sums --------------------------------------------------------------------------------------------------

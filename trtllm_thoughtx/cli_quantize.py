@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,27 @@ import click
 
 from trtllm_thoughtx.command import PATH, POSITIVE, command
 from trtllm_thoughtx.config import QUANT_ALGOS
-from trtllm_thoughtx.console import CommaList, Count, OneOf, emit
+from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.progress import Progress
 
 MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer")
+
+
+class _Budget(click.ParamType):
+    """`kl=0.01`."""
+
+    name = "kl=X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"kl=(\d*\.?\d+(?:e-?\d+)?)", str(value))
+        if isinstance(value, float):
+            return value
+        if match is None or not 0 < float(match[1]) < 100:
+            self.fail(f"{value!r} is not kl=X with a positive number, such as kl=0.01", param, ctx)
+        return float(match[1])
+
+
+BUDGET = _Budget()
 
 
 @command(
@@ -31,6 +49,13 @@ MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer"
 @click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, help="Quantize the output matrix as well.")
 @click.option("--plain_rounding", is_flag=True, help="No search (SmoothQuant, AWQ): the format's plain rounding, to compare with.")
+@click.option("--sensitivity", is_flag=True, help="Also measure what quantizing each layer alone costs.")
+@click.option(
+    "--accuracy_budget", type=BUDGET, help="kl=X: keep the most sensitive layers as they are until the mean KL is at most X nats."
+)
+@click.option(
+    "--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers as they are up to this mean of bits per weight."
+)
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def calibrate(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
