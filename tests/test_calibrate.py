@@ -17,13 +17,13 @@ torch.set_num_threads(1)
 
 from trtllm_thoughtx import Engine  # noqa: E402
 from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.calibrate import grid  # noqa: E402
+from trtllm_thoughtx.calibrate import grid, page  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
 from trtllm_thoughtx.calibrate.layers import Walk, _Judge, picks_of  # noqa: E402
-from trtllm_thoughtx.calibrate.measure import Divergence  # noqa: E402
 from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
 from trtllm_thoughtx.calibrate.search import Found  # noqa: E402
+from trtllm_thoughtx.divergence import Divergence  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.runtime.text import Text  # noqa: E402
 from trtllm_thoughtx.weights import open_weights  # noqa: E402
@@ -400,6 +400,29 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, options, word):
         calibrate(tmp_path / "m", tmp_path / "c", **options)
     assert caught.value.code == "E001" and word in caught.value.what
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_report_shows_every_layer_and_trusts_no_text(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    data = lines(tmp_path / "<b>d.jsonl", ids(8))
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=data, sensitivity=True)
+    text = (tmp_path / "c" / "report.html").read_text()
+    assert text.count("<svg") == 5 and "&lt;b&gt;d.jsonl" in text and "<b>" not in text
+    for name, facts in found["modules"].items():
+        assert f"<td>{name}</td>" in text
+        if facts["quantized"]:
+            assert f"{name}: {facts['sqnr_db']:.4g}</title>" in text and facts["sensitivity"] > 0
+    assert f"{found['end_to_end']['kl']:.4g}" in text
+    from xml.etree import ElementTree
+
+    for picture in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + picture.split("</svg>")[0] + "</svg>")
+
+
+def test_a_picture_of_nothing_says_so():
+    assert page.bars({"a": 0.0}, is_log=True) == "<p>all zero</p>"
+    assert page.bars({"a": 0.0, "b": 0.5}, is_log=True).count("<title>") == 1
+    assert page.bars({"a": 0.0, "b": 0.0}, is_log=False).count("<title>") == 2
 
 
 def test_divergence_is_what_it_says():

@@ -97,7 +97,7 @@ def test_engines_with_rounded_inputs_compute_what_the_calibration_did(tmp_path, 
     build(tmp_path / "c", tmp_path / "e", OPTIONS)
     engine = Engine.load(tmp_path / "e", num_threads=1)
     original = build(tmp_path / "m", tmp_path / "o", OPTIONS) and Engine.load(tmp_path / "o", num_threads=1)
-    from trtllm_thoughtx.calibrate.measure import Divergence
+    from trtllm_thoughtx.divergence import Divergence
 
     seen = Divergence()
     for row in found["validation"]:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from trtllm_thoughtx.calibrate import grid, stored
-from trtllm_thoughtx.calibrate.layers import NUM_STORED, STORED_LEN, Walk, quantized
-from trtllm_thoughtx.calibrate.measure import Divergence
+from trtllm_thoughtx.calibrate.layers import Walk, add_stored, quantized
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, device, read
 from trtllm_thoughtx.calibrate.search import Found
+from trtllm_thoughtx.divergence import Divergence
 from trtllm_thoughtx.families.quantization import scale_of
 from trtllm_thoughtx.progress import Progress
 
@@ -54,7 +54,7 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
             stage.advance(1)
         grids = _grids(walk, "head.safetensors")
         streams_of = {unit: (variants.get(unit, clean), unit == ("lm_head",)) for unit in units}
-        for unit, seen in _judged(walk, rows, clean, streams_of, grids.get("lm_head")):
+        for unit, seen, _ in _judged(walk, rows, clean, streams_of, grids.get("lm_head")):
             found |= dict.fromkeys(unit, seen.summary()["kl"])
         stage.advance(1)
     return found
@@ -75,10 +75,9 @@ def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> 
             stage.advance(1)
         head = _grids(walk, "head.safetensors").get("lm_head")
         streams_of = {k: (variants[k], "lm_head" not in kept[k]) for k in variants}
-        whole = dict(_judged(walk, rows, clean, streams_of, head))
-        part = dict(_judged(walk, walk.stored_rows(), _cut(clean), {k: (_cut(x), on) for k, (x, on) in streams_of.items()}, head))
+        found = {k: (whole, part) for k, whole, part in _judged(walk, rows, clean, streams_of, head)}
         stage.advance(1)
-    return [(whole[k], part[k]) for k in range(len(kept))]
+    return [found[k] for k in range(len(kept))]
 
 
 def keep_for_budget(
@@ -121,10 +120,6 @@ def _embedded(walk: Walk, rows: Sequence[Sequence[int]]) -> Streams:
     return [table[torch.tensor(list(ids), device=table.device)] for ids in rows]
 
 
-def _cut(streams: Streams) -> Streams:
-    return [x[:STORED_LEN] for x in streams[:NUM_STORED]]
-
-
 def _grids(walk: Walk, file: str) -> dict[str, Found]:
     """The quantized layers of one of the walk's files, by module."""
     tensors = stored.read_all(walk.root, file)
@@ -153,10 +148,11 @@ def _forward(walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Foun
 
 def _judged(
     walk: Walk, rows: Sequence[Sequence[int]], clean: Streams, variants: Mapping[Any, tuple[Streams, bool]], head_grid: Found | None
-) -> Iterator[tuple[Any, Divergence]]:
-    """Each variant's logits against those of the clean streams; its flag says whether its head is quantized, too."""
+) -> Iterator[tuple[Any, Divergence, Divergence]]:
+    """Each variant's logits against those of the clean streams, everywhere and at the stored positions; its flag says whether its head is
+    quantized, too."""
     head = Head(walk.source)
-    seen = {key: Divergence() for key in variants}
+    seen = {key: (Divergence(), Divergence()) for key in variants}
     for number, ids in enumerate(rows):
         for at in range(0, len(ids), Head.ROWS):
             part = slice(at, at + Head.ROWS)
@@ -166,5 +162,6 @@ def _judged(
                 h = head.normed(streams[number][part])
                 on_grid = head_grid is not None and is_quantized
                 got = F.linear(head_grid.inputs(h, walk.algo), head_grid.matrix) if head_grid and on_grid else F.linear(h, head.weight)
-                seen[key].add(wanted, got.numpy(force=True), targets)
-    yield from seen.items()
+                seen[key][0].add(wanted, got.numpy(force=True), targets)
+                add_stored(seen[key][1], number, ids, at, wanted, got.numpy(force=True))
+    yield from ((key, whole, part) for key, (whole, part) in seen.items())

@@ -19,6 +19,7 @@ import numpy as np
 from trtllm_thoughtx import __version__, files, report
 from trtllm_thoughtx.calibrate import stored
 from trtllm_thoughtx.calibrate.data import read_data
+from trtllm_thoughtx.calibrate.page import report_html
 from trtllm_thoughtx.config import QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import Tensor
@@ -288,6 +289,7 @@ def _write(
             if name != CALIBRATION:
                 (partial / name).write_bytes(files.read_inside(path.parent, name, 512 << 20))
         (partial / CALIBRATION).write_bytes(report.to_json(found).encode())
+        (partial / "report.html").write_bytes(report_html(found).encode())
         source.verify_unchanged()
         report.write_manifest(
             partial,

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from trtllm_thoughtx import report
 from trtllm_thoughtx.calibrate import grid, stored
 from trtllm_thoughtx.calibrate.data import Data
-from trtllm_thoughtx.calibrate.measure import Divergence
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.search import Found, Inputs, search
 from trtllm_thoughtx.calibrate.states import States
 from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.divergence import Divergence, spread
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
 from trtllm_thoughtx.files import atomic_file, read_json
@@ -238,8 +238,7 @@ class Walk:
                 targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
                 pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
                 divergence.add(*pair_of_logits, targets)
-                if number < NUM_STORED and at < STORED_LEN:
-                    stored_part.add(*pair_of_logits, targets)
+                add_stored(stored_part, number, ids, at, *pair_of_logits)
         if judge:
             facts["lm_head"] |= judge.facts()
         self._keep(
@@ -263,6 +262,14 @@ class Walk:
     def stored_rows(self) -> list[list[int]]:
         """The held-out sequences that go with the checkpoint, so that an engine can be judged on them."""
         return [row[:STORED_LEN] for row in self.data.held[:NUM_STORED]]
+
+
+def add_stored(seen: Divergence, number: int, ids: Sequence[int], at: int, wanted: np.ndarray, got: np.ndarray) -> None:
+    """Add the positions that an engine of this checkpoint is later judged at; the last one of a stored row has no target."""
+    length = min(len(ids), STORED_LEN)
+    rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)] if number < NUM_STORED else []
+    if rows:
+        seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
 
 
 def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor) -> torch.Tensor:
