@@ -176,6 +176,18 @@ def test_the_head_is_quantized_when_asked(tmp_path, tied):
     assert 1e-4 < np.abs(mine - wanted).max() < 0.5
 
 
+@pytest.mark.parametrize("qformat", ["fp8", "int4_awq"])
+def test_a_tied_head_that_is_not_quantized_stays_the_embedding(tmp_path, qformat):
+    write_tiny(tmp_path / "m", tied=True, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    build(tmp_path / "m", tmp_path / "o", OPTIONS)
+    mine, wanted = (Engine.load(tmp_path / name, num_threads=1).forward(ROWS)[2] for name in ("e", "o"))
+    assert 1e-4 < np.sqrt(np.mean((mine - wanted) ** 2)) < 0.2 * wanted.std()
+    with open_weights(tmp_path / "c") as source:
+        assert not source.config.has_head and "lm_head.weight" not in source.names()
+
+
 def test_stages_and_chunked_attention_take_quantized_layers(tmp_path):
     write_tiny(tmp_path / "m", num_layers=3, **SIZES)
     calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_size=8, calib_seq_len=32)

@@ -263,8 +263,11 @@ def _leave(b: Builder, x: str) -> None:
     picked = b.node("GatherND", [shaped, index], "head.rows", batch_dims=1)
     flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
     normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
-    matrix = "lm_head" if config.has_head else "transformer.vocab_embedding"
-    logits = b.linear(normed, matrix, "head.logits", config.vocab_size, hidden)
+    if config.has_head:
+        logits = b.linear(normed, "lm_head", "head.logits", config.vocab_size, hidden)
+    else:
+        table = b.weight("transformer.vocab_embedding.weight", (config.vocab_size, hidden))
+        logits = b.node("Gemm", [normed, table], "head.logits", transB=1)
     logits = b.node("Cast", [logits], "head.logits.float32", to=TensorProto.FLOAT)
     b.node("Shape", [rows], "shape.rows")
     b.constant("shape.vocab_tail", [config.vocab_size])
