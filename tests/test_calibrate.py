@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,69 @@ def test_clipping_on_held_out_rows_is_counted():
     facts = judge.facts()
     assert facts["clipped_share"] == 3 / 8  # 1.5, -3, and 0.9 times its factor
     assert facts["sqnr_db"] == pytest.approx(20, abs=1e-4)
+
+
+# --- the KV cache ----------------------------------------------------------------------------------------------------
+
+
+def with_key_outliers(path: Path, family: str, factor: float) -> Path:
+    """Channels of the key's bias (Qwen2) made large: constants that the softmax hardly sees, and that a common scale has to hold."""
+    tensors = write_tiny(path, **SIZES, family=family)
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    large = tensors[bias].copy()
+    large[[3, 19]] = factor
+    write_tiny(path, **SIZES, family=family, tensors={bias: large})
+    return path
+
+
+def test_an_int8_cache_is_held_in_int8_and_keeps_the_answers(tmp_path):
+    write_tiny(tmp_path / "m", family="qwen3", **SIZES)
+    options: dict[str, Any] = {"qformat": "int8_wo", "calib_data": lines(tmp_path / "d.jsonl", ids(16))}
+    calibrate(tmp_path / "m", tmp_path / "c", **options, kv_cache_dtype="int8")
+    with open_weights(tmp_path / "c") as source:
+        assert source.read("transformer.layers.0.attention.kv_cache_scaling_factor").shape == (1,)
+        assert source.config.kv_bytes_per_token("float32") * 4 == replace(source.config, quantization=None).kv_bytes_per_token("float32")
+    chunks = {"use_chunked_attention": True, "chunk_size": 16, "sink_tokens": 2, "left_chunks": 1, "num_anchors": 1}
+    for name, extra in (("e", {}), ("k", chunks)):
+        build(tmp_path / "c", tmp_path / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, **extra})
+        calibrate(tmp_path / "m", tmp_path / "plain", **options, force=True)
+        build(
+            tmp_path / "plain",
+            tmp_path / f"p{name}",
+            {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, **extra},
+            force=True,
+        )
+        small, wide = (Engine.load(tmp_path / n, num_threads=1, exact=True) for n in (name, f"p{name}"))
+        row = np.random.default_rng(1).integers(0, 97, 50).tolist()
+        for mine, wanted in zip(small.decode_logits([row], [20]), wide.decode_logits([row], [20]), strict=True):
+            assert 0 < np.sqrt(np.mean((mine - wanted) ** 2)) < 0.05 * wanted.std()
+        assert {value.data_type() for value in small.runner.cache.values()} == {"tensor(int8)"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_that_key_outliers_would_ruin_is_refused_by_its_layer(tmp_path, kind):
+    data = lines(tmp_path / "d.jsonl", ids(16))
+    with_key_outliers(tmp_path / "m", "qwen2", 60.0 if kind == "int8" else 3000.0)
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+    assert caught.value.code == "E166" and "transformer.layers.1" in caught.value.what and "no norms" in caught.value.why
+    assert not (tmp_path / "c").exists()
+    write_tiny(tmp_path / "good", **SIZES)
+    calibrate(tmp_path / "good", tmp_path / "c", qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+
+
+def test_backends_that_cannot_hold_the_cache_say_so(tmp_path):
+    write_tiny(tmp_path / "m", family="qwen3", **SIZES)
+    data = lines(tmp_path / "d.jsonl", ids(8))
+    for kind, backends in (("int8", ("tensorrt-rtx", "onnxruntime")), ("fp8", ("onnxruntime",))):
+        calibrate(tmp_path / "m", tmp_path / kind, qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+        with pytest.raises(ThoughtxError, match="KV cache") as caught:
+            build(tmp_path / kind, tmp_path / "e", {"backend": backends, "max_seq_len": 64})
+        assert caught.value.code == "E103" and not (tmp_path / "e").exists()
+    section = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization"]
+    assert section["kv_cache_quant_algo"] == "FP8"
+    with open_weights(tmp_path / "fp8") as source:
+        assert source.read("transformer.layers.1.attention.kv_cache_scaling_factor") >= 1
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from trtllm_thoughtx.command import PATH, POSITIVE, command
-from trtllm_thoughtx.config import QUANT_ALGOS
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.progress import Progress
 
@@ -48,6 +48,12 @@ BUDGET = _Budget()
 @click.option("--group_size", type=Count(2, 1 << 16), help="Inputs that share a 4-bit scale.  [default: 128, or the largest that fits]")
 @click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, help="Quantize the output matrix as well.")
+@click.option(
+    "--kv_cache_dtype",
+    type=OneOf(("auto", *KV_ALGOS)),
+    default="auto",
+    help="int8: for onnxruntime; fp8: for tensorrt-llm. Refused where it would hurt.  [default: auto, the engine's type]",
+)
 @click.option("--plain_rounding", is_flag=True, help="No search (SmoothQuant, AWQ): the format's plain rounding, to compare with.")
 @click.option("--sensitivity", is_flag=True, help="Also measure what quantizing each layer alone costs.")
 @click.option(

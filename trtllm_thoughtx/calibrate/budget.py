@@ -143,7 +143,7 @@ def _forward(walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Foun
         one = grids.get(f"{layer.name}.{module}")
         return layer.plain(module, h) if one is None else quantized(layer, module, one, walk.algo, h)
 
-    return layer.forward(x, walk.rotary, linear)
+    return layer.forward(x, walk.rotary, linear, walk.cache_of(layer))
 
 
 def _judged(

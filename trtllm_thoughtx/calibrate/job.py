@@ -20,7 +20,7 @@ from trtllm_thoughtx import __version__, files, report
 from trtllm_thoughtx.calibrate import stored
 from trtllm_thoughtx.calibrate.data import read_data
 from trtllm_thoughtx.calibrate.page import report_html
-from trtllm_thoughtx.config import QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import Tensor
 from trtllm_thoughtx.families.quantization import STORED, linear_modules, with_quantization
@@ -47,6 +47,7 @@ def calibrate(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quant_lm_head: bool = False,
+    kv_cache_dtype: str = "auto",
     plain_rounding: bool = False,
     sensitivity: bool = False,
     accuracy_budget: float | None = None,
@@ -70,6 +71,7 @@ def calibrate(
                 "E001", "two goals", where="--accuracy_budget, --target_bits", why="each decides which layers stay", fix=fix
             )
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
+        quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
         text = Text.load(model_dir)
         data = read_data(
             calib_data,
@@ -83,6 +85,7 @@ def calibrate(
         settings = {
             "qformat": qformat,
             "group_size": quant.group_size,
+            "kv_cache_dtype": kv_cache_dtype,
             "plain_rounding": plain_rounding,
             "sensitivity": sensitivity,
             "accuracy_budget": accuracy_budget,

@@ -51,7 +51,9 @@ class OnnxRuntimeRunner:
         """`exact`: quantized products run as the graph has them, not on `ort_fused`'s operators."""
         self.config, self.build, self.parts, self.exact = config, build, parts, exact
         self.device = available_device()
-        self.kv_dtype = np.float16 if build.dtype == "float16" else np.float32
+        self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
+        if config.quantization is not None and config.quantization.kv_algo == "INT8":
+            self.kv_dtype = np.int8
         self.tapped: dict[int, np.ndarray] = {}
         self.cache: dict[str, ort.OrtValue] = {}
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
