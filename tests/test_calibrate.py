@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 
-from trtllm_thoughtx.calibrate import grid  # noqa: E402
+from trtllm_thoughtx import Engine  # noqa: E402
+from trtllm_thoughtx.build import build  # noqa: E402
+from trtllm_thoughtx.calibrate import grid, page  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
 from trtllm_thoughtx.calibrate.layers import Walk, _Judge, picks_of  # noqa: E402
-from trtllm_thoughtx.calibrate.measure import Divergence  # noqa: E402
 from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
 from trtllm_thoughtx.calibrate.search import Found  # noqa: E402
+from trtllm_thoughtx.divergence import Divergence  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.runtime.text import Text  # noqa: E402
 from trtllm_thoughtx.weights import open_weights  # noqa: E402
@@ -310,6 +313,121 @@ def test_clipping_on_held_out_rows_is_counted():
     assert facts["sqnr_db"] == pytest.approx(20, abs=1e-4)
 
 
+# --- the KV cache ----------------------------------------------------------------------------------------------------
+
+
+def with_key_outliers(path: Path, family: str, factor: float) -> Path:
+    """Channels of the key's bias (Qwen2) made large: constants that the softmax hardly sees, and that a common scale has to hold."""
+    tensors = write_tiny(path, **SIZES, family=family)
+    bias = "model.layers.1.self_attn.k_proj.bias"
+    large = tensors[bias].copy()
+    large[[3, 19]] = factor
+    write_tiny(path, **SIZES, family=family, tensors={bias: large})
+    return path
+
+
+def test_an_int8_cache_is_held_in_int8_and_keeps_the_answers(tmp_path):
+    write_tiny(tmp_path / "m", family="qwen3", **SIZES)
+    options: dict[str, Any] = {"qformat": "int8_wo", "calib_data": lines(tmp_path / "d.jsonl", ids(16))}
+    calibrate(tmp_path / "m", tmp_path / "c", **options, kv_cache_dtype="int8")
+    with open_weights(tmp_path / "c") as source:
+        assert source.read("transformer.layers.0.attention.kv_cache_scaling_factor").shape == (1,)
+        assert source.config.kv_bytes_per_token("float32") * 4 == replace(source.config, quantization=None).kv_bytes_per_token("float32")
+    chunks = {"use_chunked_attention": True, "chunk_size": 16, "sink_tokens": 2, "left_chunks": 1, "num_anchors": 1}
+    for name, extra in (("e", {}), ("k", chunks)):
+        build(tmp_path / "c", tmp_path / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, **extra})
+        calibrate(tmp_path / "m", tmp_path / "plain", **options, force=True)
+        build(
+            tmp_path / "plain",
+            tmp_path / f"p{name}",
+            {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, **extra},
+            force=True,
+        )
+        small, wide = (Engine.load(tmp_path / n, num_threads=1, exact=True) for n in (name, f"p{name}"))
+        row = np.random.default_rng(1).integers(0, 97, 50).tolist()
+        for mine, wanted in zip(small.decode_logits([row], [20]), wide.decode_logits([row], [20]), strict=True):
+            assert 0 < np.sqrt(np.mean((mine - wanted) ** 2)) < 0.05 * wanted.std()
+        assert {value.data_type() for value in small.runner.cache.values()} == {"tensor(int8)"}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_cache_that_key_outliers_would_ruin_is_refused_by_its_layer(tmp_path, kind):
+    data = lines(tmp_path / "d.jsonl", ids(16))
+    with_key_outliers(tmp_path / "m", "qwen2", 60.0 if kind == "int8" else 3000.0)
+    with pytest.raises(ThoughtxError) as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+    assert caught.value.code == "E166" and "transformer.layers.1" in caught.value.what and "no norms" in caught.value.why
+    assert not (tmp_path / "c").exists()
+    write_tiny(tmp_path / "good", **SIZES)
+    calibrate(tmp_path / "good", tmp_path / "c", qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+
+
+def test_backends_that_cannot_hold_the_cache_say_so(tmp_path):
+    write_tiny(tmp_path / "m", family="qwen3", **SIZES)
+    data = lines(tmp_path / "d.jsonl", ids(8))
+    for kind, backends in (("int8", ("tensorrt-rtx", "onnxruntime")), ("fp8", ("onnxruntime",))):
+        calibrate(tmp_path / "m", tmp_path / kind, qformat="fp8", calib_data=data, kv_cache_dtype=kind)
+        with pytest.raises(ThoughtxError, match="KV cache") as caught:
+            build(tmp_path / kind, tmp_path / "e", {"backend": backends, "max_seq_len": 64})
+        assert caught.value.code == "E103" and not (tmp_path / "e").exists()
+    section = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization"]
+    assert section["kv_cache_quant_algo"] == "FP8"
+    with open_weights(tmp_path / "fp8") as source:
+        assert source.read("transformer.layers.1.attention.kv_cache_scaling_factor") >= 1
+
+
+# --- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_holds_with_the_fewest_layers_kept(tmp_path):
+    planted(tmp_path / "m", num_layers=3)
+    data = lines(tmp_path / "d.jsonl", ids(24))
+    options: dict[str, Any] = {"qformat": "int8_sq", "calib_data": data, "plain_rounding": True}
+    free = calibrate(tmp_path / "m", tmp_path / "free", **options)
+    goal = free["end_to_end"]["kl"] / 8
+    found = calibrate(tmp_path / "m", tmp_path / "c", **options, accuracy_budget=goal)
+    kept = {name for name, facts in found["modules"].items() if facts.get("kept")}
+    assert kept and found["end_to_end"]["kl"] <= goal < free["end_to_end"]["kl"]
+    # outliers were planted in front of qkv, fc and gate
+    assert kept <= {f"transformer.layers.{i}.{module}" for i in range(3) for module in ("attention.qkv", "mlp.fc", "mlp.gate")}
+    ranked = sorted((facts["sensitivity"], name) for name, facts in found["modules"].items() if facts["sensitivity"] is not None)
+    assert {name for _, name in ranked[-len(kept) :]} == kept
+    # the engine keeps the promise, not only the simulation
+    for name, source in (("o", "m"), ("e", "c")):
+        build(tmp_path / source, tmp_path / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64})
+    original, engine = (Engine.load(tmp_path / name, num_threads=1) for name in ("o", "e"))
+    seen = Divergence()
+    for row in found["validation"]:
+        seen.add(original.forward([row])[0], engine.forward([row])[0])
+    assert seen.summary()["kl"] <= 1.2 * goal
+    # one unit fewer breaks it: the head of the list is the shortest
+    least = min(found["modules"][name]["sensitivity"] for name in kept)
+    fewer = tuple(name for name in kept if found["modules"][name]["sensitivity"] > least)
+    assert calibrate(tmp_path / "m", tmp_path / "d", **options, exclude=fewer)["end_to_end"]["kl"] > goal
+
+
+def test_a_budget_that_holds_anyway_keeps_nothing(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(
+        tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_data=lines(tmp_path / "d.jsonl", ids(8)), accuracy_budget=5.0
+    )
+    assert not [name for name, facts in found["modules"].items() if facts.get("kept")]
+
+
+def test_target_bits_are_used_where_they_help_most(tmp_path):
+    planted(tmp_path / "m", num_layers=3)
+    data = lines(tmp_path / "d.jsonl", ids(24))
+    kls = []
+    for bits in (None, 14.0, 24.0):
+        goal = {} if bits is None else {"target_bits": bits}
+        found = calibrate(tmp_path / "m", tmp_path / f"c{bits}", qformat="int8_sq", calib_data=data, plain_rounding=True, **goal)
+        assert found["size"]["mean_bits"] <= (bits or 8.0)
+        kls.append(found["end_to_end"]["kl"])
+    assert kls[0] > kls[1] > kls[2]
+    with pytest.raises(ThoughtxError, match="cannot be met"):
+        calibrate(tmp_path / "m", tmp_path / "x", qformat="int8_sq", calib_data=data, target_bits=6.0)
+
+
 # --- flags and sums --------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +464,29 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, options, word):
         calibrate(tmp_path / "m", tmp_path / "c", **options)
     assert caught.value.code == "E001" and word in caught.value.what
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_report_shows_every_layer_and_trusts_no_text(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES)
+    data = lines(tmp_path / "<b>d.jsonl", ids(8))
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=data, sensitivity=True)
+    text = (tmp_path / "c" / "report.html").read_text()
+    assert text.count("<svg") == 5 and "&lt;b&gt;d.jsonl" in text and "<b>" not in text
+    for name, facts in found["modules"].items():
+        assert f"<td>{name}</td>" in text
+        if facts["quantized"]:
+            assert f"{name}: {facts['sqnr_db']:.4g}</title>" in text and facts["sensitivity"] > 0
+    assert f"{found['end_to_end']['kl']:.4g}" in text
+    from xml.etree import ElementTree
+
+    for picture in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + picture.split("</svg>")[0] + "</svg>")
+
+
+def test_a_picture_of_nothing_says_so():
+    assert page.bars({"a": 0.0}, is_log=True) == "<p>all zero</p>"
+    assert page.bars({"a": 0.0, "b": 0.5}, is_log=True).count("<title>") == 1
+    assert page.bars({"a": 0.0, "b": 0.0}, is_log=False).count("<title>") == 2
 
 
 def test_divergence_is_what_it_says():

@@ -81,7 +81,7 @@ def test_weight_only_engines_compute_with_what_the_file_stands_for(tmp_path, fam
     hf = write_tiny(tmp_path / "m", **shape)
     calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
     build(tmp_path / "c", tmp_path / "e", OPTIONS)
-    engine = Engine.load(tmp_path / "e", num_threads=1)
+    engine = Engine.load(tmp_path / "e", num_threads=1, exact=True)
     plain = plain_engine_of(tmp_path / "c", tmp_path, hf, shape)
     for mine, wanted in zip(engine.forward(ROWS), plain.forward(ROWS), strict=True):
         np.testing.assert_allclose(mine, wanted, atol=2e-4)
@@ -97,7 +97,7 @@ def test_engines_with_rounded_inputs_compute_what_the_calibration_did(tmp_path, 
     build(tmp_path / "c", tmp_path / "e", OPTIONS)
     engine = Engine.load(tmp_path / "e", num_threads=1)
     original = build(tmp_path / "m", tmp_path / "o", OPTIONS) and Engine.load(tmp_path / "o", num_threads=1)
-    from trtllm_thoughtx.calibrate.measure import Divergence
+    from trtllm_thoughtx.divergence import Divergence
 
     seen = Divergence()
     for row in found["validation"]:
@@ -105,6 +105,36 @@ def test_engines_with_rounded_inputs_compute_what_the_calibration_did(tmp_path, 
     assert seen.summary()["kl"] == pytest.approx(found["end_to_end"]["kl"], rel=0.25)
     assert seen.summary()["perplexity_ratio"] == pytest.approx(found["end_to_end"]["perplexity_ratio"], rel=0.01)
     assert found["end_to_end"]["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qformat", ["int8_sq", "int8_wo", "int4_wo", "int4_awq"])
+def test_fused_operators_compute_the_same_products(tmp_path, qformat, tied):
+    """MatMulNBits rounds its inputs to 8 bits a block; QGemm is the graph's own integer arithmetic."""
+    write_tiny(tmp_path / "m", tied=tied, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32, quant_lm_head=True)
+    build(tmp_path / "c", tmp_path / "e", {**OPTIONS, "early_exit_layers": (1,)})
+    fused, exact = (Engine.load(tmp_path / "e", num_threads=1, exact=exact) for exact in (False, True))
+    error, size = 0.0, 0.0
+    for mine, wanted in zip(fused.forward(ROWS), exact.forward(ROWS), strict=True):
+        error, size = error + float(((mine - wanted) ** 2).sum()), size + float((wanted**2).sum())
+    assert (error / size) ** 0.5 < (1e-2 if qformat == "int8_sq" else 3e-2)
+
+
+def test_every_quantized_product_is_fused(tmp_path):
+    import onnx
+
+    from trtllm_thoughtx.engines.ort_fused import fuse
+
+    for qformat, name in (("int8_sq", "QGemm"), ("int8_wo", "MatMulNBits"), ("int4_awq", "MatMulNBits")):
+        write_tiny(tmp_path / "m", **SIZES)
+        calibrate(tmp_path / "m", tmp_path / qformat, qformat=qformat, calib_size=4, calib_seq_len=16, quant_lm_head=True)
+        build(tmp_path / qformat, tmp_path / f"e-{qformat}", OPTIONS)
+        model = onnx.load(tmp_path / f"e-{qformat}" / "rank0.onnx", load_external_data=False)
+        with (tmp_path / f"e-{qformat}" / "rank0.data").open("rb") as data:
+            assert fuse(model, data).num_products == 11
+        kinds = [node.op_type for node in model.graph.node]
+        assert kinds.count(name) == 11 and "Gemm" not in kinds and "DequantizeLinear" not in kinds
 
 
 def test_the_checkpoint_has_tensorrt_llm_names_and_scales(tmp_path):
@@ -142,8 +172,20 @@ def test_the_head_is_quantized_when_asked(tmp_path, tied):
         assert source.read("transformer.vocab_embedding.weight").dtype == np.float32
     build(tmp_path / "c", tmp_path / "e", OPTIONS)
     build(tmp_path / "m", tmp_path / "o", OPTIONS)
-    mine, wanted = (Engine.load(tmp_path / name, num_threads=1).forward(ROWS)[2] for name in ("e", "o"))
+    mine, wanted = (Engine.load(tmp_path / name, num_threads=1, exact=True).forward(ROWS)[2] for name in ("e", "o"))
     assert 1e-4 < np.abs(mine - wanted).max() < 0.5
+
+
+@pytest.mark.parametrize("qformat", ["fp8", "int4_awq"])
+def test_a_tied_head_that_is_not_quantized_stays_the_embedding(tmp_path, qformat):
+    write_tiny(tmp_path / "m", tied=True, **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    build(tmp_path / "m", tmp_path / "o", OPTIONS)
+    mine, wanted = (Engine.load(tmp_path / name, num_threads=1).forward(ROWS)[2] for name in ("e", "o"))
+    assert 1e-4 < np.sqrt(np.mean((mine - wanted) ** 2)) < 0.2 * wanted.std()
+    with open_weights(tmp_path / "c") as source:
+        assert not source.config.has_head and "lm_head.weight" not in source.names()
 
 
 def test_stages_and_chunked_attention_take_quantized_layers(tmp_path):

@@ -33,6 +33,7 @@ def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
     for backend in backends:
         if backend not in BACKENDS:
             raise refuse("backend", backend, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
+    _check_cache(config, backends)
     dtype = _dtype(config, given.get("dtype", "auto"), backends)
     longest = int(config.max_position * (config.rope.factor if config.rope.kind in ("linear", "yarn") else 1))
     max_seq_len = _whole(given, "max_seq_len", min(DEFAULT_SEQ_LEN, longest), 2, MAX_LEN)
@@ -176,6 +177,21 @@ def layer_weights(config: ModelConfig) -> int:
     """Weights of one decoder layer's matrices."""
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
     return attention + 3 * config.hidden_size * config.intermediate_size
+
+
+def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
+    """E103 for a quantized KV cache that a backend cannot hold."""
+    kv_algo = config.quantization.kv_algo if config.quantization is not None else None
+    if kv_algo is None or (kv_algo == "INT8" and backends == ("onnxruntime",)):
+        return
+    where = f"--backend {','.join(backends)}"
+    if kv_algo == "INT8":
+        why = "TensorRT's cache update takes float32, float16 and bfloat16 only"
+        fix = "use --backend onnxruntime, or calibrate without --kv_cache_dtype"
+    else:
+        why = "onnxruntime cannot slice FP8 tensors and TensorRT's cache update does not take them; trtllm-build 1.2 reads this checkpoint"
+        fix = "calibrate with --kv_cache_dtype int8 for onnxruntime, or without one"
+    raise ThoughtxError("E103", f"no engine of these backends has an {kv_algo} KV cache", where=where, why=why, fix=fix)
 
 
 def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,35 @@ import click
 
 from trtllm_thoughtx.cli_eval import NAMES
 from trtllm_thoughtx.command import COUNT, LAYERS, PATH, POSITIVE, command
-from trtllm_thoughtx.config import QUANT_ALGOS
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 
 MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer")
 SHARE = FiniteFloat(0, 1)
+
+
+class Budget(click.ParamType):
+    """`kl=0.01`."""
+
+    name = "kl=X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"kl=(\d*\.?\d+(?:e-?\d+)?)", str(value))
+        if isinstance(value, float):
+            return value
+        if match is None or not 0 < float(match[1]) < 100:
+            self.fail(f"{value!r} is not kl=X with a positive number, such as kl=0.01", param, ctx)
+        return float(match[1])
+
+
 # What a flag that was given can belong to; --seed and --force to all.
 FLAGS_OF = {
-    "--qformat": ("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
+    "--qformat": (
+        *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
+        *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits"),
+    ),
     "--chunk_report": ("calib_data", "calib_size", "context", "target_capture", "max_task_loss", "eval_items"),
     "--fit_exit_head, --exit_layers": (
         *("adapter_rank", "max_accuracy_loss", "tasks", "dataset", "num_items", "max_new_tokens", "batch_size", "num_threads"),
@@ -48,6 +68,10 @@ FLAGS_OF = {
 @click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize the output matrix as well.")
 @click.option("--plain_rounding", is_flag=True, default=None, help="No search (SmoothQuant, AWQ): plain rounding, to compare with.")
+@click.option("--kv_cache_dtype", type=OneOf(("auto", *KV_ALGOS)), help="int8: onnxruntime; fp8: tensorrt-llm.  [default: auto]")
+@click.option("--sensitivity", is_flag=True, default=None, help="Also measure what quantizing each layer alone costs.")
+@click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers until the mean KL is at most X nats.")
+@click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers up to this mean of bits per weight.")
 @click.option("--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: 2048]")
 @click.option("--target_capture", type=SHARE, help="Share of the attention mass that the window must keep.  [default: 0.97]")
 @click.option("--max_task_loss", type=SHARE, help="Share of right answers that may be lost.  [default: 0.01]")

@@ -103,8 +103,9 @@ class ModelConfig:
         return not self.tied or (self.quantization is not None and self.quantization.covers("lm_head"))
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V of all layers for one position."""
-        return 2 * self.num_layers * self.kv_size * (4 if dtype == "float32" else 2)
+        """Bytes of K and V of all layers for one position, in an engine of `dtype`."""
+        is_small = self.quantization is not None and self.quantization.kv_algo is not None
+        return 2 * self.num_layers * self.kv_size * (1 if is_small else 4 if dtype == "float32" else 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@
     decode      logits through the KV cache, one token at a time, with the reference's tokens
     ragged      rows of different lengths in one batch, against the reference and against the same rows alone
     pieces      a prompt prefilled in pieces, against the reference and against the whole
+    answers     of a quantized engine, in place of all these: KL, top-1 agreement, perplexity (`quality`)
 
 What is expected comes from transformers (`reference`) or from a golden file; the limits are `parity`'s. A backend that cannot run
 here yields a skipped check, never a passed one.
@@ -14,6 +15,7 @@ here yields a skipped check, never a passed one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trtllm_thoughtx import golden as golden_file
-from trtllm_thoughtx import parity, report
+from trtllm_thoughtx import parity, quality, report
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.engine_dir import EngineDir
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
@@ -157,17 +159,26 @@ def read_expected(directory: EngineDir, reference: Path | None, golden: Path | N
         return golden_file.read_golden(Path(golden), identity)
     assert reference is not None
     _check_same_model(directory, Path(reference))
-    return run_reference(Path(reference), directory.config, directory.build, identity, seed, progress)
+    prompts = None
+    if directory.config.quantization is not None:
+        prompts = quality.prompts_of(quality.read_limits(directory)[1], directory.build, directory.config.vocab_size) or None
+    return run_reference(Path(reference), directory.config, directory.build, identity, seed, progress, prompts)
 
 
 def run_reference(
-    path: Path, config: ModelConfig, build: BuildConfig, identity: dict[str, Any], seed: int = 0, progress: Progress | None = None
+    path: Path,
+    config: ModelConfig,
+    build: BuildConfig,
+    identity: dict[str, Any],
+    seed: int = 0,
+    progress: Progress | None = None,
+    prompts: tuple[Prompt, ...] | None = None,
 ) -> Expected:
-    """Two runs of the reference, one model in memory at a time: the truth, then the rounding band."""
+    """Two runs of the reference, one model in memory at a time: the truth, then the rounding band. `prompts` None: `parity`'s."""
     from trtllm_thoughtx.reference import Reference, version
 
     progress, dtype = progress or Progress.silent(), build.dtype
-    prompts = parity.plan_prompts(config, build, seed)
+    prompts = prompts or parity.plan_prompts(config, build, seed)
     runs = []
     for kind in (parity.WIDER[dtype], dtype):
         with progress.stage(f"reference in {kind}", len(prompts), "steps") as stage:
@@ -223,6 +234,10 @@ def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bise
         if error.code not in ("E201", "E202"):
             raise
         return [*checks, Check(f"{backend}: runs", "skipped", f"{error.what}: {error.why}")]
+    if directory.config.quantization is not None:
+        with contextlib.closing(engine), progress.stage(f"{backend} against the reference"):
+            found = quality.checks(engine, backend, expected, quality.read_limits(directory)[0])
+            return [*checks, *(Check(name, "failed" if wrong else "passed", wrong, evidence) for name, wrong, evidence in found)]
     with progress.stage(f"{backend} against the reference", 2 * len(expected.prompts), "steps") as stage:
         checks += logits_checks(engine, backend, expected, lambda: stage.advance(1))
         engine.close()

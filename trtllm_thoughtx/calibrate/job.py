@@ -19,7 +19,8 @@ import numpy as np
 from trtllm_thoughtx import __version__, files, report
 from trtllm_thoughtx.calibrate import stored
 from trtllm_thoughtx.calibrate.data import read_data
-from trtllm_thoughtx.config import QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.calibrate.page import report_html
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import Tensor
 from trtllm_thoughtx.families.quantization import STORED, linear_modules, with_quantization
@@ -46,20 +47,31 @@ def calibrate(
     group_size: int | None = None,
     exclude: Sequence[str] = (),
     quant_lm_head: bool = False,
+    kv_cache_dtype: str = "auto",
     plain_rounding: bool = False,
+    sensitivity: bool = False,
+    accuracy_budget: float | None = None,
+    target_bits: float | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
 
+    `accuracy_budget` is a mean KL in nats that the result holds, `target_bits` a mean of bits that it uses: layers that cost most stay.
     E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     progress = progress or Progress.silent()
     with open_weights(model_dir) as source:
         config = source.config
+        if accuracy_budget is not None and target_bits is not None:
+            fix = "give one of the two"
+            raise ThoughtxError(
+                "E001", "two goals", where="--accuracy_budget, --target_bits", why="each decides which layers stay", fix=fix
+            )
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
+        quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
         text = Text.load(model_dir)
         data = read_data(
             calib_data,
@@ -73,7 +85,11 @@ def calibrate(
         settings = {
             "qformat": qformat,
             "group_size": quant.group_size,
+            "kv_cache_dtype": kv_cache_dtype,
             "plain_rounding": plain_rounding,
+            "sensitivity": sensitivity,
+            "accuracy_budget": accuracy_budget,
+            "target_bits": target_bits,
             "exclude": list(quant.exclude),
             "calib_seq_len": calib_seq_len,
             "calib_size": calib_size,
@@ -84,16 +100,36 @@ def calibrate(
         if not force and report.is_current(output_dir, settings, lambda: inputs):
             return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
         files.check_output(output_dir, force=force, inputs=[model_dir])
+        _check_target(config, quant, target_bits)
         num_states = 3 * sum(map(len, [*data.rows, *data.held, *data.held])) * config.hidden_size * 4
         files.require_space(output_dir.absolute().parent, 2 * source_bytes(source) + num_states + SPACE_FOR_REST)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
-        work = working_dir(output_dir, {**settings, "inputs": inputs, "version": __version__}, progress)
+        walked = {key: value for key, value in settings.items() if key not in ("sensitivity", "accuracy_budget", "target_bits")}
+        work = working_dir(output_dir, {**walked, "inputs": inputs, "version": __version__}, progress)
         from trtllm_thoughtx.calibrate.layers import Walk
 
         walk = Walk(source, data, quant, work, batch_size)
         walk.run(progress)
         modules, end_to_end, on_stored = walk.facts()
+        kept: frozenset[str] = frozenset()
+        if sensitivity or accuracy_budget is not None or target_bits is not None:
+            from trtllm_thoughtx.calibrate import budget
+
+            alone = budget.sensitivities(walk, modules, progress)
+            modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
+            seen: Sequence[Any] = ()
+            if accuracy_budget is not None and end_to_end["kl"] > accuracy_budget:
+                kept, *seen = budget.keep_for_budget(walk, modules, alone, accuracy_budget, progress)
+            elif target_bits is not None:
+                size = sizes(config, quant, modules)
+                kept = budget.keep_for_bits(
+                    _judged_modules(modules, quant), alone, stored_bits(quant), wide_bits(config), int(size["num_weights"]), target_bits
+                )
+                seen = budget.measured(walk, [kept], progress)[0]
+            if seen:
+                end_to_end, on_stored = (one.summary() for one in seen)
+            modules = {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}
         final = with_excluded(quant, modules)
         found = {
             "schema": "trtllm-thoughtx/calibration/1",
@@ -162,16 +198,35 @@ def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def stored_bits(quant: QuantConfig) -> float:
+    """Bits of a quantized weight; a 4-bit one has its share of a 16-bit scale."""
+    stored_as = STORED[quant.algo or ""]
+    return 4 + 16 / quant.group_size if stored_as == "U8" else 8.0
+
+
+def wide_bits(config: ModelConfig) -> int:
+    return 32 if config.dtype == "float32" else 16
+
+
+def _judged_modules(modules: Mapping[str, Any], quant: QuantConfig) -> dict[str, Any]:
+    """The layers whose bits count: the head only when it is quantized, for it shares the embedding otherwise."""
+    return {name: facts for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")}
+
+
 def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Bytes and mean bits of the linear layers' weights, before and after; scales count."""
-    wide = 32 if config.dtype == "float32" else 16
-    bits = {"F8_E4M3": 8.0, "I8": 8.0, "U8": 4.0}[STORED[quant.algo or ""]]
-    if STORED[quant.algo or ""] == "U8":
-        bits += 32 / quant.group_size
-    linear = [(name, facts) for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")]
-    total = sum(facts["num_weights"] for _, facts in linear)
-    used = sum(facts["num_weights"] * (bits if quant.covers(name) else wide) for name, facts in linear)
+    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them."""
+    wide, counted = wide_bits(config), _judged_modules(modules, quant)
+    total = sum(facts["num_weights"] for facts in counted.values())
+    used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
     return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
+
+
+def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
+    if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
+        why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
+        raise ThoughtxError(
+            "E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix="choose a number between"
+        )
 
 
 def source_bytes(source: WeightSource) -> int:
@@ -237,6 +292,7 @@ def _write(
             if name != CALIBRATION:
                 (partial / name).write_bytes(files.read_inside(path.parent, name, 512 << 20))
         (partial / CALIBRATION).write_bytes(report.to_json(found).encode())
+        (partial / "report.html").write_bytes(report_html(found).encode())
         source.verify_unchanged()
         report.write_manifest(
             partial,

@@ -7,8 +7,9 @@ Held-out rows go through twice, on the layers as they were and on the quantized 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.calibrate import grid, stored
+from trtllm_thoughtx.calibrate import cache, grid, stored
 from trtllm_thoughtx.calibrate.data import Data
-from trtllm_thoughtx.calibrate.measure import Divergence
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.search import Found, Inputs, search
 from trtllm_thoughtx.calibrate.states import States
 from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.divergence import Divergence, spread
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
 from trtllm_thoughtx.files import atomic_file, read_json
@@ -163,6 +164,9 @@ class Walk:
 
             return layer.forward(x, self.rotary, linear)
 
+        before, kv_algo, kv_scale = index - 1, self.quant.kv_algo, None
+        if kv_algo:
+            kv_scale = cache.scale_of(layer, (self._state(before, row) for row in range(self.num_rows)), self.rotary, kv_algo)
         self._each(index, range(self.num_rows), observe)
         found: dict[str, Found] = {}
         facts: dict[str, Any] = {}
@@ -172,6 +176,11 @@ class Walk:
             made, told = choose(layer.name, weights, seen, self.quant)
             found |= made
             facts |= told
+        rounded = None
+        if kv_algo and kv_scale is not None:
+            rounded = cache.on_grid(kv_scale, kv_algo)
+            share = cache.error_share(layer, (self._state(before, row) for row in self.held), self.rotary, rounded, kv_algo)
+            facts[f"{layer.name}.attention.qkv"]["cache_error_share"] = share
         judges = {module: _Judge(one, self.algo) for module, one in found.items()}
 
         def judge(row: int, x: torch.Tensor) -> torch.Tensor:
@@ -184,21 +193,41 @@ class Walk:
             return layer.forward(x, self.rotary, linear)
 
         def on_grid(row: int, x: torch.Tensor) -> torch.Tensor:
-            return layer.forward(
-                x, self.rotary, lambda m, h: quantized(layer, m, found[m], self.algo, h) if m in found else layer.plain(m, h)
-            )
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                return quantized(layer, module, found[module], self.algo, h) if module in found else layer.plain(module, h)
+
+            return layer.forward(x, self.rotary, linear, rounded)
 
         self._each(index, self.held, judge)
         self._each(index, range(self.held.stop, self.held.stop + self.num_held), on_grid)
         for module, one in judges.items():
             facts[f"{layer.name}.{module}"] |= one.facts()
-        self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts)
+        extra = {} if kv_scale is None else {f"{layer.name}.attention.kv_cache_scaling_factor": kv_scale.numpy(force=True)}
+        self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts, extra)
         self.states.drop(index - 1)
 
+    def cache_of(self, layer: Layer) -> cache.Cache | None:
+        """The rounding of a finished layer's KV cache; None when it is not quantized."""
+        if self.quant.kv_algo is None:
+            return None
+        name = f"{layer.name}.attention.kv_cache_scaling_factor"
+        scale = stored.read_all(self.root, f"layer.{layer.index}.safetensors")[name]
+        return cache.on_grid(torch.from_numpy(scale.copy()), self.quant.kv_algo)
+
+    def _state(self, layer: int, row: int) -> torch.Tensor:
+        return torch.from_numpy(self.states.read(layer, row)).to(self.rotary.cos.device)
+
     def _keep(
-        self, file: str, prefix: str, found: dict[str, Found], weights: dict[str, torch.Tensor], facts: dict[str, Any], **more: Any
+        self,
+        file: str,
+        prefix: str,
+        found: dict[str, Found],
+        weights: dict[str, torch.Tensor],
+        facts: dict[str, Any],
+        extra: Mapping[str, np.ndarray] = MappingProxyType({}),
+        **more: Any,
     ) -> None:
-        tensors: dict[str, np.ndarray] = {}
+        tensors = dict(extra)
         for module, one in found.items():
             name = f"{prefix}.{module}".strip(".")
             scaled = weights[module] if one.factor is None else weights[module] / one.factor
@@ -238,8 +267,7 @@ class Walk:
                 targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
                 pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
                 divergence.add(*pair_of_logits, targets)
-                if number < NUM_STORED and at < STORED_LEN:
-                    stored_part.add(*pair_of_logits, targets)
+                add_stored(stored_part, number, ids, at, *pair_of_logits)
         if judge:
             facts["lm_head"] |= judge.facts()
         self._keep(
@@ -263,6 +291,14 @@ class Walk:
     def stored_rows(self) -> list[list[int]]:
         """The held-out sequences that go with the checkpoint, so that an engine can be judged on them."""
         return [row[:STORED_LEN] for row in self.data.held[:NUM_STORED]]
+
+
+def add_stored(seen: Divergence, number: int, ids: Sequence[int], at: int, wanted: np.ndarray, got: np.ndarray) -> None:
+    """Add the positions that an engine of this checkpoint is later judged at; the last one of a stored row has no target."""
+    length = min(len(ids), STORED_LEN)
+    rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)] if number < NUM_STORED else []
+    if rows:
+        seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
 
 
 def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,11 @@ class Layer:
         """The linear layer as the checkpoint has it."""
         return F.linear(x, self.weights[f"{module}.weight"], self.weights.get(f"{module}.bias"))
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, linear: Linear | None = None) -> torch.Tensor:
-        """Residual stream [tokens, hidden] of one sequence, through the layer."""
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, linear: Linear | None = None, cache: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Residual stream [tokens, hidden] of one sequence, through the layer. `cache` sees keys and values as the KV cache gets them,
+        [heads, tokens, head_dim], and returns those that attention reads."""
         linear, config, weights = linear or self.plain, self.config, self.weights
         h = norm(x, weights["input_layernorm.weight"], config.norm_eps)
         qkv = linear("attention.qkv", h).split([config.q_size, config.kv_size, config.kv_size], -1)
@@ -69,6 +72,8 @@ class Layer:
             q = norm(q, weights["attention.q_layernorm.weight"], config.norm_eps)
             k = norm(k, weights["attention.k_layernorm.weight"], config.norm_eps)
         q, k, v = rotary(q.transpose(0, 1)), rotary(k.transpose(0, 1)), v.transpose(0, 1)
+        if cache is not None:
+            k, v = cache(k), cache(v)
         groups = config.num_heads // config.num_kv_heads
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         heads = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]

@@ -51,15 +51,17 @@ def open_runner(
     *,
     num_threads: int | None,
     tap_layers: bool,
+    exact: bool = False,
 ) -> Runner:
     """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
 
     `tap_layers` (onnxruntime only) also keeps every layer's hidden state of the last step, for validation.
+    `exact` (onnxruntime only) runs quantized products as the graph has them, not on faster operators that round a little more.
     """
     if backend == "onnxruntime":
         from trtllm_thoughtx.engines.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(root, parts, config, build, num_threads=num_threads, tap_layers=tap_layers)
+        return OnnxRuntimeRunner(root, parts, config, build, num_threads=num_threads, tap_layers=tap_layers, exact=exact)
     from trtllm_thoughtx.engines.tensorrt import TensorRTRunner
 
     return TensorRTRunner(root, parts, backend, config, build)

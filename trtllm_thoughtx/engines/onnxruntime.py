@@ -18,6 +18,7 @@ from onnx import helper
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.engines.ort_fused import fuse
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.decoder import layer_output
 from trtllm_thoughtx.graph.twin import float32_twin, is_bfloat16
@@ -46,10 +47,14 @@ class OnnxRuntimeRunner:
         *,
         num_threads: int | None = None,
         tap_layers: bool = False,
+        exact: bool = False,
     ) -> None:
-        self.config, self.build, self.parts = config, build, parts
+        """`exact`: quantized products run as the graph has them, not on `ort_fused`'s operators."""
+        self.config, self.build, self.parts, self.exact = config, build, parts, exact
         self.device = available_device()
-        self.kv_dtype = np.float16 if build.dtype == "float16" else np.float32
+        self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
+        if config.quantization is not None and config.quantization.kv_algo == "INT8":
+            self.kv_dtype = np.int8
         self.tapped: dict[int, np.ndarray] = {}
         self.exit_chances: np.ndarray | None = None
         self.cache: dict[str, ort.OrtValue] = {}
@@ -68,6 +73,11 @@ class OnnxRuntimeRunner:
             model = onnx.ModelProto.FromString(graph)
             if is_bfloat16(model):
                 model = float32_twin(model)
+            elif self._fuses():
+                with files.open_inside(root, part["data"]) as data:
+                    arrays = fuse(model, data).arrays
+                values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+                options.add_external_initializers(list(arrays), values)
             if tap_layers:
                 self._tap(model, part)
             return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
@@ -79,6 +89,9 @@ class OnnxRuntimeRunner:
                 why=str(error).strip()[:500],
                 fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
             ) from None
+
+    def _fuses(self) -> bool:
+        return self.config.quantization is not None and not self.exact and self.device == "cpu" and self.build.dtype == "float32"
 
     def _tap(self, model: onnx.ModelProto, part: dict[str, Any]) -> None:
         layers = [*([-1] if part["embeds"] else []), *range(part["first_layer"], part["last_layer"])]

@@ -228,10 +228,14 @@ def _attention(b: Builder, layer: int, h: str) -> str:
     live = {}
     for x, kind in (("k", "key"), ("v", "value")):
         cache: list[str | int] = ["B", config.num_kv_heads, b.build.kv_capacity, config.head_dim]
-        past = b.input(f"past_{kind}_{layer}", b.elem_type, cache)
-        present = b.output(f"present_{kind}_{layer}", b.elem_type, cache)
-        b.node("TensorScatter", [past, heads[x], "write_indices"], present, axis=-2)
-        live[x] = b.node("Slice", [present, "live.start", "live.slots", "live.axis"], f"{name}.{x}.live")
+        is_small = config.quantization is not None and config.quantization.kv_algo == "INT8"
+        elem_type = TensorProto.INT8 if is_small else b.elem_type
+        past = b.input(f"past_{kind}_{layer}", elem_type, cache)
+        present = b.output(f"present_{kind}_{layer}", elem_type, cache)
+        new = quantized.cache_in(b, heads[x], weights, f"{name}.{x}") if is_small else heads[x]
+        b.node("TensorScatter", [past, new, "write_indices"], present, axis=-2)
+        slots = b.node("Slice", [present, "live.start", "live.slots", "live.axis"], f"{name}.{x}.live")
+        live[x] = quantized.cache_out(b, slots, weights, f"{name}.{x}") if is_small else slots
     scale = float(config.head_dim) ** -0.5
     b.num_attention += 1
     if b.build.use_chunked_attention:
@@ -269,8 +273,11 @@ def _leave(b: Builder, x: str) -> None:
     picked = b.node("GatherND", [shaped, index], "head.rows", batch_dims=1)
     flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
     normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
-    matrix = "lm_head" if config.has_head else "transformer.vocab_embedding"
-    logits = b.linear(normed, matrix, "head.logits", config.vocab_size, hidden)
+    if config.has_head:
+        logits = b.linear(normed, "lm_head", "head.logits", config.vocab_size, hidden)
+    else:
+        table = b.weight("transformer.vocab_embedding.weight", (config.vocab_size, hidden))
+        logits = b.node("Gemm", [normed, table], "head.logits", transB=1)
     logits = b.node("Cast", [logits], "head.logits.float32", to=TensorProto.FLOAT)
     b.node("Shape", [rows], "shape.rows")
     b.constant("shape.vocab_tail", [config.vocab_size])

@@ -40,10 +40,7 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     both = quant.algo in STATIC_ACTIVATIONS
     if both:
         scale = b.weight(f"{module}.activation_scaling_factor", ())
-        zero = f"zero.{stored}"
-        if all(tensor.name != zero for tensor in b.inline):
-            b.inline.append(helper.make_tensor(zero, ELEM_TYPES[stored], [], b"\0", raw=True))
-        x = b.node("QuantizeLinear", [x, scale, zero], f"{output}.input.quantized")
+        x = b.node("QuantizeLinear", [x, scale, _zero(b, stored)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
     suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
     weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
@@ -57,3 +54,21 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         inputs.append(b.weight(f"{module}.bias", (num_out,)))
     b.products.append(Product(output, TRT_NAMES[stored], both))
     return b.node("Gemm", inputs, output, transB=1)
+
+
+def cache_in(b: Builder, x: str, attention: str, output: str) -> str:
+    """New keys or values as the INT8 cache holds them; one scale a layer for both."""
+    return b.node("QuantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ()), _zero(b, "I8")], f"{output}.cached")
+
+
+def cache_out(b: Builder, x: str, attention: str, output: str) -> str:
+    """Live slots of the INT8 cache in the graph's type."""
+    return b.node("DequantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ())], f"{output}.wide")
+
+
+def _zero(b: Builder, stored: str) -> str:
+    """The zero point, which also says to what type a QuantizeLinear rounds."""
+    name = f"zero.{stored}"
+    if all(tensor.name != name for tensor in b.inline):
+        b.inline.append(helper.make_tensor(name, ELEM_TYPES[stored], [], b"\0", raw=True))
+    return name

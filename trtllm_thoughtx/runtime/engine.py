@@ -45,9 +45,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, engine_dir: Path | str, backend: str | None = None, num_threads: int | None = None, *, tap_layers: bool = False
+        cls,
+        engine_dir: Path | str,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        *,
+        tap_layers: bool = False,
+        exact: bool = False,
     ) -> Engine:
-        """Check the files against the manifest, then load them. E120 when they differ, E201/E202 when the backend cannot run here."""
+        """Check the files against the manifest, then load them. E120 when they differ, E201/E202 when the backend cannot run here.
+
+        `exact`: a quantized graph runs on onnxruntime as it stands, not on that runtime's faster operators.
+        """
         directory = EngineDir.open(Path(engine_dir))
         backend = directory.choose(backend)
         directory.verify(backend)
@@ -55,7 +64,14 @@ class Engine:
         if text is not None:
             text.check_vocab(directory.config.vocab_size)
         runner = open_runner(
-            directory.root, directory.parts, backend, directory.config, directory.build, num_threads=num_threads, tap_layers=tap_layers
+            directory.root,
+            directory.parts,
+            backend,
+            directory.config,
+            directory.build,
+            num_threads=num_threads,
+            tap_layers=tap_layers,
+            exact=exact,
         )
         return cls(directory, backend, runner, text)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MAX_VALUES, MIN_POSITIONS = 2 << 20, 48
+
 
 @dataclass
 class Divergence:
@@ -48,6 +50,12 @@ class Divergence:
             "perplexity_ratio": other / ppl,
             "num_positions": self.num,
         }
+
+
+def spread(length: int, vocab_size: int) -> list[int]:
+    """Positions of a row at which logits are kept: all, or as many, evenly spread, as a large vocabulary leaves room for."""
+    count = min(length, max(MIN_POSITIONS, MAX_VALUES // vocab_size))
+    return np.unique(np.linspace(0, length - 1, count).round().astype(int)).tolist()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
