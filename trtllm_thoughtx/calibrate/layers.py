@@ -206,7 +206,7 @@ class Walk:
         self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts, extra)
         self.states.drop(index - 1)
 
-    def cache_of(self, layer: Layer) -> cache.Cache | None:
+    def cache_of(self, layer: Layer) -> kv.Cache | None:
         """The rounding of a finished layer's KV cache; None when it is not quantized."""
         if self.quant.kv_algo is None:
             return None
