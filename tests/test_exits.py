@@ -282,6 +282,10 @@ def test_calibration_is_written_whole_and_repeats(calibrated, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (root / "ckpt" / name).read_bytes()
     ran = CliRunner().invoke(thoughtx, ["inspect", str(root / "ckpt"), "--json"])
     assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["exit_head"] == {"threshold": found["head"]["threshold"]}
+    assert json.loads(ran.stdout)["exit_adapters"][0].startswith("before layer 4 (rank 64")
+    ran = CliRunner().invoke(thoughtx, ["build", "--checkpoint_dir", str(root / "ckpt"), "--output_dir", str(tmp_path / "e"), "--dry_run"])
+    assert "exit head" in ran.stdout and ran.exit_code == 0
 
 
 @pytest.mark.parametrize(

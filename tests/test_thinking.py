@@ -265,3 +265,13 @@ def test_the_presets_are_recipes_of_run_and_of_eval(engine, tmp_path):
     summary = json.loads(ran.stdout)["summary"]
     assert summary["overall"]["steps"] == 6 and summary["overall"]["thinking_stops"] == {"depth": 3}
     assert summary["conditions"]["max_reasoning_depth"] == 6 and summary["overall"]["layer_tokens"] > 0
+
+
+def test_eval_compares_the_work_of_two_settings(engine, tmp_path):
+    root, saved = str(engine.directory.root), tmp_path / "cut.json"
+    words = ["eval", "--engine_dir", root, "--task", "chain", "--num_items", "4", "--sizes", "6", "--max_new_tokens", "250"]
+    assert CliRunner().invoke(thoughtx, [*words, "--max_reasoning_depth", "3", "--output", str(saved)]).exit_code == 0
+    ran = CliRunner().invoke(thoughtx, [*words, "--compare", str(saved), "--memory_context", "0", "--json"])
+    comparison = json.loads(ran.stdout)["comparison"]
+    whole, cut = (json.loads(ran.stdout)[key]["overall"]["layer_tokens"] for key in ("summary", "other_summary"))
+    assert 0.2 < comparison["layer_tokens_saved"] == pytest.approx(1 - cut / whole)

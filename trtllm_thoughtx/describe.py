@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_thoughtx import checkpoint, files, report
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.exit_weights import read_exits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +61,11 @@ def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
     else:
         world_size, facts["tp_size"], facts["pp_size"] = mapping_of(raw, where)
         config, shards = model_config_from_trtllm(raw, where), [f"rank{rank}.safetensors" for rank in range(world_size)]
+    exits = read_exits(path, config)
+    if exits.head is not None:
+        facts["exit_head"] = {"threshold": exits.head.threshold}
+    if exits.adapters:
+        facts["exit_adapters"] = [f"before layer {one.layer} (rank {len(one.down)}, from {one.threshold:g} on)" for one in exits.adapters]
     tensors = [info for shard in shards for info in checkpoint.read_tensors(path, [shard]).values()]
     types = Counter(info.dtype for info in tensors)
     return {
@@ -202,6 +208,7 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
         single = f", a single step below {build['threshold_low']:g} nats" if build["threshold_low"] else ""
         asked = "" if build["adaptive_chunks"] else " when asked"
         chunks += f"; chosen{asked}: {build['base_size']:g} tokens per nat up to {build['max_chunk_size']}{single}"
+    drafts = list(zip(build["draft_layers"], build["draft_thresholds"], strict=True))
     estimate = {"disk, at most": summary["disk_bytes"], "memory of the build, about": summary["memory_bytes"]}
     done = summary.get("up_to_date") is not None
     facts = {
@@ -211,6 +218,8 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
         "backends": build["backends"],
         "limits": f"batch {build['max_batch_size']}, prompt piece {build['max_input_len']}, sequence {build['max_seq_len']} tokens",
         "attention": chunks if build["use_chunked_attention"] else "full causal",
+        "exit head": f"ends the thinking from {build['exit_threshold']:g} on, when asked" if build["exit_head"] else None,
+        "drafts": [f"by the first {layer} layers, from {sure:g} on" for layer, sure in drafts],
         "parts": summary["part_names"],
         "weights": files.human_bytes(summary["weights_bytes"]),
         "KV cache at full batch and length": files.human_bytes(summary["kv_bytes"]),

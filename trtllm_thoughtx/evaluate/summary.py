@@ -118,8 +118,10 @@ def compare(first: Result, second: Result) -> dict[str, Any]:
         rows += [difference(name, "all", pairs) for name in PER_TASK]
     rows += [difference(name, "all", pairs) for name in MEASURES if name not in PER_TASK]
     only = [sum(one.correct and not other.correct for one, other in pairs), sum(other.correct and not one.correct for one, other in pairs)]
+    work = next(row for row in rows if row["measure"] == "layer-tokens")
     return {
         "systems": [first.system, second.system],
+        "layer_tokens_saved": 1 - work["second"] / work["first"] if work["first"] and work["second"] else None,
         "num_items": len(pairs),
         "rows": rows,
         "only_first_right": only[0],
@@ -203,10 +205,16 @@ def comparison_tables(found: dict[str, Any]) -> list[Any]:
         length = next(one["length"] for one in measured if one)
         lines.append([f"memory at {length} tokens", "all", *(peak and human_bytes(peak) for peak in peaks), apart, None])
     skipped = [f"{name}: memory not measured, {one['skipped']}" for name, one in zip(names, measured, strict=True) if "skipped" in one]
+    saved = found["layer_tokens_saved"]
     right = f"only {names[0]} right: {found['only_first_right']}, only {names[1]} right: {found['only_second_right']}"
     return [
         report.table(f"{names[1]} against {names[0]}", ("", "task", *names, "difference", "95 % interval"), lines),
         f"{found['num_items']} questions; {right}; exact p of equal accuracy {found['p_accuracy']:.3g}",
+        *(
+            []
+            if saved is None
+            else [f"{names[1]} needs {100 * saved:.1f} % fewer layer-tokens, prompts, trial answers and drafts included"]
+        ),
         *skipped,
     ]
 

@@ -55,7 +55,8 @@ class Pace:
             if self.num_cycles[drafts] < NUM_TRIED:
                 return drafts
         if sum(self.num_cycles.values()) > TRY_AGAIN:
-            self.__init__()  # type: ignore[misc]
+            for counts in (self.seconds, self.num_tokens, self.num_cycles):
+                counts.update({True: 0, False: 0})
             return True
         rates = {drafts: self.num_tokens[drafts] / max(self.seconds[drafts], 1e-9) for drafts in (True, False)}
         return rates[True] > rates[False]
