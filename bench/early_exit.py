@@ -63,6 +63,16 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
+def priced(traces: Sequence[Trace], stop_at: Callable[[Trace], Stop | None]) -> tuple[float, float]:
+    """Generated tokens a question, and right answers in %, of a rule."""
+    found = [rule.outcome(trace, stop_at(trace)) for trace in traces]
+    return sum(one.num_generated for one in found) / len(found), 100 * sum(one.is_right for one in found) / len(found)
+
+
+def fixed_depth(num: int) -> Callable[[Trace], Stop | None]:
+    return lambda trace: trace.stops[num] if num < len(trace.stops) else None  # stops[0] is before the first step
+
+
 class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch, self.progress = args, scratch, Progress()
@@ -148,12 +158,16 @@ class Bench:
         }
         head = runs["exit head"].of()
         budget = self.equal_budget(full, sum(record.num_tokens for record in head))
+        traces = self.traces()
+        mean = sum(record.num_tokens for record in head) / len(head)
+        depth = next(num for num in range(1, 100) if priced(traces, fixed_depth(num))[0] >= mean)
+        name = f"budget of {depth} steps"
+        runs[name] = self.ask(name, exit_policy="off", max_reasoning_depth=depth)
         runs[f"budget of {budget} tokens"] = self.ask("budget", exit_policy="off", max_thinking_tokens=budget)
         rows = [self.row("whole traces", full, full)]
         rows += [self.row(name, result, full, has_head=name == "exit head") for name, result in runs.items()]
         head_row = rows[1]
-        against = compare(runs[f"budget of {budget} tokens"], runs["exit head"])
-        traces = self.traces()
+        against = compare(runs[name], runs["exit head"])
         oracle = rule.apply(traces, rule.oracle)
         self.found["level_1"] = {
             "rows": rows,
@@ -179,8 +193,8 @@ class Bench:
         )
         self.say()
         self.say(
-            f"The exit head against the budget of the same mean: only the budget right {against['only_first_right']}, only the head right "
-            f"{against['only_second_right']}, exact p {against['p_accuracy']:.2g}. "
+            f"The exit head against the budget of steps, which has at least its mean of tokens: only the budget right "
+            f"{against['only_first_right']}, only the head right {against['only_second_right']}, exact p {against['p_accuracy']:.2g}. "
             f"Why the thinking ended with the head: {head_row['stops']}."
         )
         by_task = {}
@@ -244,25 +258,18 @@ class Bench:
         head = read_exits(self.scratch / "ckpt", self.config).head
         assert head is not None
 
-        def point(stop_at: Callable[[Trace], Stop | None]) -> tuple[float, float]:
-            found = [rule.outcome(trace, stop_at(trace)) for trace in traces]
-            return sum(one.num_generated for one in found) / len(found), 100 * sum(one.is_right for one in found) / len(found)
-
-        def depth(num: int) -> Callable[[Trace], Stop | None]:
-            return lambda trace: trace.stops[num] if num < len(trace.stops) else None  # stops[0] is before the first step
-
         curves = {
             "exit head, threshold 0.5 to 0.9999": [
-                point(rule.by_head(head, t)) for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.997, 0.999, 0.9999)
+                priced(traces, rule.by_head(head, t)) for t in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.997, 0.999, 0.9999)
             ],
-            "fixed number of steps, 1 to 24": [point(depth(num)) for num in range(1, 25)],
+            "fixed number of steps, 1 to 24": [priced(traces, fixed_depth(num)) for num in range(1, 25)],
         }
         points = {
             one["name"]: (one["tokens"] + one.get("trial", 0.0), 100 * one["accuracy"])
             for one in rows
             if not one["name"].startswith("trial")
         }
-        points["oracle"] = point(rule.oracle)
+        points["oracle"] = priced(traces, rule.oracle)
         self.found["level_1"]["curves"] = curves
         tradeoff_plot(self.args.output / "early-exit.png", curves, points)
 

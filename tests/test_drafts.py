@@ -16,7 +16,7 @@ from trtllm_thoughtx.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.exits.calibrate import calibrate_exits
-from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Pace
+from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Pace, Timer
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 SAMPLE = "trtllm_thoughtx/samples/longcot-tiny"
@@ -231,6 +231,17 @@ def test_auto_tries_both_and_keeps_what_pays():
             pace.note(drafts, seconds if drafts else 1.0, 3 if drafts else 1)
     assert fast.num_cycles == slow.num_cycles == {True: NUM_TRIED, False: NUM_TRIED}
     assert fast.pays() and not slow.pays()
+
+
+def test_auto_does_not_mistake_rows_that_end_for_slowness():
+    """The same cycles, of 32 rows at first and of 4 later: tokens are counted for each row that goes on."""
+    pace, timer = Pace(), Timer(None)
+    timer.pace, written = pace, 0
+    for cycle in range(2 * NUM_TRIED + 1):
+        num_rows = 32 if cycle < NUM_TRIED else 4
+        drafts = timer.start(written, num_rows)
+        written += num_rows * (3 if drafts else 1)
+    assert pace.num_tokens == {True: 3.0 * NUM_TRIED, False: 1.0 * NUM_TRIED}
 
 
 def test_auto_is_lossless_and_times_itself(engines):

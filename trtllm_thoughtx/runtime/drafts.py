@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 OFF, VERIFY, TRUST, _ = EXIT_POLICIES
 MAX_DRAFTS = 6  # of one cycle
 TRUSTED = 0.9  # confidence that `trust` asks for unless told otherwise
-NUM_TRIED = 12  # cycles of each kind that `auto` times before it decides, and then now and again
+NUM_TRIED = 12  # cycles of each kind that `auto` times before it decides, and then now and again ...
+NUM_AT_ONCE = 4  # ... in turns, so many at a time
 TRY_AGAIN = 400  # cycles
 
 Guess = Callable[[int, int, np.ndarray], int]  # (row, how many drafts came before, logits [V]) -> token
@@ -43,17 +44,19 @@ Guess = Callable[[int, int, np.ndarray], int]  # (row, how many drafts came befo
 
 @dataclass
 class Pace:
-    """Seconds and tokens of cycles with and without drafts, for one batch size: what `auto` goes by."""
+    """Seconds and tokens of cycles with and without drafts, for one batch size: what `auto` goes by.
+
+    Tokens are those of a row that goes on, since a cycle takes about as long however many rows have ended.
+    """
 
     seconds: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
-    num_tokens: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    num_tokens: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     num_cycles: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
 
     def pays(self) -> bool:
         """Whether drafts write more tokens in a second; both are tried first."""
-        for drafts in (True, False):
-            if self.num_cycles[drafts] < NUM_TRIED:
-                return drafts
+        if min(self.num_cycles.values()) < NUM_TRIED:
+            return self.num_cycles[True] // NUM_AT_ONCE <= self.num_cycles[False] // NUM_AT_ONCE
         if sum(self.num_cycles.values()) > TRY_AGAIN:
             for counts in (self.seconds, self.num_tokens, self.num_cycles):
                 counts.update({True: 0, False: 0})
@@ -61,7 +64,7 @@ class Pace:
         rates = {drafts: self.num_tokens[drafts] / max(self.seconds[drafts], 1e-9) for drafts in (True, False)}
         return rates[True] > rates[False]
 
-    def note(self, drafts: bool, seconds: float, num_tokens: int) -> None:
+    def note(self, drafts: bool, seconds: float, num_tokens: float) -> None:
         self.seconds[drafts] += seconds
         self.num_tokens[drafts] += num_tokens
         self.num_cycles[drafts] += 1
@@ -143,14 +146,14 @@ class Timer:
     """Times cycles for `auto`."""
 
     def __init__(self, pace: Pace | None) -> None:
-        self.pace, self.drafts, self.began, self.before = pace, True, 0.0, 0
+        self.pace, self.drafts, self.began, self.before, self.num_rows = pace, True, 0.0, 0, 1
 
-    def start(self, num_tokens: int) -> bool:
-        """A cycle begins, with so many tokens written; whether it is to draft."""
+    def start(self, num_tokens: int, num_rows: int) -> bool:
+        """A cycle of `num_rows` rows begins, with so many tokens written; whether it is to draft."""
         now = time.perf_counter()
         if self.pace is None:
             return True
         if self.began:
-            self.pace.note(self.drafts, now - self.began, num_tokens - self.before)
-        self.drafts, self.began, self.before = self.pace.pays(), now, num_tokens
+            self.pace.note(self.drafts, now - self.began, (num_tokens - self.before) / self.num_rows)
+        self.drafts, self.began, self.before, self.num_rows = self.pace.pays(), now, num_tokens, num_rows
         return self.drafts

@@ -88,7 +88,7 @@ class Generation:
 
     def _feed(self, new: list[list[int]]) -> None:
         """Feed the tokens just written, with drafts behind them where these pay."""
-        if self.drafter is None or not self.timer.start(sum(map(len, self.output))):
+        if self.drafter is None or not self.timer.start(sum(map(len, self.output)), sum(map(bool, new))):
             self.drafts = [[] for _ in new]
             self._offer(self.engine.step(self.batch, new, [[0]] * len(new)), None)
             return
