@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.calibrate import cache, grid, stored
+from trtllm_thoughtx.calibrate import grid, kv, stored
 from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.search import Found, Inputs, search
@@ -166,7 +166,7 @@ class Walk:
 
         before, kv_algo, kv_scale = index - 1, self.quant.kv_algo, None
         if kv_algo:
-            kv_scale = cache.scale_of(layer, (self._state(before, row) for row in range(self.num_rows)), self.rotary, kv_algo)
+            kv_scale = kv.scale_of(layer, (self._state(before, row) for row in range(self.num_rows)), self.rotary, kv_algo)
         self._each(index, range(self.num_rows), observe)
         found: dict[str, Found] = {}
         facts: dict[str, Any] = {}
@@ -178,8 +178,8 @@ class Walk:
             facts |= told
         rounded = None
         if kv_algo and kv_scale is not None:
-            rounded = cache.on_grid(kv_scale, kv_algo)
-            share = cache.error_share(layer, (self._state(before, row) for row in self.held), self.rotary, rounded, kv_algo)
+            rounded = kv.on_grid(kv_scale, kv_algo)
+            share = kv.error_share(layer, (self._state(before, row) for row in self.held), self.rotary, rounded, kv_algo)
             facts[f"{layer.name}.attention.qkv"]["cache_error_share"] = share
         judges = {module: _Judge(one, self.algo) for module, one in found.items()}
 
@@ -206,13 +206,13 @@ class Walk:
         self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts, extra)
         self.states.drop(index - 1)
 
-    def cache_of(self, layer: Layer) -> cache.Cache | None:
+    def cache_of(self, layer: Layer) -> kv.Cache | None:
         """The rounding of a finished layer's KV cache; None when it is not quantized."""
         if self.quant.kv_algo is None:
             return None
         name = f"{layer.name}.attention.kv_cache_scaling_factor"
         scale = stored.read_all(self.root, f"layer.{layer.index}.safetensors")[name]
-        return cache.on_grid(torch.from_numpy(scale.copy()), self.quant.kv_algo)
+        return kv.on_grid(torch.from_numpy(scale.copy()), self.quant.kv_algo)
 
     def _state(self, layer: int, row: int) -> torch.Tensor:
         return torch.from_numpy(self.states.read(layer, row)).to(self.rotary.cos.device)
