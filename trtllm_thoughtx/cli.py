@@ -46,10 +46,14 @@ ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", 
 @click.option("--allow_nonfinite", is_flag=True, help="Accept NaN and infinity in weights, and record it.")
 def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
+    from trtllm_thoughtx.calibrate.imported import import_quantized, is_quantized, only_plain
     from trtllm_thoughtx.convert import convert
     from trtllm_thoughtx.describe import summary_table
 
-    summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
+    if is_quantized(model_dir):
+        summary = import_quantized(model_dir, output_dir, progress=Progress(quiet=quiet), **only_plain(options))
+    else:
+        summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
     following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
     if summary["up_to_date"]:
         following = f"up to date: the same inputs and settings made what is there, and its files are intact\n{following}"

@@ -29,7 +29,7 @@ def refuse_quantized(stored: Mapping[str, TensorInfo], path: Path) -> None:
             "the checkpoint is already quantized",
             where=str(path),
             why=f"weights must be F32, F16 or BF16:\n           {listed(quantized)}",
-            fix="use the original, unquantized checkpoint",
+            fix="import it with thoughtx-convert, or use the original, unquantized checkpoint",
         )
 
 

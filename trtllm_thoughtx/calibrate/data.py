@@ -28,6 +28,7 @@ FILE_BYTES = 1 << 30
 KEYS = frozenset({"id", "text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient"})
 FORMS = ("text", "prompt", "messages", "input_ids")
 MAX_HELD = 16
+CONTEXTS = (0, 64, 128, 256)  # words
 BUILT_IN = "generated tasks"
 
 
@@ -107,13 +108,15 @@ def read_data(
 
 
 def _generated(num: int, seed: int) -> Iterator[tuple[str, Any]]:
-    """Questions with their whole chains, spread over the tasks and their sizes."""
+    """Questions with their whole chains, spread over the tasks, all their sizes, and the lengths of a lookup's context."""
     names = sorted(TASKS)
     for place in range(num):
-        task = names[place % len(names)]
-        size = 1 + (place // len(names)) % min(4, TASKS[task][1])
-        item = draw(task, "validation", size=size, seed=seed * 100_003 + place)
-        yield f"item {place}", {"prompt": item.prompt, "thought": thought(item.steps), "answer": item.answer}
+        task, turn = names[place % len(names)], place // len(names)
+        size = 1 + turn % TASKS[task][1]
+        words = {"num_words": CONTEXTS[turn % len(CONTEXTS)]} if task == "lookup" else {}
+        item = draw(task, "validation", size=size, seed=seed * 100_003 + place, **words)
+        told = thought([*item.steps, *item.rechecks(turn % min(3, len(item.steps) + 1))])  # models look back: their words belong here too
+        yield f"item {place}", {"prompt": item.prompt, "thought": told, "answer": item.answer}
 
 
 def _random(num: int, vocab_size: int, seed: int) -> Iterator[tuple[str, Any]]:

@@ -39,25 +39,33 @@ class _Watch:
     """Collects `Inputs` of one unit over all calibrating rows, in their order."""
 
     def __init__(self, picks: Sequence[Sequence[int]]) -> None:
-        self.picks, self.rows, self.num = picks, [], 0
+        self.picks, self.rows, self.is_first, self.num = picks, [], [], 0
         self.amax: torch.Tensor | None = None
 
     rows: list[torch.Tensor]
+    is_first: list[bool]
 
     def add(self, x: torch.Tensor, row: int) -> None:
         size = x.abs()
         if self.amax is None:
             self.amax = torch.zeros_like(size[0])
+            self.halves = [torch.zeros_like(self.amax), torch.zeros_like(self.amax)]
             self.sum, self.squares = torch.zeros_like(self.amax, dtype=torch.float64), torch.zeros_like(self.amax, dtype=torch.float64)
-        self.amax = torch.maximum(self.amax, size.amax(0))
+        largest = size.amax(0)
+        self.amax = torch.maximum(self.amax, largest)
+        self.halves[row % 2] = torch.maximum(self.halves[row % 2], largest)
         self.sum += size.double().sum(0)
         self.squares += x.double().square().sum(0)
         self.num += len(x)
         self.rows.append(x[list(self.picks[row])])
+        self.is_first += [row % 2 == 0] * len(self.picks[row])
 
     def inputs(self) -> Inputs:
         assert self.amax is not None
-        return Inputs(self.amax, (self.sum / self.num).float(), (self.squares / self.num).float(), torch.cat(self.rows))
+        rows = torch.cat(self.rows)
+        first, second = self.halves if bool(self.halves[1].any()) else (self.amax, self.amax)
+        is_first = torch.tensor(self.is_first, device=rows.device)
+        return Inputs(self.amax, (first, second), is_first, (self.sum / self.num).float(), (self.squares / self.num).float(), rows)
 
 
 class _Judge:

@@ -22,9 +22,15 @@ MAX_OUTPUTS = 4096  # rows of a matrix that candidates are compared on
 
 @dataclass
 class Inputs:
-    """What was seen of the inputs of one linear layer. All per channel [in]; `rows` [n, in] is an even sample of them."""
+    """What was seen of the inputs of one linear layer. All per channel [in]; `rows` [n, in] is an even sample of them.
+
+    Every other sequence belongs to half 0, the rest to half 1: a candidate's input scale is taken from the half that a row is not in, so
+    that one which clips numbers it has not seen is not chosen.
+    """
 
     amax: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor]  # amax of each
+    is_first: torch.Tensor  # [n], rows of half 0
     mean: torch.Tensor  # of the absolute values
     square: torch.Tensor  # mean
     rows: torch.Tensor
@@ -67,7 +73,8 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
             scale = scale[::step]
         x = seen.rows if factor is None else seen.rows * factor
         if static:
-            x = grid.input_on_grid(x, _input_scale(seen, factor, algo), algo)
+            first, second = (_input_scale(half, factor, algo) for half in seen.halves)
+            x = grid.input_on_grid(x, torch.where(seen.is_first, second, first)[:, None], algo)
         return float((x @ grid.on_grid(part, scale, algo).T - wanted).double().square().sum()) / energy
 
     nearest = error(None)
@@ -88,7 +95,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     if quant.prequant and factor is None:
         factor = torch.ones_like(seen.amax)
     return Found(
-        grid.on_grid(scaled, scale, algo), scale, _input_scale(seen, factor, algo) if static else None, factor, alpha, best, nearest
+        grid.on_grid(scaled, scale, algo), scale, _input_scale(seen.amax, factor, algo) if static else None, factor, alpha, best, nearest
     )
 
 
@@ -105,8 +112,8 @@ def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str) -> torc
     return grid.tidy(wide.clamp(2.0**-12, 2.0**12), up=False)
 
 
-def _input_scale(seen: Inputs, factor: torch.Tensor | None, algo: str) -> torch.Tensor:
-    return grid.input_scale((seen.amax if factor is None else seen.amax * factor).amax(), algo)
+def _input_scale(amax: torch.Tensor, factor: torch.Tensor | None, algo: str) -> torch.Tensor:
+    return grid.input_scale((amax if factor is None else amax * factor).amax(), algo)
 
 
 def _shrunk(weight: torch.Tensor, scale: torch.Tensor, square: torch.Tensor, algo: str) -> torch.Tensor:

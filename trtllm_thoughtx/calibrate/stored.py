@@ -53,11 +53,12 @@ def read_all(root: Path, name: str) -> dict[str, np.ndarray]:
         for tensor, info in checkpoint.read_tensors(root, [name]).items():
             file.seek(info.offset)
             num_bytes = math.prod(info.shape) * _SIZES[info.dtype]
-            found[tensor] = np.frombuffer(_exactly(file, num_bytes), FIXED_DTYPES[info.dtype]).reshape(info.shape)
+            found[tensor] = np.frombuffer(exactly(file, num_bytes), FIXED_DTYPES[info.dtype]).reshape(info.shape)
     return found
 
 
-def _exactly(file: BinaryIO, num_bytes: int) -> bytes:
+def exactly(file: BinaryIO, num_bytes: int) -> bytes:
+    """So many bytes from where the file stands; its header was checked against its size."""
     parts = []
     while num_bytes:
         parts.append(file.read(num_bytes))

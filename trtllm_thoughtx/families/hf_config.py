@@ -40,7 +40,11 @@ def _refuse(raw: Fields, family: Family) -> None:
             fix="remove auto_map if the model is a plain Qwen2, Qwen3 or Llama; otherwise it cannot be used",
         )
     if raw.get("quantization_config"):
-        raw.unsupported("the checkpoint is already quantized", f"weights must be {', '.join(DTYPES)}", "use the original checkpoint")
+        raw.unsupported(
+            "the checkpoint is already quantized",
+            f"weights must be {', '.join(DTYPES)}",
+            "import it first: thoughtx-convert --model_dir THIS --output_dir CKPT",
+        )
     activation = raw.text("hidden_act", "silu")
     if activation != "silu":
         raw.unsupported(f"hidden_act {shown(activation)} is not supported", "these families use silu")

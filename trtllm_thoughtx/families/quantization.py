@@ -7,10 +7,12 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     W8A16                 weight I8, per_channel_scale [out]
     W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]
     W4A16_AWQ             the same, and prequant_scaling_factor [in]
+    W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size]
+    FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
 
-value = stored * scale, symmetric; an input is multiplied by the prequant factor first. Two 4-bit numbers share a byte, the earlier
-channel in the low half. Weight-only matrices keep this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only
-unquantized and FP8 checkpoints go to `trtllm-build` as they are.
+value = stored * scale (+ zero, of its group); an input is multiplied by the prequant factor first. Two 4-bit numbers share a byte, the
+earlier channel in the low half. Weight-only matrices keep this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so
+only unquantized and FP8 checkpoints go to `trtllm-build` as they are.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.config import IMPORTED_ALGOS, KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.families.family import ALL, Part, Tensor
 from trtllm_thoughtx.families.fields import Fields
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 STORED = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W8A16": "I8", "W4A16": "U8", "W4A16_AWQ": "U8"}
-STATIC_ACTIVATIONS = ("FP8", "W8A8_SQ_PER_CHANNEL")
+STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "W4A16_GPTQ": "U8"}
+STATIC_ACTIVATIONS = ("FP8", "FP8_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL")
 MAX_EXCLUDED = 1 << 14
 
 
@@ -38,7 +41,7 @@ def scale_of(algo: str, num_out: int, num_in: int, group_size: int) -> tuple[str
     """(suffix, shape) of the scale of a matrix [num_out, num_in]."""
     if algo == "W8A16":
         return "per_channel_scale", (num_out,)
-    shapes = {"FP8": (1,), "W8A8_SQ_PER_CHANNEL": (num_out,)}
+    shapes: dict[str, tuple[int, ...]] = {"FP8": (1,), "W8A8_SQ_PER_CHANNEL": (num_out,), "FP8_PER_CHANNEL": (num_out,)}
     return "weights_scaling_factor", shapes.get(algo, (num_out, num_in // group_size))
 
 
@@ -50,6 +53,8 @@ def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str,
     found = {"weight": (stored, (num_out, num_in // 2 if stored == "U8" else num_in)), suffix: ("F32", shape)}
     if quant.algo in STATIC_ACTIVATIONS:
         found["activation_scaling_factor"] = ("F32", (1,))
+    if quant.zero_point:
+        found["zero"] = ("F32", shape)
     if quant.prequant:
         found["prequant_scaling_factor"] = ("F32", (num_in,))
     return found
@@ -96,7 +101,7 @@ def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
         "smoothquant_val": 0.5,
         "clamp_val": None,
         "use_meta_recipe": False,
-        "has_zero_point": False,
+        "has_zero_point": quant.zero_point if quant else False,
         "pre_quant_scale": quant.prequant if quant else False,
         "exclude_modules": list(quant.exclude) if quant else None,
     }
@@ -107,15 +112,19 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     table = fields.table("quantization")
     if table is None or not (table.get("quant_algo") or table.get("kv_cache_quant_algo")):
         return None
+    known_algos = [*QUANT_ALGOS.values(), *IMPORTED_ALGOS]
     algo, kv_algo = table.get("quant_algo"), table.get("kv_cache_quant_algo")
-    for key, value, known in (("quant_algo", algo, QUANT_ALGOS), ("kv_cache_quant_algo", kv_algo, KV_ALGOS)):
-        if value is not None and value not in known.values():
+    for key, value, known in (("quant_algo", algo, known_algos), ("kv_cache_quant_algo", kv_algo, list(KV_ALGOS.values()))):
+        if value is not None and value not in known:
             table.unsupported(
                 f"{key} {shown(value)} is not supported",
-                f"supported are {', '.join(known.values())}",
+                f"supported are {', '.join(known)}",
                 "calibrate the original checkpoint with thoughtx-calibrate",
             )
-    for key, off in (("has_zero_point", False), ("clamp_val", None), ("use_meta_recipe", False)):
+    zero_point = table.boolean("has_zero_point", False)
+    if zero_point and algo != "W4A16_GPTQ":
+        table.unsupported("quantization.has_zero_point is true", f"{shown(algo)} has no zero points")
+    for key, off in (("clamp_val", None), ("use_meta_recipe", False)):
         if table.get(key) not in (None, off):
             table.unsupported(f"quantization.{key} is {shown(table.raw[key])}", f"only {shown(off)} is supported")
     excluded = table.get("exclude_modules")
@@ -129,5 +138,6 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
         kv_algo=kv_algo,
         group_size=size,
         prequant=table.boolean("pre_quant_scale", False),
+        zero_point=zero_point,
         exclude=tuple(excluded),
     )

@@ -53,7 +53,11 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     if bias:
         inputs.append(b.weight(f"{module}.bias", (num_out,)))
     b.products.append(Product(output, TRT_NAMES[stored], both))
-    return b.node("Gemm", inputs, output, transB=1)
+    if not quant.zero_point:
+        return b.node("Gemm", inputs, output, transB=1)
+    product = b.node("Gemm", inputs, f"{output}.product", transB=1)
+    b.products[-1] = Product(f"{output}.product", TRT_NAMES[stored], both)
+    return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
 
 
 def cache_in(b: Builder, x: str, attention: str, output: str) -> str:
@@ -72,3 +76,14 @@ def _zero(b: Builder, stored: str) -> str:
     if all(tensor.name != name for tensor in b.inline):
         b.inline.append(helper.make_tensor(name, ELEM_TYPES[stored], [], b"\0", raw=True))
     return name
+
+
+def _zeros(b: Builder, x: str, module: str, output: str, num_out: int, num_groups: int) -> str:
+    """What zero points add: each group's zero times the sum of its inputs. No engine's fused product knows zero points; this is exact."""
+    shape = f"{output}.groups.shape"
+    b.constant(shape, [0, num_groups, -1])
+    if all(tensor.name != "groups.axis" for tensor in b.inline):
+        b.constant("groups.axis", [2])
+    groups = b.node("Reshape", [x, shape], f"{output}.groups")
+    sums = b.node("ReduceSum", [groups, "groups.axis"], f"{output}.groups.sum", keepdims=0)
+    return b.node("Gemm", [sums, b.weight(f"{module}.zero", (num_out, num_groups))], f"{output}.zeros", transB=1)

@@ -10,7 +10,18 @@ import onnx
 from onnx import TensorProto, helper
 
 # Everything else in the graph moves data, or works on integers, and rounds nothing.
-ROUNDED = ("Gemm", "DequantizeLinear", "Add", "Mul", "Swish", "RMSNormalization", "RotaryEmbedding", "Attention", "ChunkedAttention")
+ROUNDED = (
+    "Gemm",
+    "DequantizeLinear",
+    "ReduceSum",
+    "Add",
+    "Mul",
+    "Swish",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "Attention",
+    "ChunkedAttention",
+)
 
 
 def is_bfloat16(model: onnx.ModelProto) -> bool:

@@ -1,0 +1,299 @@
+"""Quantized Hugging Face checkpoints as input: FP8 (compressed-tensors, ModelOpt), AWQ and GPTQ with 4 bits. Nothing is rounded again.
+
+    FP8    weight F8_E4M3 [out, in], weight_scale [1] or [out, 1], input_scale [1]
+    AWQ    qweight I32 [in, out / 8], qzeros I32 [in / group, out / 8], scales [in / group, out]; eight outputs a word, as 0 2 4 6 1 3 5 7
+    GPTQ   qweight I32 [in / 8, out], qzeros I32 [in / group, out / 8], scales, g_idx [in]; zeros are stored less one, except in gptq_v2
+
+q, k and v keep their own scales: where they differ, a matrix has a scale per row. A zero point z becomes a number added per group,
+(q - z) * s = (q - 8) * s + (8 - z) * s, which is exact on every engine. What cannot be kept as it is (dynamic input scales, activation
+order, other formats) is E103: a checkpoint is never widened behind the user's back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from trtllm_thoughtx import checkpoint, files, report
+from trtllm_thoughtx.calibrate import stored
+from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.families import Tensor, tensors_of
+from trtllm_thoughtx.families.fields import Fields
+from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
+from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.weights import CARRIED, FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+QUANT_FILE = "hf_quant_config.json"
+IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|k_scale|v_scale)")
+READ = {**{name: NUMPY_DTYPES[kind] for name, kind in STORED_DTYPES.items()}, "I32": np.dtype("<i4")}
+Made = dict[str, np.ndarray]  # suffix -> tensor
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the matrices are stored: `kind` is fp8 | awq | gptq; the rest belongs to the 4-bit ones."""
+
+    kind: str
+    group_size: int = 128
+    zero_offset: int = 0  # what is added to a stored zero
+
+
+def is_quantized(model_dir: Path) -> bool:
+    """A Hugging Face directory that says that its weights are quantized."""
+    if not os.path.isdir(model_dir) or checkpoint.kind_of(model_dir) != "huggingface":
+        return False
+    raw = files.read_json(model_dir, "config.json")
+    return bool(isinstance(raw, dict) and raw.get("quantization_config")) or os.path.lexists(model_dir / QUANT_FILE)
+
+
+def only_plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `import_quantized` among those of thoughtx-convert; E001 for one that would change numbers or split them."""
+    for name, plain in (("dtype", "auto"), ("tp_size", 1), ("pp_size", 1), ("allow_nonfinite", False)):
+        if options.get(name, plain) != plain:
+            why = "the numbers of a quantized checkpoint are kept as they are, in one piece"
+            raise ThoughtxError("E001", f"--{name} {options[name]} cannot be used", where=f"--{name}", why=why, fix="leave it out")
+    return {"force": options.get("force", False)}
+
+
+def scheme_of(model_dir: Path) -> Scheme:
+    """E103 for a format whose numbers cannot be kept."""
+    where = str(model_dir / "config.json")
+    raw = files.read_json(model_dir, "config.json").get("quantization_config")
+    if not raw:
+        where = str(model_dir / QUANT_FILE)
+        table = Fields(files.read_json(model_dir, QUANT_FILE), where).table("quantization")
+        algo = table.get("quant_algo") if table else None
+        return Scheme("fp8") if algo == "FP8" else _unread(f"{QUANT_FILE}: quant_algo {shown(algo)}", where)
+    fields = Fields(raw, where, "quantization_config.")
+    method = fields.text("quant_method")
+    if method == "modelopt":
+        return Scheme("fp8") if fields.get("quant_algo") == "FP8" else _unread(f"modelopt {shown(fields.get('quant_algo'))}", where)
+    if method == "compressed-tensors":
+        return _compressed(fields, where)
+    if method not in ("awq", "gptq"):
+        return _unread(f"quant_method {shown(method)}", where)
+    if fields.integer("bits", 1, 64, 4) != 4:
+        return _unread(f"{method} with {fields.get('bits')} bits", where)
+    if method == "awq" and str(fields.get("version", "gemm")).lower() != "gemm":
+        return _unread(f"awq version {shown(fields.get('version'))}", where)
+    size = fields.integer("group_size", 2, 1 << 16, 128)
+    return Scheme(method, size, 1 if method == "gptq" and fields.get("checkpoint_format", "gptq") == "gptq" else 0)
+
+
+def _compressed(fields: Fields, where: str) -> Scheme:
+    groups = fields.get("config_groups")
+    if fields.get("format") not in ("float-quantized", "naive-quantized") or not isinstance(groups, dict) or len(groups) != 1:
+        return _unread(f"compressed-tensors format {shown(fields.get('format'))}", where)
+    group = Fields(next(iter(groups.values())), where, "quantization_config.config_groups.")
+    weights, inputs = group.table("weights"), group.table("input_activations")
+    if (
+        not weights
+        or weights.get("type") != "float"
+        or weights.get("num_bits") != 8
+        or weights.get("strategy") not in ("tensor", "channel")
+    ):
+        return _unread("compressed-tensors weights that are not FP8 with a scale per tensor or channel", where)
+    if not inputs or inputs.get("dynamic") is not False or inputs.get("strategy") != "tensor":
+        return _unread("FP8 with input scales that are computed for each token", where)
+    return Scheme("fp8")
+
+
+def _unread(what: str, where: str) -> NoReturn:
+    why = "read are FP8 with static input scales (compressed-tensors, ModelOpt), and AWQ and GPTQ with 4 bits"
+    fix = "calibrate the original checkpoint with thoughtx-calibrate"
+    raise ThoughtxError("E103", f"{what} is not read", where=where, why=why, fix=fix)
+
+
+class _Source:
+    """The tensors of the checkpoint, read one at a time; remembers which were used."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.shards = checkpoint.shard_files(root)
+        self.infos = checkpoint.read_tensors(root, self.shards)
+        self.used: set[str] = set()
+
+    def read(self, name: str, wanted: tuple[int, ...] | None = None) -> np.ndarray:
+        info = self.infos.get(name)
+        if info is None or (wanted is not None and info.shape != wanted) or (info.dtype not in READ and info.dtype != "F8_E4M3"):
+            found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+            why = f"{found}, wanted {list(wanted) if wanted else 'it'}"
+            raise ThoughtxError("E107", f"{shown(name)} does not fit", where=str(self.root), why=why, fix="download the checkpoint again")
+        self.used.add(name)
+        dtype = FIXED_DTYPES["F8_E4M3"] if info.dtype == "F8_E4M3" else READ[info.dtype]
+        with files.open_inside(self.root, info.file) as file:
+            file.seek(info.offset)
+            data = stored.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(info.shape)
+
+    def has(self, name: str) -> bool:
+        return name in self.infos
+
+
+def unpack_words(words: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
+    """Eight 4-bit numbers of each 32-bit word, uint8, unfolded along `axis`; place i of a word holds number `order[i]`."""
+    wide = words.astype("<u4") if axis == 1 else words.T.astype("<u4")
+    out = np.empty((*wide.shape, 8), np.uint8)
+    for place, number in enumerate(order):
+        out[..., number] = (wide >> np.uint32(4 * place)) & np.uint32(15)
+    flat = out.reshape(wide.shape[0], -1)
+    return flat if axis == 1 else flat.T
+
+
+def _four_bits(source: _Source, base: str, num_out: int, num_in: int, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(numbers [out, in], zeros [out, groups], scales [out, groups]) of one layer, as they are stored."""
+    size = scheme.group_size
+    num_groups = num_in // size
+    scales = source.read(f"{base}.scales", (num_groups, num_out)).astype(np.float32).T
+    words = source.read(f"{base}.qzeros", (num_groups, num_out // 8))
+    if scheme.kind == "awq":
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in, num_out // 8)), 1, AWQ_ORDER).T
+        zeros = unpack_words(words, 1, AWQ_ORDER).T
+    else:
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in // 8, num_out)), 0).T
+        zeros = unpack_words(words, 1).T
+        if source.has(f"{base}.g_idx") and not np.array_equal(source.read(f"{base}.g_idx", (num_in,)), np.arange(num_in) // size):
+            _unread(f"GPTQ with activation order ({base}.g_idx)", str(source.root))
+    return numbers, zeros.astype(np.int16) + scheme.zero_offset, scales
+
+
+def _made_four(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
+    parts = [_four_bits(source, part.source.removesuffix(".weight"), part.shape[0], part.shape[1], scheme) for part in tensor.parts]
+    numbers, zeros, scales = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    halves = (numbers.astype(np.int8) - 8).view(np.uint8) & 15
+    zero = (8 - zeros).astype(np.float32) * scales
+    packed = np.ascontiguousarray(halves[:, 0::2] | (halves[:, 1::2] << 4))
+    return {"weight": packed, "weights_scaling_factor": np.ascontiguousarray(scales), "zero": np.ascontiguousarray(zero)}
+
+
+def _made_fp8(source: _Source, tensor: Tensor) -> Made:
+    """The rows as they are, a scale per row, and the largest of the input scales."""
+    weights, rows, inputs = [], [], []
+    for part in tensor.parts:
+        base = part.source.removesuffix(".weight")
+        weights.append(source.read(f"{base}.weight", part.shape))
+        scale = source.read(f"{base}.weight_scale").astype(np.float32).reshape(-1)
+        if scale.size not in (1, part.shape[0]):
+            _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.root))
+        rows.append(np.broadcast_to(scale, (part.shape[0],)))
+        if not source.has(f"{base}.input_scale"):
+            _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.root))
+        inputs.append(source.read(f"{base}.input_scale").astype(np.float32).reshape(1))
+    bits = np.concatenate([weight.view(np.uint8) for weight in weights])
+    return {
+        "weight": bits.view(weights[0].dtype),
+        "weights_scaling_factor": np.concatenate(rows),
+        "activation_scaling_factor": np.max(inputs, axis=0),
+    }
+
+
+def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Write a quantized Hugging Face checkpoint as a TensorRT-LLM one, number for number; returns a summary."""
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    progress = progress or Progress.silent()
+    scheme = scheme_of(model_dir)
+    raw = {key: value for key, value in files.read_json(model_dir, "config.json").items() if key != "quantization_config"}
+    source = _Source(model_dir)
+    kinds = {STORED_DTYPES[i.dtype] for n, i in source.infos.items() if i.dtype in STORED_DTYPES and n.endswith("norm.weight")}
+    config = model_config_from_hf(raw, str(model_dir / "config.json"), weights_dtype=kinds.pop() if len(kinds) == 1 else None)
+    files.check_output(output_dir, force=force, inputs=[model_dir])
+    table = {tensor.name: tensor for tensor in tensors_of(config)}
+    mark = ".weight_scale" if scheme.kind == "fp8" else ".qweight"
+    covered: dict[str, Tensor] = {}
+    for module in linear_modules(config):
+        tensor = table[f"{module}.weight"]
+        marked = [source.has(part.source.removesuffix(".weight") + mark) for part in tensor.parts]
+        if any(marked) and not all(marked):
+            _unread(f"a layer of which a part is quantized ({module})", str(model_dir))
+        if all(marked):
+            covered[module] = tensor
+    made = _Made(source, covered, scheme)
+    quant = made.quant_config([module for module in linear_modules(config) if module not in covered])
+    config = replace(config, quantization=quant)
+    entries = with_quantization(list(table.values()), config)
+    inputs = [model_dir / name for name in ("config.json", *source.shards, QUANT_FILE) if os.path.lexists(model_dir / name)]
+    with files.atomic_dir(output_dir, force=force) as partial, progress.stage("import", len(entries)) as stage:
+
+        def values() -> Iterator[np.ndarray]:
+            for tensor in entries:
+                stage.advance(1)
+                yield made.value(tensor) if tensor.stored else _plain(source, tensor, config.dtype)
+
+        names = {kind: name for name, kind in STORED_DTYPES.items()}
+        rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
+        hashes = {"rank0.safetensors": stored.write(partial / "rank0.safetensors", rows, values())}
+        unused = [
+            n for n in source.infos if n not in source.used and not IGNORED.fullmatch(n) and not (n == "lm_head.weight" and config.tied)
+        ]
+        if unused:
+            why = listed([shown(name) for name in unused])
+            fix = "use the config.json that belongs to these weights"
+            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(model_dir), why=why, fix=fix)
+        (partial / "config.json").write_text(json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
+        for name in (n for n in CARRIED if os.path.lexists(model_dir / n)):
+            (partial / name).write_bytes(files.read_inside(model_dir, name, 512 << 20))
+        report.write_manifest(
+            partial,
+            command=f"thoughtx-convert --model_dir {model_dir.name} --output_dir {output_dir.name}",
+            inputs=report.manifest_inputs(inputs),
+            config={"scheme": scheme.kind, "dtype": config.dtype},
+            checks=[],
+            environment={},
+            hashes=hashes,
+        )
+    return {
+        "output_dir": str(output_dir),
+        "model_type": config.family,
+        "dtype": config.dtype,
+        "quant_algo": quant.algo,
+        "num_quantized": len(covered),
+        "has_zero_point": quant.zero_point,
+        "up_to_date": False,
+    }
+
+
+class _Made:
+    """The quantized layers of the checkpoint in our form, one in memory at a time."""
+
+    def __init__(self, source: _Source, covered: Mapping[str, Tensor], scheme: Scheme) -> None:
+        self.source, self.covered, self.scheme = source, covered, scheme
+        self.held: tuple[str, Made] = ("", {})
+
+    def layer(self, module: str) -> Made:
+        if self.held[0] != module:
+            tensor = self.covered[module]
+            self.held = (
+                module,
+                _made_fp8(self.source, tensor) if self.scheme.kind == "fp8" else _made_four(self.source, tensor, self.scheme),
+            )
+        return self.held[1]
+
+    def quant_config(self, exclude: list[str]) -> QuantConfig:
+        """One pass over the scales: does every matrix have one scale, is every zero in the middle?"""
+        if not self.covered:
+            _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.root))
+        if self.scheme.kind == "fp8":
+            same = all(np.ptp(self.layer(module)["weights_scaling_factor"]) == 0 for module in self.covered)
+            return QuantConfig(algo="FP8" if same else "FP8_PER_CHANNEL", exclude=tuple(exclude))
+        zero = any(np.any(self.layer(module)["zero"]) for module in self.covered)
+        return QuantConfig(algo="W4A16_GPTQ", group_size=self.scheme.group_size, zero_point=zero, exclude=tuple(exclude))
+
+    def value(self, tensor: Tensor) -> np.ndarray:
+        module, _, suffix = tensor.name.rpartition(".")
+        return self.layer(module)[suffix].reshape(-1)[: int(np.prod(tensor.shape))].reshape(tensor.shape)
+
+
+def _plain(source: _Source, tensor: Tensor, dtype: str) -> np.ndarray:
+    parts = [source.read(part.source, part.shape) for part in tensor.parts]
+    return np.concatenate(parts).astype(NUMPY_DTYPES[dtype], copy=False)
