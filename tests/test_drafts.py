@@ -33,7 +33,7 @@ CACHES = {
 def trained(tmp_path_factory):
     """The sample with adapters before layers 3 and 5."""
     root = tmp_path_factory.mktemp("drafts")
-    calibrate_exits(SAMPLE, root / "ckpt", exit_layers=(3, 5), fit_exit_head=True, tasks=("chain",), num_items=12, max_new_tokens=150)
+    calibrate_exits(SAMPLE, root / "ckpt", exit_layers=(3, 5), fit_exit_head=True, tasks=("chain",), num_items=10, max_new_tokens=120)
     return root
 
 
