@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, re.DOTALL)
-NAMES = ("convert", "build", "validate", "run", "bench", "inspect", "eval", "distill", "calibrate")
+NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "inspect", "eval", "distill")
 
 
 @pytest.fixture(scope="module")
