@@ -26,6 +26,11 @@ from decode import GENAI, OURS, ROOT, measured
 GENAI_FORMATS = {"int8": ("int8", []), "int4": ("int4", ["int4_block_size=128", "int4_accuracy_level=4"])}
 
 
+def ratio(rows: list[dict[str, float]], others: list[dict[str, float]] | None) -> float | None:
+    """Of the decode rates, the median of the rounds."""
+    return round(statistics.median(a["decode"] / b["decode"] for a, b in zip(rows, others, strict=True)), 2) if others else None
+
+
 def genai_model(model_dir: Path, out: Path, precision: str, extra: list[str], num_threads: int) -> Path:
     words = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model_dir), "-o", str(out), "-p", precision, "-e", "cpu"]
     words += ["-c", str(out.parent / "cache"), *(["--extra_options", *extra] if extra else [])]
@@ -78,22 +83,24 @@ def main() -> None:
     base = next(iter(systems))
     result: dict[str, Any] = {}
     for name, rows in rates.items():
-        ratios = [a["decode"] / b["decode"] for a, b in zip(rows, rates[base], strict=True)]
+        width = name.partition("int")[2][:1]
         result[name] = {
             "decode": round(statistics.median(r["decode"] for r in rows), 2),
             "decode_min": round(min(r["decode"] for r in rows), 2),
             "decode_max": round(max(r["decode"] for r in rows), 2),
             "prefill": round(statistics.median(r["prefill"] for r in rows), 1),
-            "over_float32": round(statistics.median(ratios), 2),
+            "over_float32": ratio(rows, rates[base]),
+            "over_genai": ratio(rows, rates.get(f"onnxruntime-genai int{width}")),
             "weights_mib": round(sizes[name] / (1 << 20)),
         }
     if args.json:
         print(json.dumps({"rounds": args.rounds, "prompt_len": args.prompt_len, "threads": args.num_threads, "systems": result}))
         return
-    print(f"{'system':<26}{'decode tok/s':>14}{'min':>8}{'max':>8}{'prefill tok/s':>15}{'over float32':>14}{'weights MiB':>13}")
+    widths = {"decode": 14, "decode_min": 11, "decode_max": 11, "prefill": 9, "over_float32": 13, "over_genai": 11, "weights_mib": 12}
+    print("tokens a second\n" + f"{'system':<26}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
     for name, row in result.items():
-        cells = f"{row['decode']:>14}{row['decode_min']:>8}{row['decode_max']:>8}{row['prefill']:>15}{row['over_float32']:>14}"
-        print(f"{name:<26}{cells}{row['weights_mib']:>13}")
+        cells = ("-" if row[key] is None else row[key] for key in widths)
+        print(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class Budget(click.ParamType):
 FLAGS_OF = {
     "--qformat": (
         *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
-        *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits"),
+        *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits", "self_traces", "private_data"),
+        *("eval_items", "dataset", "max_new_tokens"),
     ),
     "--chunk_report": ("calib_data", "calib_size", "context", "target_capture", "max_task_loss", "eval_items"),
     "--fit_exit_head, --exit_layers": (
@@ -64,6 +65,8 @@ FLAGS_OF = {
 @click.option("--calib_size", type=POSITIVE, help="Sequences to take.  [default: 128, of which an eighth judges; chunk report 16]")
 @click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512]")
 @click.option("--batch_size", type=Count(1, 4096), help="Sequences at once; changes no number.  [default: 8, exits 16]")
+@click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the data's prompts.")
+@click.option("--private_data", is_flag=True, default=None, help="Write no token of the data; generated tasks judge engines instead.")
 @click.option("--group_size", type=Count(2, 1 << 16), help="Inputs that share a 4-bit scale.  [default: 128, or the largest that fits]")
 @click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize the output matrix as well.")
@@ -75,13 +78,13 @@ FLAGS_OF = {
 @click.option("--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: 2048]")
 @click.option("--target_capture", type=SHARE, help="Share of the attention mass that the window must keep.  [default: 0.97]")
 @click.option("--max_task_loss", type=SHARE, help="Share of right answers that may be lost.  [default: 0.01]")
-@click.option("--eval_items", type=COUNT, help="Questions of each task that are asked; 0: none.  [default: 60]")
+@click.option("--eval_items", type=COUNT, help="Questions of each task that are asked.  [default: --qformat 0, --chunk_report 60]")
 @click.option("--adapter_rank", type=POSITIVE, help="Rank of an exit adapter's map.  [default: 64]")
 @click.option("--max_accuracy_loss", type=FiniteFloat(0, 100), help="Points of accuracy that an exit may cost.  [default: 0.5]")
 @click.option("--task", "tasks", type=NAMES, help="Generated questions to trace for exits.  [default: all]")
-@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to trace instead.')
+@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to ask or trace instead.')
 @click.option("--num_items", type=POSITIVE, help="Generated questions of each task and set, for exits.  [default: 120]")
-@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of a trace, for exits.  [default: 512]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of an answer.  [default: 512]")
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads, for exits.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from trtllm_thoughtx.calibrate import grid, stored
-from trtllm_thoughtx.calibrate.layers import Walk, add_stored, quantized
+from trtllm_thoughtx.calibrate.data import NUM_STORED
+from trtllm_thoughtx.calibrate.layers import STORED_LEN, Walk, add_stored, quantized
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, device, read
 from trtllm_thoughtx.calibrate.search import Found
 from trtllm_thoughtx.divergence import Divergence
@@ -36,9 +37,10 @@ def units_of(modules: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress: Progress) -> dict[str, float]:
-    """Mean KL of the model with one unit quantized and all else as it was, in nats, by each module of the unit; on the stored rows."""
+    """Mean KL of the model with one unit quantized and all else as it was, in nats, by each module of the unit; on a few
+    held-out rows."""
     units = units_of(modules)
-    rows = walk.stored_rows()
+    rows = [row[:STORED_LEN] for row in walk.data.held[:NUM_STORED]]
     config = walk.source.config
     found: dict[str, float] = {}
     with torch.inference_mode(), progress.stage("sensitivity", config.num_layers + 1) as stage:
@@ -54,7 +56,7 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
             stage.advance(1)
         grids = _grids(walk, "head.safetensors")
         streams_of = {unit: (variants.get(unit, clean), unit == ("lm_head",)) for unit in units}
-        for unit, seen, _ in _judged(walk, rows, clean, streams_of, grids.get("lm_head")):
+        for unit, seen, _ in _judged(walk, rows, clean, streams_of, grids.get("lm_head"), all_judge=True):
             found |= dict.fromkeys(unit, seen.summary()["kl"])
         stage.advance(1)
     return found
@@ -62,7 +64,7 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
 
 def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> list[tuple[Divergence, Divergence]]:
     """Divergence of the quantized model when the layers in `kept` stay as they are, on all held-out rows and on the stored ones."""
-    rows, config = walk.data.held, walk.source.config
+    rows, config = walk.data.judging, walk.source.config
     with torch.inference_mode(), progress.stage("measure", config.num_layers + 1) as stage:
         clean = _embedded(walk, rows)
         variants = {k: list(clean) for k in range(len(kept))}
@@ -147,13 +149,20 @@ def _forward(walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Foun
 
 
 def _judged(
-    walk: Walk, rows: Sequence[Sequence[int]], clean: Streams, variants: Mapping[Any, tuple[Streams, bool]], head_grid: Found | None
+    walk: Walk,
+    rows: Sequence[Sequence[int]],
+    clean: Streams,
+    variants: Mapping[Any, tuple[Streams, bool]],
+    head_grid: Found | None,
+    *,
+    all_judge: bool = False,
 ) -> Iterator[tuple[Any, Divergence, Divergence]]:
-    """Each variant's logits against those of the clean streams, everywhere and at the stored positions; its flag says whether its head is
-    quantized, too."""
+    """Each variant's logits against those of the clean streams, on the rows that judge and at the stored positions of those that travel
+    (`all_judge`: `rows` are not the walk's, all of them judge); its flag says whether its head is quantized, too."""
     head = Head(walk.source)
     seen = {key: (Divergence(), Divergence()) for key in variants}
     for number, ids in enumerate(rows):
+        judges, travels = (True, False) if all_judge else (walk.data.judges(number), walk.data.travels(number))
         for at in range(0, len(ids), Head.ROWS):
             part = slice(at, at + Head.ROWS)
             targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(ids[part])]
@@ -162,6 +171,8 @@ def _judged(
                 h = head.normed(streams[number][part])
                 on_grid = head_grid is not None and is_quantized
                 got = F.linear(head_grid.inputs(h, walk.algo), head_grid.matrix) if head_grid and on_grid else F.linear(h, head.weight)
-                seen[key][0].add(wanted, got.numpy(force=True), targets)
-                add_stored(seen[key][1], number, ids, at, wanted, got.numpy(force=True))
+                if judges:
+                    seen[key][0].add(wanted, got.numpy(force=True), targets)
+                if travels:
+                    add_stored(seen[key][1], ids, at, wanted, got.numpy(force=True))
     yield from ((key, whole, part) for key, (whole, part) in seen.items())

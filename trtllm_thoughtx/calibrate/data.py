@@ -4,6 +4,9 @@ A JSONL line is {"text": ...}, {"prompt": ..., "thought" or "steps": ..., "answe
 "attention_mask": [...]}; a .txt file is text parted by blank lines; a directory is one that `datasets` saved, with rows like the lines.
 Prompts and messages go through the chat template. Tokens that the mask hides, and padding at the ends of a row, are dropped: no pad is
 ever part of a statistic. Which rows are taken depends on the seed alone. Every row that cannot be used is E164 with its line number.
+
+Of the held-out sequences some travel with the checkpoint, so that its engines can be judged on them. Data that must not leave is judged
+on all the same; generated tasks travel in its place.
 """
 
 from __future__ import annotations
@@ -28,30 +31,58 @@ FILE_BYTES = 1 << 30
 KEYS = frozenset({"id", "text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient"})
 FORMS = ("text", "prompt", "messages", "input_ids")
 MAX_HELD = 16
+NUM_STORED = 8  # held-out sequences that travel
 CONTEXTS = (0, 64, 128, 256)  # words
 BUILT_IN = "generated tasks"
 
 
 @dataclass(frozen=True)
 class Data:
-    """`rows` calibrate, `held` (others, where there are enough) judge the result; token ids. `facts` go into the manifest."""
+    """`rows` calibrate, `held` (others, where there are enough) judge the result; token ids. `facts` go into the manifest.
+
+    `public` are sequences that travel in place of held-out ones; without any the first of `held` do."""
 
     rows: list[list[int]]
     held: list[list[int]]
     facts: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    public: list[list[int]] = field(default_factory=list)
+
+    @property
+    def judging(self) -> list[list[int]]:
+        """All sequences that are run on both models: first those that judge, last those that travel (these may be the same)."""
+        return [*self.held, *self.public]
+
+    def judges(self, number: int) -> bool:
+        return number < len(self.held)
+
+    def travels(self, number: int) -> bool:
+        return number >= len(self.held) if self.public else number < NUM_STORED
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.rows, self.held]).encode()).hexdigest()
 
 
 def read_data(
-    path: Path | None, text: Text | None, *, vocab_size: int, num_samples: int, max_len: int, seed: int, pad_id: int | None = None
+    path: Path | None,
+    text: Text | None,
+    *,
+    vocab_size: int,
+    num_samples: int,
+    max_len: int,
+    seed: int,
+    pad_id: int | None = None,
+    only_prompts: bool = False,
+    is_private: bool = False,
 ) -> Data:
-    """At most `num_samples` sequences of at most `max_len` tokens, an eighth of them held out. E164 for data that cannot be used."""
+    """At most `num_samples` sequences of at most `max_len` tokens, an eighth of them held out. E164 for data that cannot be used.
+
+    `only_prompts` leaves out what the rows say behind their prompts; with `is_private` no row of theirs travels."""
     where = str(path) if path is not None else "--calib_data"
     warnings: list[str] = []
     if path is None:
-        raws: list[tuple[str, Any]] = (
-            list(_generated(num_samples, seed)) if text is not None else list(_random(num_samples, vocab_size, seed))
-        )
+        raws: list[tuple[str, Any]] = _own_rows(num_samples, vocab_size, seed, text)
         what = BUILT_IN if text is not None else "random tokens: the checkpoint has no tokenizer"
         warnings.append(f"calibrated on {what}; data of your own (--calib_data) makes better scales")
     else:
@@ -59,7 +90,7 @@ def read_data(
     rows, wrong, num_cut, num_dropped = [], [], 0, 0
     for place, raw in raws:
         try:
-            ids = _ids(raw, text, where)
+            ids = _ids(_prompt_alone(raw) if only_prompts else raw, text, where, add_generation_prompt=only_prompts)
             kept = _without_pads(ids, raw, pad_id)
             num_dropped += len(ids) - len(kept)
             bad = next((i for i in kept if not 0 <= i < vocab_size), None)
@@ -90,11 +121,9 @@ def read_data(
     if num_cut:
         warnings.append(f"{num_cut} sequences were cut to {max_len} tokens (--calib_seq_len)")
     rows = rows[: len(rows) - num_held]
-    digest = hashlib.sha256(json.dumps([rows, held]).encode()).hexdigest()
     facts = {
         "source": what,
         "sha256": sha256_of(Path(path)) if path is not None and Path(path).is_file() else None,
-        "tokens_sha256": digest,
         "num_rows": num_rows,
         "num_sequences": len(rows),
         "num_held_out": len(held) if num_held else 0,
@@ -104,7 +133,17 @@ def read_data(
         "seed": seed,
         "max_len": max_len,
     }
-    return Data(rows, held, facts, warnings)
+    public = []
+    if is_private:
+        told = (_ids(raw, text, where, add_generation_prompt=False) for _, raw in _own_rows(NUM_STORED, vocab_size, seed, text))
+        public = [ids[:max_len] for ids in told]
+    data = Data(rows, held, facts, warnings, public)
+    facts["tokens_sha256"] = data.digest
+    return data
+
+
+def _own_rows(num: int, vocab_size: int, seed: int, text: Text | None) -> list[tuple[str, Any]]:
+    return list(_generated(num, seed)) if text is not None else list(_random(num, vocab_size, seed))
 
 
 def _generated(num: int, seed: int) -> Iterator[tuple[str, Any]]:
@@ -163,7 +202,20 @@ def _saved(path: Path) -> Iterable[tuple[str, Any]]:
     return ((f"row {number}", {k: v for k, v in row.items() if v is not None and k in KEYS}) for number, row in enumerate(rows))
 
 
-def _ids(raw: Any, text: Text | None, where: str) -> list[int]:
+def _prompt_alone(raw: Any) -> Any:
+    """The row without the answer that it has; messages end with the user's last."""
+    if not isinstance(raw, dict):
+        return raw
+    row = {key: value for key, value in raw.items() if key not in ("thought", "steps", "answer")}
+    messages = row.get("messages")
+    if isinstance(messages, list):
+        while messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        row["messages"] = messages
+    return row
+
+
+def _ids(raw: Any, text: Text | None, where: str, *, add_generation_prompt: bool) -> list[int]:
     if isinstance(raw, ThoughtxError):
         raise raw
     if not isinstance(raw, dict):
@@ -179,7 +231,7 @@ def _ids(raw: Any, text: Text | None, where: str) -> list[int]:
     if text is None:
         raise ValueError("a text needs a tokenizer, and the checkpoint has none; give input_ids")
     if form == "messages":
-        return text.chat(tuple(plain_messages(value, where)), add_generation_prompt=False)
+        return text.chat(tuple(plain_messages(value, where)), add_generation_prompt=add_generation_prompt)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{form} must be a text that is not empty")
     return text.encode(value) if form == "text" else _told(raw, text)

@@ -2,14 +2,17 @@
 
 Everything that can be refused is refused before the first layer. The walk keeps its state beside the output, in a hidden directory that
 a run with the same inputs and settings goes on from; the output appears whole or not at all.
+
+    data (-> answers of the model itself) -> walk -> layers that are kept -> checkpoint (-> questions to engines) -> report
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import __version__, files, report
-from trtllm_thoughtx.calibrate import stored
+from trtllm_thoughtx.calibrate import cost, stored
 from trtllm_thoughtx.calibrate.data import read_data
 from trtllm_thoughtx.calibrate.page import report_html
+from trtllm_thoughtx.calibrate.traces import answered
 from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import Tensor
@@ -33,6 +37,8 @@ SMOOTHED = ("int8_sq", "int4_awq")
 GROUPS = (128, 64, 32, 16)
 CALIBRATION = "calibration.json"
 SPACE_FOR_REST = 64 << 20
+AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
+NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
 
 
 def calibrate(
@@ -52,6 +58,11 @@ def calibrate(
     sensitivity: bool = False,
     accuracy_budget: float | None = None,
     target_bits: float | None = None,
+    self_traces: bool = False,
+    private_data: bool = False,
+    eval_items: int = 0,
+    dataset: Path | None = None,
+    max_new_tokens: int = 512,
     seed: int = 0,
     force: bool = False,
     progress: Progress | None = None,
@@ -59,10 +70,12 @@ def calibrate(
     """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
 
     `accuracy_budget` is a mean KL in nats that the result holds, `target_bits` a mean of bits that it uses: layers that cost most stay.
+    `self_traces`: the model's own answers to the data's prompts calibrate it. `private_data`: no token of the data is written.
+    `eval_items` questions of each task, or those of `dataset`, are put to engines of both checkpoints, with `max_new_tokens` at most.
     E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    progress = progress or Progress.silent()
+    progress, load = progress or Progress.silent(), os.getloadavg()[0]
     with open_weights(model_dir) as source:
         config = source.config
         if accuracy_budget is not None and target_bits is not None:
@@ -81,7 +94,11 @@ def calibrate(
             max_len=min(calib_seq_len, config.max_position),
             seed=seed,
             pad_id=text.pad_id if text else None,
+            only_prompts=self_traces,
+            is_private=private_data,
         )
+        questions = cost.questions_of(dataset, eval_items, seed)
+        room = cost.capacity(questions, max_new_tokens, text, config, kv_cache_dtype, model_dir) if questions else 0
         settings = {
             "qformat": qformat,
             "group_size": quant.group_size,
@@ -95,18 +112,27 @@ def calibrate(
             "calib_size": calib_size,
             "seed": seed,
             "data": data.facts["tokens_sha256"],
+            "self_traces": self_traces,
+            "private_data": private_data,
+            "questions": hashlib.sha256(json.dumps([[q.id, q.prompt, q.expected] for q in questions]).encode()).hexdigest(),
+            "max_new_tokens": max_new_tokens,
         }
         inputs = report.manifest_inputs(source.inputs(), progress)
         if not force and report.is_current(output_dir, settings, lambda: inputs):
             return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
         files.check_output(output_dir, force=force, inputs=[model_dir])
         _check_target(config, quant, target_bits)
-        num_states = 3 * sum(map(len, [*data.rows, *data.held, *data.held])) * config.hidden_size * 4
-        files.require_space(output_dir.absolute().parent, 2 * source_bytes(source) + num_states + SPACE_FOR_REST)
+        num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging, *data.judging]]
+        num_states = 3 * sum(num_tokens) * config.hidden_size * 4
+        num_engines = 2 if questions else int(self_traces)  # in float32, at most twice the source
+        needed = 2 * (1 + num_engines) * source_bytes(source) + num_states + SPACE_FOR_REST
+        files.require_space(output_dir.absolute().parent, needed)
+        walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
+        work = working_dir(output_dir, {**walked, "inputs": inputs, "version": __version__}, progress)
+        if self_traces:
+            data = answered(data, model_dir, work, min(calib_seq_len, config.max_position), seed, progress)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
-        walked = {key: value for key, value in settings.items() if key not in ("sensitivity", "accuracy_budget", "target_bits")}
-        work = working_dir(output_dir, {**walked, "inputs": inputs, "version": __version__}, progress)
         from trtllm_thoughtx.calibrate.layers import Walk
 
         walk = Walk(source, data, quant, work, batch_size)
@@ -141,11 +167,20 @@ def calibrate(
             "size": sizes(config, final, modules),
             "modules": modules,
             "warnings": [*data.warnings, *_warnings(modules)],
+            "answers": None,
+            "speed": None,
+            "skipped": [] if questions else [NOT_ASKED],
             "validation": walk.stored_rows(),
         }
         for warning in _warnings(modules):
             progress.note(f"warning: {warning}")
-        _write(output_dir, source, replace(config, quantization=final), work, found, settings, inputs, force=force, progress=progress)
+
+        def ask(made: Path) -> None:
+            if questions:
+                found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress)
+                found["speed"]["conditions"]["load_before"] = load  # of others: later it is this calibration's own
+
+        _write(output_dir, source, replace(config, quantization=final), work, found, settings, inputs, ask, force=force, progress=progress)
         shutil.rmtree(work, ignore_errors=True)
     return {**found, "output_dir": str(output_dir), "up_to_date": False}
 
@@ -271,6 +306,7 @@ def _write(
     found: Mapping[str, Any],
     settings: Mapping[str, Any],
     inputs: list[dict[str, Any]],
+    ask: Callable[[Path], None],
     *,
     force: bool,
     progress: Progress,
@@ -291,6 +327,7 @@ def _write(
         for name, path in source.carried().items():
             if name != CALIBRATION:
                 (partial / name).write_bytes(files.read_inside(path.parent, name, 512 << 20))
+        ask(partial)
         (partial / CALIBRATION).write_bytes(report.to_json(found).encode())
         (partial / "report.html").write_bytes(report_html(found).encode())
         source.verify_unchanged()

@@ -25,13 +25,13 @@ from trtllm_thoughtx.calibrate.states import States
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.divergence import Divergence, spread
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, scale_of
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.weights import WeightSource
 
 NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
-NUM_STORED, STORED_LEN = 8, 256  # held-out sequences that travel with the checkpoint; a multiple of `Head.ROWS`
+STORED_LEN = 256  # tokens of a sequence that travels with the checkpoint, at most; a multiple of `Head.ROWS`
 FLOAT16_LARGEST = 65504.0
 
 
@@ -107,8 +107,8 @@ class Walk:
         assert quant.algo is not None
         self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
         self.batch_size = batch_size
-        self.num_rows, self.num_held = len(data.rows), len(data.held)
-        rows = [*data.rows, *data.held, *data.held]
+        self.num_rows, self.num_held = len(data.rows), len(data.judging)
+        rows = [*data.rows, *data.judging, *data.judging]
         self.lengths = [len(row) for row in rows]
         self.states = States(root, self.lengths, source.config.hidden_size)
         self.rotary = Rotary(source.config, max(self.lengths))
@@ -142,7 +142,7 @@ class Walk:
 
     def _embed(self) -> None:
         table = read(self.source, "transformer.vocab_embedding.weight")
-        for row, ids in enumerate([*self.data.rows, *self.data.held, *self.data.held]):
+        for row, ids in enumerate([*self.data.rows, *self.data.judging, *self.data.judging]):
             self.states.write(-1, row, table[torch.tensor(ids, device=table.device)].numpy(force=True))
 
     def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
@@ -264,7 +264,7 @@ class Walk:
         judge = _Judge(one, self.algo) if one else None
         divergence, stored_part = Divergence(), Divergence()
         for number, row in enumerate(self.held):
-            ids = self.data.held[number]
+            ids = self.data.judging[number]
             pair = [head.normed(torch.from_numpy(self.states.read(last, r)).to(head.weight.device)) for r in (row, row + self.num_held)]
             for at in range(0, len(ids), Head.ROWS):
                 clean, rough = (h[at : at + Head.ROWS] for h in pair)
@@ -274,8 +274,10 @@ class Walk:
                     judge.add(clean, wanted, F.linear(one.inputs(clean, self.algo), one.matrix))
                 targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
                 pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
-                divergence.add(*pair_of_logits, targets)
-                add_stored(stored_part, number, ids, at, *pair_of_logits)
+                if self.data.judges(number):
+                    divergence.add(*pair_of_logits, targets)
+                if self.data.travels(number):
+                    add_stored(stored_part, ids, at, *pair_of_logits)
         if judge:
             facts["lm_head"] |= judge.facts()
         self._keep(
@@ -294,17 +296,19 @@ class Walk:
         for index in range(self.source.config.num_layers):
             modules |= read_json(self.root, f"layer.{index}.json")["modules"]
         last = read_json(self.root, "head.json")
-        return modules | last["modules"], last["end_to_end"], last["stored"]
+        modules |= last["modules"]
+        ordered = {name: modules[name] for name in linear_modules(self.source.config) if name in modules}
+        return ordered, last["end_to_end"], last["stored"]
 
     def stored_rows(self) -> list[list[int]]:
-        """The held-out sequences that go with the checkpoint, so that an engine can be judged on them."""
-        return [row[:STORED_LEN] for row in self.data.held[:NUM_STORED]]
+        """The sequences that go with the checkpoint, so that an engine can be judged on them."""
+        return [row[:STORED_LEN] for number, row in enumerate(self.data.judging) if self.data.travels(number)]
 
 
-def add_stored(seen: Divergence, number: int, ids: Sequence[int], at: int, wanted: np.ndarray, got: np.ndarray) -> None:
+def add_stored(seen: Divergence, ids: Sequence[int], at: int, wanted: np.ndarray, got: np.ndarray) -> None:
     """Add the positions that an engine of this checkpoint is later judged at; the last one of a stored row has no target."""
     length = min(len(ids), STORED_LEN)
-    rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)] if number < NUM_STORED else []
+    rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)]
     if rows:
         seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
 

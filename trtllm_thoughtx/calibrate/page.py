@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trtllm_thoughtx import report
+from trtllm_thoughtx.bench import BUSY
 from trtllm_thoughtx.errors import shown
 
 NUM_WORST = 8
+NOT_QUOTED = "not to be quoted: other work ran on this machine"
 
 
 def calibration_tables(found: Mapping[str, Any]) -> list[Any]:
@@ -28,6 +30,7 @@ def calibration_tables(found: Mapping[str, Any]) -> list[Any]:
         ["mean bits of a weight", size["mean_bits"]],
         ["bytes of the matrices, after / before", size["bytes_after"] / size["bytes_before"]],
     ]
+    rows += _engine_rows(found)
     num_held = found["data"]["num_held_out"]
     title = f"{found['qformat']} on {loss['num_positions']} held-out positions" if num_held else f"{found['qformat']} on its own data"
     judged = {name: facts for name, facts in found["modules"].items() if facts["quantized"]}
@@ -36,7 +39,29 @@ def calibration_tables(found: Mapping[str, Any]) -> list[Any]:
     rows += [["kept as they are", f"{len(kept)}: {', '.join(kept)}"]] if kept else []
     columns = ["layer", "SQNR dB", "clipped share", "largest input", "alpha"]
     lines = [[name, f["sqnr_db"], f["clipped_share"], f["input_amax"], f["alpha"]] for name, f in worst]
-    return [report.table(title, ["measure", "value"], rows), report.table("layers that lost most", columns, lines)]
+    return [report.table(title, ["measure", "value"], rows), report.table("layers that lost most", columns, lines), *found["skipped"]]
+
+
+def _engine_rows(found: Mapping[str, Any]) -> list[list[Any]]:
+    """What engines of both checkpoints answered, and how fast; nothing when they were not asked."""
+    answers, speed = found["answers"], found["speed"]
+    if answers is None:
+        return []
+    whole, rates = answers["accuracy_percent"][-1], speed["tokens_per_second"]
+    low, high = whole["interval"]
+    return [
+        [f"right answers before, % of {whole['num_items']}", whole["first"]],
+        ["right answers after, %", whole["second"]],
+        ["difference, points (95 %)", f"{whole['difference']:+.2f} ({low:+.2f} .. {high:+.2f})"],
+        ["decode, after / before", rates["decode"]["ratio"]],
+        ["prefill, after / before", rates["prefill"]["ratio"]],
+        ["bytes of the engine, after / before", speed["engine_bytes"][1] / speed["engine_bytes"][0]],
+        *([["timings", NOT_QUOTED]] if _is_busy(speed) else []),
+    ]
+
+
+def _is_busy(speed: Mapping[str, Any]) -> bool:
+    return bool(speed["conditions"]["load_before"] > BUSY * (speed["conditions"]["num_cpus"] or 1))
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}
@@ -69,6 +94,7 @@ def report_html(found: Mapping[str, Any]) -> str:
         _table(["limit", ""], [[name, value] for name, value in found["limits"].items()]),
         "<h2>Size</h2>",
         _table(["linear layers", ""], [[name, value] for name, value in found["size"].items()]),
+        *_engines(found),
         "<h2>Data</h2>",
         _table(["calibrated on", ""], [[name, value] for name, value in found["data"].items()]),
         "<h2>Layer by layer</h2>",
@@ -87,6 +113,47 @@ def report_html(found: Mapping[str, Any]) -> str:
     rows = [[name, "quantized" if f["quantized"] else "as it was", *(f.get(key) for key in keys)] for name, f in modules.items()]
     parts += [_table(columns, rows), "</html>\n"]
     return "\n".join(parts)
+
+
+def _engines(found: Mapping[str, Any]) -> list[str]:
+    """Answers and speed of engines of both checkpoints."""
+    answers, speed = found["answers"], found["speed"]
+    if answers is None:
+        return ["<h2>Answers and speed</h2>", *(f"<p>Not measured: {_text(reason)}</p>" for reason in found["skipped"])]
+    rows = [[r["task"], r["num_items"], r["first"], r["second"], r["difference"], *r["interval"]] for r in answers["accuracy_percent"]]
+    rates = [[phase, *(one[key] for key in ("before", "after", "ratio"))] for phase, one in speed["tokens_per_second"].items()]
+    before, after = speed["engine_bytes"]
+    told = f"only before right: {answers['only_before_right']}, only after: {answers['only_after_right']}"
+    conditions = ", ".join(f"{key} {value}" for key, value in speed["conditions"].items())
+    return [
+        "<h2>Answers</h2>",
+        _table(["right answers, %", "questions", "before", "after", "points", "95 % from", "to"], rows),
+        f"<p>The same questions to engines of both checkpoints, greedy; {told}; exact p of equal accuracy {answers['p_equal']:.3g}.</p>",
+        whiskers({str(r["task"]): (r["difference"], *r["interval"]) for r in answers["accuracy_percent"]}),
+        "<h2>Speed</h2>",
+        *([f"<p class='warning'>{NOT_QUOTED}</p>"] if _is_busy(speed) else []),
+        _table(["tokens a second", "before", "after", "ratio"], [*rates, ["bytes of the engine", before, after, after / before]]),
+        f"<p>{_text(conditions)}</p>",
+    ]
+
+
+def whiskers(values: Mapping[str, tuple[float, float, float]]) -> str:
+    """Points of accuracy won or lost, a line a task: the difference and its interval."""
+    rim = max(1.0, *(abs(x) for row in values.values() for x in row))
+    left, line = 90, 24
+    middle, scale = left + (WIDTH - left) / 2, (WIDTH - left) / 2 / (1.1 * rim)
+    tall = line * len(values) + BELOW
+    out = [f"<svg viewBox='0 0 {WIDTH} {tall}' width='{WIDTH}' height='{tall}' role='img'>"]
+    for tick in (-rim, -rim / 2, 0.0, rim / 2, rim):
+        x = middle + scale * tick
+        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='0' y2='{tall - BELOW}' stroke='{'#eee' if tick else '#999'}'/>")
+        out.append(f"<text x='{x:.1f}' y='{tall - 18}' text-anchor='middle'>{f'{tick:+.3g}' if tick else '0'}</text>")
+    for number, (name, (at, low, high)) in enumerate(values.items()):
+        y = line * number + line / 2
+        ends = f"x1='{middle + scale * low:.1f}' x2='{middle + scale * high:.1f}' y1='{y}' y2='{y}'"
+        out.append(f"<text x='0' y='{y + 4}'>{_text(name)}</text><line {ends} stroke='#4269d0' stroke-width='2'/>")
+        out.append(f"<circle cx='{middle + scale * at:.1f}' cy='{y}' r='4' fill='#4269d0'><title>{at:+.3g} points</title></circle>")
+    return "".join([*out, f"<text x='{middle}' y='{tall - 4}' text-anchor='middle'>points, after less before</text></svg>"])
 
 
 def bars(values: Mapping[str, float], *, is_log: bool) -> str:

@@ -10,6 +10,7 @@ the KV cache. Rows of a batch may have any lengths. The same Python runs every b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import AUTO, Choice
-from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, layer_parameters
+from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, matrix_bytes
 from trtllm_thoughtx.runtime.drafts import Pace
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.sampling import GenerationParams
@@ -82,6 +83,13 @@ class Engine:
     @property
     def build(self) -> BuildConfig:
         return self.directory.build
+
+    @functools.cached_property
+    def part_bytes(self) -> list[int]:
+        """Of the matrices of each part of the graph, as `Work.weight_bytes` counts them."""
+        item = 4 if self.build.dtype == "float32" else 2
+        rows = ((part["first_layer"], part["last_layer"], bool(part["head"])) for part in self.directory.parts)
+        return [matrix_bytes(self.config, first, last, item, head=head) for first, last, head in rows]
 
     @property
     def tokenizer(self) -> Text | None:
@@ -255,19 +263,18 @@ class Engine:
         """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row, padding left out."""
         parts = self.directory.parts[first:last]
         num_layers = parts[-1]["last_layer"] - parts[0]["first_layer"]
-        parameters = num_layers * layer_parameters(self.config)
-        of_exits = 0
+        item = 4 if self.build.dtype == "float32" else 2
+        weight_bytes, of_exits = sum(self.part_bytes[first:last]), 0
         if parts[-1]["head"]:
             of_exits += sum(num_rows) * 2 * self.config.hidden_size * self.build.exit_head
-            parameters += (self.config.vocab_size + 2 * self.build.exit_head) * self.config.hidden_size
+            weight_bytes += 2 * self.build.exit_head * self.config.hidden_size * item
         for part in parts:
             if part["last_layer"] in self.build.draft_layers:
                 of_exits += sum(num_tokens) * self.directory.adapter_weights(part["last_layer"])
-                parameters += self.directory.adapter_weights(part["last_layer"])
+                weight_bytes += self.directory.adapter_weights(part["last_layer"]) * item
         for row, number in enumerate(num_tokens):
             batch.layer_tokens[row] += number * num_layers
-        item = 4 if self.build.dtype == "float32" else 2
-        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), of_exits, parameters * item)
+        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), of_exits, weight_bytes)
         return self.runner.run(feeds, first, last)
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
