@@ -97,11 +97,13 @@ def _answers(engines: Sequence[Path], questions: Sequence[Question], max_new_tok
 def _speed(engines: Sequence[Path], progress: Progress) -> dict[str, Any]:
     rates: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in engines]
     found: dict[str, Any] = {}
-    for _ in range(NUM_ROUNDS):
-        for engine, seen in zip(engines, rates, strict=True):
-            found = bench(engine, prompt_len=PROMPT_LEN, max_new_tokens=NEW_TOKENS, repeats=NUM_RUNS, progress=progress)
-            for row in found["rows"]:
-                seen[row["phase"]].append(row["median"])
+    with progress.stage("timing both engines", NUM_ROUNDS * len(engines)) as stage:
+        for _ in range(NUM_ROUNDS):
+            for engine, seen in zip(engines, rates, strict=True):
+                found = bench(engine, prompt_len=PROMPT_LEN, max_new_tokens=NEW_TOKENS, repeats=NUM_RUNS)
+                for row in found["rows"]:
+                    seen[row["phase"]].append(row["median"])
+                stage.advance(1)
     phases = {}
     for phase in ("prefill", "decode"):
         one, other = (seen[phase] for seen in rates)

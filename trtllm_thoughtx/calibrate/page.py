@@ -133,7 +133,7 @@ def _engines(found: Mapping[str, Any]) -> list[str]:
         "<h2>Speed</h2>",
         *([f"<p class='warning'>{NOT_QUOTED}</p>"] if _is_busy(speed) else []),
         _table(["tokens a second", "before", "after", "ratio"], [*rates, ["bytes of the engine", before, after, after / before]]),
-        f"<p>{_text(conditions)}</p>",
+        f"<p>{_text(conditions)}. These are speeds on this machine's CPU; on a GPU, and for another backend, thoughtx-bench tells.</p>",
     ]
 
 
