@@ -176,7 +176,11 @@ def _stages_by_size(config: ModelConfig, dtype: str) -> tuple[int, ...]:
 def layer_weights(config: ModelConfig) -> int:
     """Weights of one decoder layer's matrices."""
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
-    return attention + 3 * config.hidden_size * config.intermediate_size
+    if config.experts is None:
+        return attention + 3 * config.hidden_size * config.intermediate_size
+    experts = config.experts
+    inner = experts.num_experts * experts.intermediate_size + experts.shared_size
+    return attention + config.hidden_size * (3 * inner + experts.num_experts + (experts.shared_size > 0))
 
 
 def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:

@@ -1,4 +1,5 @@
-"""The typed objects that everything else is built from: `ModelConfig`, `RopeConfig`, `QuantConfig`, `BuildConfig`.
+"""The typed objects that everything else is built from: `ModelConfig` with its `RopeConfig`, `QuantConfig` and
+`ExpertsConfig`, and `BuildConfig`.
 
 A Hugging Face or TensorRT-LLM config.json is read once, at the door (`families` and `checkpoint`), into a frozen
 `ModelConfig`; nothing later sees a dict or guesses a default. `BuildConfig` is what `thoughtx-build` was asked for, after
@@ -70,15 +71,26 @@ class QuantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """One dense decoder, whatever its family. Sizes are element counts."""
+class ExpertsConfig:
+    """A mixture of experts in place of every layer's MLP."""
 
-    family: str  # qwen2 | qwen3 | llama
+    num_experts: int
+    num_active: int  # experts that a token is sent to
+    intermediate_size: int  # of one expert
+    shared_size: int = 0  # intermediate size of the expert that sees every token; 0 without one
+    is_normalized: bool = False  # the shares of a token's experts sum to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder, whatever its family. Sizes are element counts."""
+
+    family: str  # qwen2 | qwen3 | llama | qwen2_moe | qwen3_moe
     architecture: str  # Hugging Face class name, e.g. Qwen2ForCausalLM
     dtype: str  # of the weights: float32 | float16 | bfloat16
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a dense MLP; unused where there are experts
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -91,6 +103,17 @@ class ModelConfig:
     o_bias: bool
     qk_norm: bool
     quantization: QuantConfig | None = None
+    experts: ExpertsConfig | None = None
+
+    @property
+    def mlp_width(self) -> int:
+        """Intermediate size that one token goes through: of the dense MLP, or of its experts together."""
+        experts = self.experts
+        return self.intermediate_size if experts is None else experts.num_active * experts.intermediate_size + experts.shared_size
+
+    @property
+    def has_shared_expert(self) -> bool:
+        return self.experts is not None and self.experts.shared_size > 0
 
     @property
     def q_size(self) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor
+from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor, stacked
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.weights import BLOCK_BYTES, NUMPY_DTYPES, STORED_DTYPES, Findings, WeightSource, open_weights
@@ -31,6 +31,7 @@ from trtllm_thoughtx.weights import BLOCK_BYTES, NUMPY_DTYPES, STORED_DTYPES, Fi
 __all__ = ["WeightSource", "convert", "open_weights", "rank_layers", "rank_shape"]
 
 _SAFETENSORS_DTYPES = {name: stored for stored, name in STORED_DTYPES.items()}
+Entry = tuple[str, tuple[int, ...], str]  # name, shape, dtype
 NUM_BUFFERS = 6
 _CARRIED_LIMIT = 512 << 20
 _SPACE_FOR_REST = 64 << 20  # config, manifest and tokenizer files
@@ -58,11 +59,12 @@ def _share(part: Part, rank: int, tp_size: int, config: ModelConfig) -> tuple[in
 
 def rank_shape(tensor: Tensor, rank: int, tp_size: int, config: ModelConfig) -> tuple[int, ...]:
     """Shape of a tensor on one tensor-parallel rank."""
-    shares = [_share(part, rank, tp_size, config) for part in tensor.parts]
-    tail = tensor.shape[1:]
-    if tensor.parts[0].split == COLS:
-        tail = (tail[0] // tp_size, *tail[1:])
-    return (sum(end - begin + pad for begin, end, pad in shares), *tail)
+    shapes = []
+    for part in tensor.parts:
+        begin, end, pad = _share(part, rank, tp_size, config)
+        num_columns = [size // tp_size if part.split == COLS else size for size in part.shape[1:]]
+        shapes.append((end - begin + pad, *num_columns))
+    return stacked(shapes, tensor.shape[0] if len(tensor.shape) > 2 else None)
 
 
 @dataclass
@@ -111,10 +113,10 @@ def _finish(pending: list[Future[Any]]) -> None:
     pending.clear()
 
 
-def _header(entries: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
+def _header(entries: Sequence[Entry]) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in entries:
+    for name, shape, dtype in entries:
         end = offset + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
         table[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -125,13 +127,14 @@ def _header(entries: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> bytes
 
 def _check_parallel(config: ModelConfig, tp_size: int, pp_size: int) -> None:
     """E001 when the model cannot be split that way."""
-    kv, width = config.num_kv_heads, config.intermediate_size
+    kv, experts = config.num_kv_heads, config.experts
+    widths = [config.intermediate_size] if experts is None else [experts.intermediate_size, experts.shared_size]
     rules = [
         (tp_size >= 1 and pp_size >= 1, "tp_size and pp_size must be at least 1"),
         (pp_size <= config.num_layers, f"pp_size {pp_size} is more than the {config.num_layers} layers"),
         (tp_size < 1 or config.num_heads % tp_size == 0, f"tp_size {tp_size} does not divide the {config.num_heads} attention heads"),
         (tp_size < 1 or kv % tp_size == 0 or tp_size % kv == 0, f"tp_size {tp_size} and the {kv} key-value heads do not divide each other"),
-        (tp_size < 1 or width % tp_size == 0, f"tp_size {tp_size} does not divide the MLP width {width}"),
+        *((tp_size < 1 or width % tp_size == 0, f"tp_size {tp_size} does not divide the MLP width {width}") for width in widths),
         (tp_size * pp_size <= 4096, f"{tp_size * pp_size} ranks are too many"),
     ]
     broken = [text for holds, text in rules if not holds]
@@ -175,12 +178,11 @@ def convert(
             return {"output_dir": str(output_dir), "model_type": config.family, **settings, "up_to_date": True}
         files.check_output(output_dir, force=force, inputs=[model_dir])
         stages = [_stage_tensors(source, layers, stage, pp_size) for stage, layers in enumerate(rank_layers(config.num_layers, pp_size))]
-        shapes = [
-            [[(name, rank_shape(tensor, rank, tp_size, config)) for name, tensor in stage] for rank in range(tp_size)] for stage in stages
-        ]
-        item = NUMPY_DTYPES[target].itemsize
-        num_bytes = item * sum(math.prod(shape) for stage in shapes for rank in stage for _, shape in rank)
-        source_bytes = item * sum(math.prod(tensor.shape) for stage in stages for _, tensor in stage)
+        shapes = [[_entries(stage, rank, tp_size, config, target) for rank in range(tp_size)] for stage in stages]
+        num_bytes = sum(math.prod(shape) * NUMPY_DTYPES[kind].itemsize for stage in shapes for rank in stage for _, shape, kind in rank)
+        source_bytes = sum(
+            math.prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype or target].itemsize for stage in stages for _, tensor in stage
+        )
         files.require_space(output_dir.absolute().parent, num_bytes + _SPACE_FOR_REST)
         hashes: dict[str, str] = {}
         found: dict[str, Findings] = {}
@@ -193,9 +195,9 @@ def convert(
                         outputs = [_RankFile(stack.enter_context((partial / name).open("xb"))) for name in names]
                         lanes = stack.enter_context(_Lanes())
                         for output, entries in zip(outputs, shapes[stage], strict=True):
-                            lanes.send(output, _header(entries, target))
+                            lanes.send(output, _header(entries))
                         for _, tensor in tensors:
-                            findings = _deal(source, tensor, outputs, target, lanes, step, keep=not found)
+                            findings = _deal(source, tensor, outputs, tensor.dtype or target, lanes, step, keep=not found)
                             if findings:
                                 found[tensor.name] = findings
                         lanes.drain()
@@ -254,6 +256,11 @@ def _stage_tensors(source: WeightSource, layers: range, stage: int, pp_size: int
         elif tensor.layer in layers:
             held.append((f"transformer.layers.{tensor.layer - layers.start}.{tensor.suffix}", tensor))
     return held
+
+
+def _entries(tensors: Sequence[tuple[str, Tensor]], rank: int, tp_size: int, config: ModelConfig, dtype: str) -> list[Entry]:
+    """What a rank's file holds."""
+    return [(name, rank_shape(tensor, rank, tp_size, config), tensor.dtype or dtype) for name, tensor in tensors]
 
 
 def _deal(source: WeightSource, tensor: Tensor, outputs: list[_RankFile], dtype: str, lanes: _Lanes, step: Any, *, keep: bool) -> Findings:

@@ -41,7 +41,7 @@ def check_tensors(table: Sequence[Tensor], stored: Mapping[str, TensorInfo], con
     for tensor in table:
         for part in tensor.parts:
             rows[part.source] = max(rows.get(part.source, 0), part.first_row + part.shape[0])
-            wanted[part.source] = (rows[part.source], *part.shape[1:])
+            wanted[part.source] = tensor.shape if part.source == tensor.name else (rows[part.source], *part.shape[1:])
     if config.tied and not config.has_head and HEAD in stored:
         wanted[HEAD] = (config.vocab_size, config.hidden_size)
     problems = [f"{name}: missing, wanted {list(shape)}" for name, shape in wanted.items() if name not in stored]

@@ -151,7 +151,8 @@ class WeightSource:
     def num_bytes(self, name: str) -> int:
         """Bytes of a tensor as the checkpoint holds it."""
         stored = self._tensors[name].stored
-        return math.prod(self.shape(name)) * (FIXED_DTYPES[stored] if stored else NUMPY_DTYPES[self.config.dtype]).itemsize
+        dtype = self._tensors[name].dtype or self.config.dtype
+        return math.prod(self.shape(name)) * (FIXED_DTYPES[stored] if stored else NUMPY_DTYPES[dtype]).itemsize
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers.
@@ -161,12 +162,13 @@ class WeightSource:
         tensor = self._tensors[name]
         if tensor.stored:
             return self._read_fixed(tensor)
-        dtype = dtype or self.config.dtype
+        dtype = dtype or tensor.dtype or self.config.dtype
         out = np.empty(tensor.shape, NUMPY_DTYPES[dtype])
         findings, row = Findings(), 0
+        rows = out.reshape(-1, *tensor.parts[0].shape[1:])
         for part in tensor.parts:
             for begin, end in self.blocks(part):
-                findings.add(self.read_rows(part, begin, end, out[row + begin : row + end]))
+                findings.add(self.read_rows(part, begin, end, rows[row + begin : row + end]))
             row += part.shape[0]
         self.refuse({name: findings} if findings else {}, dtype)
         return out

@@ -194,6 +194,9 @@ def quant_config(
         raise ThoughtxError(
             "E103", "the checkpoint is already quantized", where="--model_dir", why=why, fix="calibrate the original checkpoint"
         )
+    if config.experts is not None:
+        why, fix = "the searches know dense MLPs", "build it in bfloat16 or float16"
+        raise ThoughtxError("E103", "mixtures of experts cannot be quantized yet", where="--model_dir", why=why, fix=fix)
     if qformat not in QUANT_ALGOS:
         why = f"known are {', '.join(QUANT_ALGOS)}"
         raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")

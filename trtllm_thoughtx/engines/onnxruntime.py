@@ -49,7 +49,7 @@ class OnnxRuntimeRunner:
         tap_layers: bool = False,
         exact: bool = False,
     ) -> None:
-        """`exact`: quantized products run as the graph has them, not on `ort_fused`'s operators."""
+        """`exact`: quantized products and experts run as the graph has them, not on `ort_fused`'s operators."""
         self.config, self.build, self.parts, self.exact = config, build, parts, exact
         self.device = available_device()
         self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
@@ -91,7 +91,8 @@ class OnnxRuntimeRunner:
             ) from None
 
     def _fuses(self) -> bool:
-        return self.config.quantization is not None and not self.exact and self.device == "cpu" and self.build.dtype == "float32"
+        has_own = self.config.quantization is not None or self.config.experts is not None
+        return has_own and not self.exact and self.device == "cpu" and self.build.dtype == "float32"
 
     def _tap(self, model: onnx.ModelProto, part: dict[str, Any]) -> None:
         layers = [*([-1] if part["embeds"] else []), *range(part["first_layer"], part["last_layer"])]

@@ -1,20 +1,23 @@
-"""onnxruntime's own operators for quantized products on a CPU: `MatMulNBits` for weight-only ones, `QGemm` for INT8 by INT8.
+"""onnxruntime's own operators on a CPU: `MatMulNBits` for weight-only quantized products, `QGemm` for INT8 by INT8, `MoE` for experts.
 
 The graph's Q/DQ form is what every engine shares; onnxruntime fuses it only in part, and would otherwise widen all weights when it loads.
 So the float32 graph is rewritten while it is read: the same stored numbers, four- and eight-bit ones made unsigned as `MatMulNBits` wants
 them. That operator rounds its inputs to 8 bits, block by block, as it goes (accuracy level 4): several times faster, and a little less
-exact than the graph; `Engine.load(..., exact=True)` runs the graph as it stands.
+exact than the graph; `Engine.load(..., exact=True)` runs the graph as it stands. `MoE` runs each token through its own experts only; it
+wants the rows of an expert's up and gate matrices in turn.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+
+from trtllm_thoughtx.graph import experts
 
 DOMAIN = "com.microsoft"
 BLOCKS = (128, 64, 32, 16)
@@ -23,14 +26,14 @@ SIGN = {4: 0x88, 8: 0x80}  # turns two's complement into an offset of half the r
 
 @dataclass
 class Fused:
-    """Initializers that the rewritten graph takes from memory, by name; `num_products` counts what was rewritten."""
+    """Initializers that the rewritten graph takes from memory, by name; `num_products` counts the nodes that were rewritten."""
 
     arrays: dict[str, np.ndarray]
     num_products: int
 
 
 def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
-    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers."""
+    """Rewrite the quantized products and the mixtures of experts of a float32 graph in place; `data` holds its external initializers."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
@@ -39,6 +42,13 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
     replaced: set[str] = set()
     num_products = 0
     for node in graph.node:
+        if node.op_type == experts.NAME:
+            product, new = _experts(node, tensors[node.input[2]], data)
+            arrays |= new
+            replaced.add(node.input[2])
+            nodes.append(product)
+            num_products += 1
+            continue
         matrix = made.get(node.input[1]) if node.op_type == "Gemm" else None
         if matrix is None or matrix.op_type != "DequantizeLinear":
             nodes.append(node)
@@ -76,6 +86,20 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
             tensor.external_data.add(key="location", value=name)
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return Fused(arrays, num_products)
+
+
+def _experts(node: onnx.NodeProto, fc: onnx.TensorProto, data: BinaryIO) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
+    """x, logits, fc [E, 2X, H] with an expert's ups before its gates, proj -> the same with gates and ups in turn."""
+    num_experts, num_rows, hidden = fc.dims
+    halves = _read(fc, data).view(np.float32).reshape(num_experts, 2, num_rows // 2, hidden)
+    turned = f"{fc.name}/in_turn"
+    array = np.ascontiguousarray(halves[:, ::-1].swapaxes(1, 2)).reshape(num_experts, num_rows, hidden)
+    x, logits, _, proj = node.input
+    said = {attribute.name: attribute.i for attribute in node.attribute}
+    swiglu: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+    swiglu |= {"k": said["top_k"], "normalize_routing_weights": said["normalized"]}
+    made = helper.make_node("MoE", [x, logits, turned, "", proj], list(node.output), name=node.name, domain=DOMAIN, **swiglu)
+    return made, {turned: array}
 
 
 def _output(node: onnx.NodeProto) -> str:

@@ -3,14 +3,16 @@
 The table is the whole mapping: names, shapes, how parts are fused and how a tensor is split over tensor-parallel ranks.
 Reading, checking, sharding and writing all walk it, so they cannot disagree. A row of a layer is kept when `when` is None
 or names a true flag of the `ModelConfig`. Dimensions are symbols: H hidden, Q query heads x head size, K key-value heads x head
-size, D head size, I intermediate, V vocabulary.
+size, D head size, I intermediate, V vocabulary; of a mixture E experts, X intermediate of an expert, S of the shared one, O one row.
+
+The matrices of all experts of a layer are one tensor [E, rows, columns], whose parts are those of expert 0, then of expert 1, ...
 
 Note the inversion that TensorRT-LLM's names carry: `mlp.fc` is the activated `gate_proj`, `mlp.gate` is `up_proj`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +29,11 @@ class Row:
     name: str
     parts: tuple[tuple[str, str, str], ...]
     when: str | None = None
+    of_experts: bool = False  # the parts of each expert, whose number stands for {expert}
+    dtype: str | None = None  # in a TensorRT-LLM checkpoint, whatever the other tensors' type is
 
 
-LAYER: tuple[Row, ...] = (
+ATTENTION: tuple[Row, ...] = (
     Row("input_layernorm.weight", (("input_layernorm.weight", "H", ALL),)),
     Row(
         "attention.qkv.weight",
@@ -53,9 +57,29 @@ LAYER: tuple[Row, ...] = (
     Row("attention.dense.weight", (("self_attn.o_proj.weight", "HQ", COLS),)),
     Row("attention.dense.bias", (("self_attn.o_proj.bias", "H", ALL),), when="o_bias"),
     Row("post_layernorm.weight", (("post_attention_layernorm.weight", "H", ALL),)),
+)
+LAYER: tuple[Row, ...] = (
+    *ATTENTION,
     Row("mlp.fc.weight", (("mlp.gate_proj.weight", "IH", ROWS),)),
     Row("mlp.gate.weight", (("mlp.up_proj.weight", "IH", ROWS),)),
     Row("mlp.proj.weight", (("mlp.down_proj.weight", "HI", COLS),)),
+)
+EXPERTS: tuple[Row, ...] = (
+    *ATTENTION,
+    Row("mlp.router.weight", (("mlp.gate.weight", "EH", ALL),), dtype="float32"),
+    Row(
+        "mlp.fc.weight",
+        (("mlp.experts.{expert}.up_proj.weight", "XH", ROWS), ("mlp.experts.{expert}.gate_proj.weight", "XH", ROWS)),
+        of_experts=True,
+    ),
+    Row("mlp.proj.weight", (("mlp.experts.{expert}.down_proj.weight", "HX", COLS),), of_experts=True),
+    Row(
+        "mlp.shared_expert.fc.weight",
+        (("mlp.shared_expert.up_proj.weight", "SH", ROWS), ("mlp.shared_expert.gate_proj.weight", "SH", ROWS)),
+        when="has_shared_expert",
+    ),
+    Row("mlp.shared_expert.proj.weight", (("mlp.shared_expert.down_proj.weight", "HS", COLS),), when="has_shared_expert"),
+    Row("mlp.shared_expert_gate.weight", (("mlp.shared_expert_gate.weight", "OH", ALL),), when="has_shared_expert"),
 )
 EMBEDDING = Row("transformer.vocab_embedding.weight", (("model.embed_tokens.weight", "VH", ALL),))
 FINAL_NORM = Row("transformer.ln_f.weight", (("model.norm.weight", "H", ALL),))
@@ -90,7 +114,9 @@ class Part:
 class Tensor:
     """One global TensorRT-LLM tensor. `layer` is None outside the decoder layers; `suffix` is the name within a layer.
 
-    `stored` is the safetensors type of a tensor that is never cast; None: the checkpoint's type.
+    `stored` is the safetensors type of a tensor that is never cast; `dtype` the type of one that a TensorRT-LLM checkpoint always
+    holds in that; None: the checkpoint's type. The rows of all parts, in order, are those of the tensor with all but its last
+    dimensions flattened.
     """
 
     name: str
@@ -99,16 +125,27 @@ class Tensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     stored: str | None = None
+    dtype: str | None = None
 
 
 def _tensor(row: Row, layer: int | None, sizes: Mapping[str, int]) -> Tensor:
     parts = []
-    for hf_name, dims, split in row.parts:
-        source = hf_name if layer is None else f"model.layers.{layer}.{hf_name}"
-        parts.append(Part(source, 0, tuple(sizes[d] for d in dims), split))
-    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    num_experts = sizes["E"] if row.of_experts else 1
+    for expert in range(num_experts):
+        for hf_name, dims, split in row.parts:
+            source = hf_name if layer is None else f"model.layers.{layer}.{hf_name.format(expert=expert)}"
+            parts.append(Part(source, 0, tuple(sizes[d] for d in dims), split))
+    shape = stacked([part.shape for part in parts], num_experts if row.of_experts else None)
     name = row.name if layer is None else f"transformer.layers.{layer}.{row.name}"
-    return Tensor(name, layer, row.name, shape, tuple(parts))
+    return Tensor(name, layer, row.name, shape, tuple(parts), dtype=row.dtype)
+
+
+def stacked(shapes: Sequence[tuple[int, ...]], num_experts: int | None) -> tuple[int, ...]:
+    """Shape of parts on top of each other; `num_experts` equal groups of them get a dimension of their own."""
+    num_rows = sum(shape[0] for shape in shapes)
+    if num_experts is None:
+        return (num_rows, *shapes[0][1:])
+    return (num_experts, num_rows // num_experts, *shapes[0][1:])
 
 
 def tensor_table(config: ModelConfig, family: Family) -> tuple[Tensor, ...]:
@@ -123,7 +160,10 @@ def tensor_table(config: ModelConfig, family: Family) -> tuple[Tensor, ...]:
         "D": config.head_dim,
         "I": config.intermediate_size,
         "V": config.vocab_size,
+        "O": 1,
     }
+    if config.experts is not None:
+        sizes |= {"E": config.experts.num_experts, "X": config.experts.intermediate_size, "S": config.experts.shared_size}
     rows = [row for row in family.layer if row.when is None or getattr(config, row.when)]
     head = HEAD if not config.tied else Row(HEAD.name, ((EMBEDDING.parts[0][0], *HEAD.parts[0][1:]),))
     table = [_tensor(EMBEDDING, None, sizes)]
@@ -140,5 +180,5 @@ def in_trtllm_terms(table: tuple[Tensor, ...], *, tied: bool) -> tuple[Tensor, .
         for part in tensor.parts:
             parts.append(Part(stored, first, part.shape, part.split))
             first += part.shape[0]
-        result.append(Tensor(tensor.name, tensor.layer, tensor.suffix, tensor.shape, tuple(parts)))
+        result.append(Tensor(tensor.name, tensor.layer, tensor.suffix, tensor.shape, tuple(parts), dtype=tensor.dtype))
     return tuple(result)

@@ -21,6 +21,7 @@ BOUNDS = {
     "context": 16 << 20,
     "heads": 4096,
     "head_dim": 8192,
+    "experts": 4096,
 }
 
 

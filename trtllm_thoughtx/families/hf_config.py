@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trtllm_thoughtx.config import DTYPES, ModelConfig
+from trtllm_thoughtx.config import DTYPES, ExpertsConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import family_named
 from trtllm_thoughtx.families.family import Family
@@ -55,6 +55,10 @@ def _refuse(raw: Fields, family: Family) -> None:
             f"attention_bias is {str(not family.qkv_bias).lower()}",
             f"{family.model_type} models have biases on query, key and value" if family.qkv_bias else "biases are not supported",
         )
+    if raw.boolean("qkv_bias", True) is not True:
+        raw.unsupported("qkv_bias is false", f"{family.model_type} models have biases on query, key and value")
+    if raw.integer("decoder_sparse_step", 1, 1 << 16, 1) != 1 or raw.get("mlp_only_layers", []):
+        raw.unsupported("some layers have experts and others a dense MLP", "every layer must be of the same kind")
     if raw.boolean("use_sliding_window", False):
         raw.unsupported("the model uses a sliding window", "every layer must attend to the full context", "set use_sliding_window to false")
     kinds = raw.get("layer_types", [])
@@ -63,6 +67,25 @@ def _refuse(raw: Fields, family: Family) -> None:
     other = sorted({kind for kind in kinds if kind != "full_attention"})
     if other:
         raw.unsupported(f"layer_types has {shown(', '.join(other))}", "every layer must be full_attention")
+
+
+def _experts(fields: Fields, family: Family) -> ExpertsConfig | None:
+    """The mixture of an expert family; transformers 5 calls the number of experts `num_local_experts`."""
+    if "num_experts" not in family.defaults:
+        return None
+    name = "num_local_experts" if fields.get("num_experts") is None else "num_experts"
+    num_experts = fields.integer(name, 1, BOUNDS["experts"], family.defaults["num_experts"])
+    if fields.get("num_local_experts", num_experts) != num_experts:
+        fields.wrong("num_experts", "and num_local_experts differ")
+    num_active = fields.integer("num_experts_per_tok", 1, num_experts, family.defaults["num_experts_per_tok"])
+    shared = family.defaults["shared_expert_intermediate_size"]
+    return ExpertsConfig(
+        num_experts=num_experts,
+        num_active=num_active,
+        intermediate_size=fields.integer("moe_intermediate_size", 1, BOUNDS["intermediate"], family.defaults["moe_intermediate_size"]),
+        shared_size=fields.integer("shared_expert_intermediate_size", 1, BOUNDS["intermediate"], shared) if shared else 0,
+        is_normalized=fields.boolean("norm_topk_prob", False),
+    )
 
 
 def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str | None = "float32") -> ModelConfig:
@@ -101,7 +124,7 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
         dtype=dtype_of(fields, weights_dtype),
         vocab_size=fields.integer("vocab_size", 1, BOUNDS["vocab"]),
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size", 1, BOUNDS["intermediate"]),
+        intermediate_size=fields.integer("intermediate_size", 1, BOUNDS["intermediate"], family.defaults.get("moe_intermediate_size")),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -113,4 +136,5 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         qk_norm=family.qk_norm,
+        experts=_experts(fields, family),
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from trtllm_thoughtx.config import DTYPES, ModelConfig
+from trtllm_thoughtx.config import DTYPES, ExpertsConfig, ModelConfig
 from trtllm_thoughtx.errors import shown
-from trtllm_thoughtx.families import FAMILIES
+from trtllm_thoughtx.families import FAMILIES, Family
 from trtllm_thoughtx.families.fields import BOUNDS, Fields
 from trtllm_thoughtx.families.quantization import check_groups, quantization_of, quantization_section
 from trtllm_thoughtx.families.rope import rope_from_trtllm, rope_to_trtllm
 
+RENORMALIZE = 1  # of TensorRT-LLM's normalization modes: a token's shares sum to 1
 # Fields that switch on arithmetic which is not implemented, with the value that leaves it off.
 _OFF = {
     "mlp_bias": False,
@@ -42,7 +43,7 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
         "num_key_value_heads": config.num_kv_heads,
         "head_size": config.head_dim,
         "intermediate_size": config.intermediate_size,
-        "hidden_act": "silu",
+        "hidden_act": "silu" if config.experts is None else "swiglu",
         "norm_epsilon": config.norm_eps,
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": config.max_position,
@@ -57,6 +58,7 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         **copy.deepcopy(dict(FAMILIES[config.family].trtllm)),
+        **_experts_section(config.experts),
         "mapping": {
             "world_size": tp_size * pp_size,
             "gpus_per_node": 8,
@@ -73,14 +75,49 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
     }
 
 
-def _refuse(fields: Fields) -> None:
+def _experts_section(experts: ExpertsConfig | None) -> dict[str, Any]:
+    """TensorRT-LLM's own converter writes normalization_mode 0 for every model, which is wrong where the shares sum to 1."""
+    if experts is None:
+        return {}
+    mode = RENORMALIZE if experts.is_normalized else 0
+    return {
+        "moe_intermediate_size": experts.intermediate_size,
+        "moe_shared_expert_intermediate_size": experts.shared_size,
+        "moe": {
+            **{"num_experts": experts.num_experts, "top_k": experts.num_active, "normalization_mode": mode},
+            **{"sparse_mixer_epsilon": 0.01, "tp_mode": 0},
+        },
+    }
+
+
+def _experts_of(fields: Fields, family: Family) -> ExpertsConfig | None:
+    """Inverse of `_experts_section`; a family has experts or it has none."""
+    moe = fields.table("moe")
+    num_experts = moe.integer("num_experts", 0, BOUNDS["experts"], 0) if moe is not None else 0
+    if (num_experts > 0) != ("num_experts" in family.defaults):
+        fields.unsupported(f"moe.num_experts is {num_experts}", f"a {family.model_type} model has {'none' if num_experts else 'experts'}")
+    if moe is None or not num_experts:
+        return None
+    if fields.integer("decoder_sparse_step", 1, 1 << 16, 1) != 1 or fields.get("mlp_only_layers", []):
+        fields.unsupported("some layers have experts and others a dense MLP", "every layer must be of the same kind")
+    mode = moe.integer("normalization_mode", 0, 16)
+    if mode not in (0, RENORMALIZE):
+        moe.unsupported(f"moe.normalization_mode is {mode}", f"0 and {RENORMALIZE} are supported")
+    shared = family.defaults["shared_expert_intermediate_size"]
+    return ExpertsConfig(
+        num_experts=num_experts,
+        num_active=moe.integer("top_k", 1, num_experts),
+        intermediate_size=fields.integer("moe_intermediate_size", 1, BOUNDS["intermediate"]),
+        shared_size=fields.integer("moe_shared_expert_intermediate_size", 1, BOUNDS["intermediate"]) if shared else 0,
+        is_normalized=mode == RENORMALIZE,
+    )
+
+
+def _refuse(fields: Fields, activation: str) -> None:
     for key, off in _OFF.items():
         if fields.get(key, off) != off:
             fields.unsupported(f"{key} is {shown(fields.raw[key])}", f"only {off} is supported")
-    moe = fields.table("moe")
-    if moe is not None and moe.integer("num_experts", 0, 1 << 20, 0):
-        fields.unsupported("the model is a mixture of experts", "dense models are supported")
-    for key, wanted in (("hidden_act", "silu"), ("position_embedding_type", "rope_gpt_neox")):
+    for key, wanted in (("hidden_act", activation), ("position_embedding_type", "rope_gpt_neox")):
         if fields.text(key) != wanted:
             fields.unsupported(f"{key} is {shown(fields.raw[key])}", f"only {wanted} is supported")
 
@@ -105,7 +142,8 @@ def model_config_from_trtllm(raw: dict[str, Any], where: str) -> ModelConfig:
     qwen_type = family.trtllm.get("qwen_type")
     if qwen_type is not None and fields.text("qwen_type") != qwen_type:
         fields.unsupported(f"qwen_type is {shown(fields.raw['qwen_type'])}", f"a {architecture} checkpoint must say {qwen_type}")
-    _refuse(fields)
+    experts = _experts_of(fields, family)
+    _refuse(fields, "silu" if experts is None else "swiglu")
     dtype = fields.text("dtype")
     if dtype not in DTYPES:
         fields.unsupported(f"weights of type {shown(dtype)} are not supported", f"supported types are {', '.join(DTYPES)}")
@@ -143,6 +181,9 @@ def model_config_from_trtllm(raw: dict[str, Any], where: str) -> ModelConfig:
         o_bias=bias if family.o_bias is None else family.o_bias,
         qk_norm=family.qk_norm,
         quantization=quantization_of(fields),
+        experts=experts,
     )
+    if experts is not None and config.quantization is not None:
+        fields.unsupported("the experts are quantized", "mixtures of experts are read in float32, float16 or bfloat16")
     check_groups(config, fields)
     return config

@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.exit_weights import ExitWeights
-from trtllm_thoughtx.graph import chunked_attention, exits, quantized, rope
+from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
 
 IR_VERSION = 11
 INLINE_BYTES = 1024  # smaller initializers stay inside the graph
@@ -148,6 +148,9 @@ def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part, exits: Ex
     if build.use_chunked_attention and b.num_attention:
         opsets.append(helper.make_opsetid(chunked_attention.DOMAIN, 1))
         functions.append(chunked_attention.function_proto(anchors=build.num_anchors > 0, plugin=build.plugin))
+    if config.experts is not None and b.num_attention:
+        opsets += [] if functions else [helper.make_opsetid(experts.DOMAIN, 1)]
+        functions.append(experts.function_proto(config.experts, b.elem_type))
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
     return Graph(part, model, tuple(b.external), b.num_attention, tuple(b.products))
 
@@ -203,6 +206,8 @@ def _layer(b: Builder, layer: int, x: str) -> str:
     o = b.linear(a, f"{weights}.attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
     x = b.node("Add", [x, o], f"{name}.attention.residual")
     h = b.norm(x, f"{weights}.post_layernorm.weight", f"{name}.mlp.norm", hidden)
+    if config.experts is not None:
+        return b.node("Add", [x, experts.mlp(b, h, layer)], layer_output(layer))
     # TensorRT-LLM names: fc is the activated projection (gate_proj), gate is up_proj.
     fc = b.linear(h, f"{weights}.mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
     gate = b.linear(h, f"{weights}.mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)

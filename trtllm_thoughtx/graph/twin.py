@@ -21,6 +21,8 @@ ROUNDED = (
     "RotaryEmbedding",
     "Attention",
     "ChunkedAttention",
+    "SparseExperts",
+    "Sigmoid",
 )
 
 
