@@ -193,6 +193,8 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager") -> Any:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), **local)
+        if hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # a loop over experts: grouped products know no float64
         _check_memory(path, config, dtype)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path), config=config, use_safetensors=True, attn_implementation=attention, **{word: dtype}, **local

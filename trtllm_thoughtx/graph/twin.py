@@ -35,7 +35,10 @@ def float32_twin(model: onnx.ModelProto) -> onnx.ModelProto:
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     graph = twin.graph
-    for value in (*graph.input, *graph.output):
+    branches = [
+        attribute.g for function in twin.functions for node in function.node for attribute in node.attribute if attribute.HasField("g")
+    ]
+    for value in (*graph.input, *graph.output, *(value for branch in branches for value in branch.output)):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     nodes, wide = [], {}
