@@ -21,7 +21,11 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 256},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
 }
-FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16},
+}
 ROPES: dict[str, dict[str, Any]] = {
     "none": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
@@ -36,7 +40,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def model(family: str, *, rope: str = "none", seed: int = 0, **sizes: Any) -> Any:
     """A float32 `...ForCausalLM` with random weights."""
     config_class = getattr(transformers, f"{FAMILIES[family]}Config")
-    config = config_class(**{**SIZES, "rope_parameters": dict(ROPES[rope]), **sizes})
+    config = config_class(**{**SIZES, "rope_parameters": dict(ROPES[rope]), **EXPERTS.get(family, {}), **sizes})
     made = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, generator=generator)
@@ -49,7 +53,7 @@ def model(family: str, *, rope: str = "none", seed: int = 0, **sizes: Any) -> An
             elif "embed_tokens" in name:
                 weight.copy_(draw(weight.shape))
             else:
-                weight.copy_(1.5 * draw(weight.shape) / weight.shape[1] ** 0.5)
+                weight.copy_(1.5 * draw(weight.shape) / weight.shape[-1] ** 0.5)
     return made
 
 
