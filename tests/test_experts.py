@@ -242,6 +242,7 @@ def test_transformers_5_names_the_number_of_experts_anew(tmp_path):
         ({"moe_intermediate_size": 21}, "E107", "tensors do not fit"),
         ({"norm_topk_prob": "yes"}, "E102", "norm_topk_prob"),
         ({"num_local_experts": 1 << 30}, "E102", "num_local_experts"),
+        ({"num_local_experts": 4096, "num_hidden_layers": 1000}, "E102", "too many for 1000 layers"),
     ],
 )
 def test_mixtures_that_cannot_be_read_are_refused(tmp_path, values, code, word):

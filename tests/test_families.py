@@ -160,7 +160,7 @@ def test_harmless_keys_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("code", "changes", "word"),
     [
-        ("E103", {"model_type": "qwen2_moe"}, "llama, qwen2, qwen3"),
+        ("E103", {"model_type": "mixtral"}, "llama, qwen2, qwen2_moe, qwen3, qwen3_moe"),
         ("E102", {"model_type": ["qwen2"]}, "model_type"),
         ("E103", {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM"),
         ("E110", {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
@@ -371,4 +371,6 @@ def test_the_registry_names_every_family_by_its_type() -> None:
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         "llama": "LlamaForCausalLM",
+        "qwen2_moe": "Qwen2MoeForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
     }

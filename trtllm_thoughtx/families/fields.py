@@ -22,6 +22,7 @@ BOUNDS = {
     "heads": 4096,
     "head_dim": 8192,
     "experts": 4096,
+    "experts_in_all_layers": 1 << 16,
 }
 
 
@@ -93,6 +94,12 @@ class Fields:
     def table(self, key: str) -> Fields | None:
         value = self.get(key)
         return None if value is None else Fields(value, self.where, f"{self.prefix}{key}.")
+
+
+def check_experts(fields: Fields, num_experts: int, num_layers: int) -> None:
+    """E102 for more experts than any model has: the table of tensors has rows for each of them."""
+    if num_experts * num_layers > BOUNDS["experts_in_all_layers"]:
+        fields.wrong("num_experts", f"is {num_experts}, too many for {num_layers} layers")
 
 
 def _kind(value: object) -> str:

@@ -12,7 +12,7 @@ from trtllm_thoughtx.config import DTYPES, ExpertsConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families import family_named
 from trtllm_thoughtx.families.family import Family
-from trtllm_thoughtx.families.fields import BOUNDS, Fields
+from trtllm_thoughtx.families.fields import BOUNDS, Fields, check_experts
 from trtllm_thoughtx.families.rope import rope_from_hf
 
 
@@ -69,7 +69,7 @@ def _refuse(raw: Fields, family: Family) -> None:
         raw.unsupported(f"layer_types has {shown(', '.join(other))}", "every layer must be full_attention")
 
 
-def _experts(fields: Fields, family: Family) -> ExpertsConfig | None:
+def _experts(fields: Fields, family: Family, num_layers: int) -> ExpertsConfig | None:
     """The mixture of an expert family; transformers 5 calls the number of experts `num_local_experts`."""
     if "num_experts" not in family.defaults:
         return None
@@ -77,6 +77,7 @@ def _experts(fields: Fields, family: Family) -> ExpertsConfig | None:
     num_experts = fields.integer(name, 1, BOUNDS["experts"], family.defaults["num_experts"])
     if fields.get("num_local_experts", num_experts) != num_experts:
         fields.wrong("num_experts", "and num_local_experts differ")
+    check_experts(fields, num_experts, num_layers)
     num_active = fields.integer("num_experts_per_tok", 1, num_experts, family.defaults["num_experts_per_tok"])
     shared = family.defaults["shared_expert_intermediate_size"]
     return ExpertsConfig(
@@ -136,5 +137,5 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         qk_norm=family.qk_norm,
-        experts=_experts(fields, family),
+        experts=_experts(fields, family, num_layers),
     )

@@ -12,7 +12,7 @@ from typing import Any
 from trtllm_thoughtx.config import DTYPES, ExpertsConfig, ModelConfig
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.families import FAMILIES, Family
-from trtllm_thoughtx.families.fields import BOUNDS, Fields
+from trtllm_thoughtx.families.fields import BOUNDS, Fields, check_experts
 from trtllm_thoughtx.families.quantization import check_groups, quantization_of, quantization_section
 from trtllm_thoughtx.families.rope import rope_from_trtllm, rope_to_trtllm
 
@@ -100,6 +100,7 @@ def _experts_of(fields: Fields, family: Family) -> ExpertsConfig | None:
         return None
     if fields.integer("decoder_sparse_step", 1, 1 << 16, 1) != 1 or fields.get("mlp_only_layers", []):
         fields.unsupported("some layers have experts and others a dense MLP", "every layer must be of the same kind")
+    check_experts(moe, num_experts, fields.integer("num_hidden_layers", 1, BOUNDS["layers"]))
     mode = moe.integer("normalization_mode", 0, 16)
     if mode not in (0, RENORMALIZE):
         moe.unsupported(f"moe.normalization_mode is {mode}", f"0 and {RENORMALIZE} are supported")
