@@ -1,6 +1,6 @@
 """The whole way at real shapes: a directory that transformers saved (random weights, sharded, bfloat16) -> convert -> build -> validate.
 
-    python bench/real_shapes.py [--shapes qwen2.5-0.5b,qwen3-0.6b,llama-3.2-1b] [--work DIR] [--json]
+    python bench/real_shapes.py [--shapes qwen2.5-0.5b,qwen3-0.6b,llama-3.2-1b,...] [--work DIR] [--json]
 
 Each step is the installed command in a process of its own; the table gives seconds, peak memory of its largest process, and what
 `thoughtx-validate` found against PyTorch. Random weights show that shapes, names and numerics are right; they show nothing about answers.
@@ -49,6 +49,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen3-30b-a3b-2-layers": (
+        "Qwen3Moe",
+        {
+            **{"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "head_dim": 128},
+            **{"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 40960},
+            **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 MAKE = """
 import json, sys, torch, transformers
@@ -76,7 +86,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.work) as work:
             model, checkpoint, engine, xml = (Path(work, name) for name in ("model", "checkpoint", "engine", "report.xml"))
             subprocess.run(
-                [sys.executable, "-c", MAKE, family, json.dumps({**sizes, **COMMON}), str(model)], check=True, capture_output=True
+                [sys.executable, "-c", MAKE, family, json.dumps({**COMMON, **sizes}), str(model)], check=True, capture_output=True
             )
             steps = {
                 "convert": ["--model_dir", model, "--output_dir", checkpoint],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 hf_models = pytest.importorskip("hf_models")
 
-from trtllm_thoughtx import Engine  # noqa: E402
+from trtllm_thoughtx import Engine, quality  # noqa: E402
 from trtllm_thoughtx.build import build  # noqa: E402
 from trtllm_thoughtx.build_options import layer_weights  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
 from trtllm_thoughtx.config import ExpertsConfig  # noqa: E402
 from trtllm_thoughtx.convert import convert  # noqa: E402
+from trtllm_thoughtx.engine_dir import EngineDir  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.graph import experts  # noqa: E402
 from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
 from trtllm_thoughtx.runtime.sampling import GenerationParams  # noqa: E402
-from trtllm_thoughtx.validate import validate  # noqa: E402
+from trtllm_thoughtx.validate import identity_of, run_reference, validate  # noqa: E402
 from trtllm_thoughtx.weights import open_weights  # noqa: E402
 
 FAMILIES = ["qwen2_moe", "qwen3_moe"]
@@ -129,6 +131,40 @@ def test_validate_passes_them_and_sees_one_expert_that_is_off(tmp_path, family):
     original = hf_models.save(tmp_path / "again", family)
     result = validate(tmp_path / "off", reference=original)
     assert not result.ok and result.count["failed"]
+
+
+def with_fault(path: Path, fault: str) -> None:
+    """A model that is wrong everywhere a little: shares not normalized, another rotary base, gates and ups exchanged."""
+    raw = json.loads((path / "config.json").read_text())
+    if fault == "shares":
+        changed(path, norm_topk_prob=not raw["norm_topk_prob"])
+    elif fault == "theta":
+        changed(path, rope_parameters={**raw["rope_parameters"], "rope_theta": 2 * raw["rope_parameters"]["rope_theta"]})
+    else:
+        tensors = load_file(path / "model.safetensors")
+        other = {"up_proj": "gate_proj", "gate_proj": "up_proj"}
+        turned = {re.sub("up_proj|gate_proj", lambda found: other[found[0]], name): tensors[name] for name in tensors}
+        save_file(turned, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_judged_by_answers(tmp_path, family, dtype):
+    """Rounding moves tokens between experts, which no band on single numbers survives; what is wrong everywhere is still seen."""
+    options = {**OPTIONS, "dtype": dtype}
+    for seed in (0, 1):  # rounding bands refuse the second in float16
+        hf = hf_models.save(tmp_path / f"m{seed}", family, seed=seed, num_hidden_layers=6)
+        build(hf, tmp_path / f"e{seed}", options)
+        assert validate(tmp_path / f"e{seed}", reference=hf).ok
+    for fault in ("shares", "theta", "turned"):
+        wrong = hf_models.save(tmp_path / fault, family, seed=0, num_hidden_layers=6)
+        with_fault(wrong, fault)
+        build(wrong, tmp_path / f"e-{fault}", options)
+        directory = EngineDir.open(tmp_path / f"e-{fault}")
+        expected = run_reference(tmp_path / "m0", directory.config, directory.build, identity_of(directory))
+        engine = Engine.load(tmp_path / f"e-{fault}", num_threads=1)
+        name, found, _ = next(iter(quality.checks(engine, "onnxruntime", expected, quality.limits_of(directory, expected))))
+        assert name.endswith("answers within the limits") and "KL" in found, fault
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,7 +7,7 @@
     decode      logits through the KV cache, one token at a time, with the reference's tokens
     ragged      rows of different lengths in one batch, against the reference and against the same rows alone
     pieces      a prompt prefilled in pieces, against the reference and against the whole
-    answers     of a quantized engine, in place of all these: KL, top-1 agreement, perplexity (`quality`)
+    answers     of a quantized engine, and of experts in 16 bits, in place of all these: KL, top-1 agreement, perplexity (`quality`)
 
 What is expected comes from transformers (`reference`) or from a golden file; the limits are `parity`'s. A backend that cannot run
 here yields a skipped check, never a passed one.
@@ -234,9 +234,9 @@ def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bise
         if error.code not in ("E201", "E202"):
             raise
         return [*checks, Check(f"{backend}: runs", "skipped", f"{error.what}: {error.why}")]
-    if directory.config.quantization is not None:
+    if quality.applies(directory):
         with contextlib.closing(engine), progress.stage(f"{backend} against the reference"):
-            found = quality.checks(engine, backend, expected, quality.read_limits(directory)[0])
+            found = quality.checks(engine, backend, expected, quality.limits_of(directory, expected))
             return [*checks, *(Check(name, "failed" if wrong else "passed", wrong, evidence) for name, wrong, evidence in found)]
     with progress.stage(f"{backend} against the reference", 2 * len(expected.prompts), "steps") as stage:
         checks += logits_checks(engine, backend, expected, lambda: stage.advance(1))
