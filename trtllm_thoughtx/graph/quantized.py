@@ -1,8 +1,11 @@
 """Quantized linear layers as explicit QuantizeLinear and DequantizeLinear around one Gemm: the form that every engine takes.
 
 onnxruntime computes it as it stands, TensorRT fuses it into a low-precision product. What the graph says is the definition: an input is
-multiplied by its prequant factor, rounded to the stored grid where the format has one, and multiplied with the stored matrix times its
-scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every type holds exactly).
+multiplied by its prequant factor and put in the order of its groups where the format has them, rounded to the stored grid where it has
+one, and multiplied with the stored matrix times its scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every
+type holds exactly).
+
+Scales per token leave the Q/DQ of a product static: a row is divided by its own range before the product and multiplied by it behind.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, TOKEN_ACTIVATIONS, scale_of
 
 if TYPE_CHECKING:
     from trtllm_thoughtx.graph.decoder import Builder
 
 ELEM_TYPES = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8, "U8": TensorProto.INT4}
 TRT_NAMES = {"F8_E4M3": "FP8", "I8": "Int8", "U8": "Int4"}  # as a plan's layer information spells them
+E4M3_STEP = 2.0**-8  # scale of inputs that their token's range has divided: a power of two, which is the same number in every type
+E4M3_SPAN = 448 * E4M3_STEP  # what the largest of a token's inputs becomes
+SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     stored = STORED[quant.algo]
     if quant.prequant:
         x = b.node("Mul", [x, b.weight(f"{module}.prequant_scaling_factor", (num_in,))], f"{output}.prequant")
+    if quant.input_order:
+        x = b.node("Gather", [x, b.weight(f"{module}.input_order", (num_in,), TensorProto.INT32)], f"{output}.ordered", axis=1)
+    if quant.algo == TOKEN_ACTIVATIONS:
+        return _per_token(b, x, module, output, num_out, num_in, bias=bias)
     both = quant.algo in STATIC_ACTIVATIONS
     if both:
         scale = b.weight(f"{module}.activation_scaling_factor", ())
@@ -60,6 +70,35 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
 
 
+def _per_token(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
+    """FP8 by FP8 with scales per token and per row: y = r * (round(x / r) @ W^T) + bias, which is exact, since a row shares its r.
+
+    r is the token's largest input over 1.75, so that the product's result is about as large as y and does not leave float16.
+    """
+    span = f"{x}.range"
+    if all(node.output[0] != span for node in b.nodes):  # layers that read the same inputs round them once
+        largest = b.node("ReduceMax", [b.node("Abs", [x], f"{x}.sizes"), _axis(b, 1)], f"{x}.largest", keepdims=1)
+        b.node("Max", [b.node("Div", [largest, _number(b, "span", E4M3_SPAN)], f"{x}.span"), _number(b, "smallest", SMALLEST_RANGE)], span)
+        step = _number(b, "step", E4M3_STEP)
+        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, "F8_E4M3")], f"{x}.quantized")
+        b.node("DequantizeLinear", [f"{x}.quantized", step], f"{x}.rounded")
+    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES["F8_E4M3"])
+    matrix = b.node("DequantizeLinear", [weight, b.weight(f"{module}.per_channel_scale", (num_out,))], f"{output}.matrix", axis=0)
+    product = b.node("Gemm", [f"{x}.rounded", matrix], f"{output}.product", transB=1)
+    b.products.append(Product(product, TRT_NAMES["F8_E4M3"], True))
+    if not bias:
+        return b.node("Mul", [product, span], output)
+    return b.node("Add", [b.node("Mul", [product, span], f"{output}.wide"), b.weight(f"{module}.bias", (num_out,))], output)
+
+
+def _number(b: Builder, name: str, value: float) -> str:
+    """A scalar of the graph's type."""
+    name = f"token.{name}"
+    if all(tensor.name != name for tensor in b.inline):
+        b.inline.append(helper.make_tensor(name, b.elem_type, [], [value]))
+    return name
+
+
 def cache_in(b: Builder, x: str, attention: str, output: str) -> str:
     """New keys or values as the INT8 cache holds them; one scale a layer for both."""
     return b.node("QuantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ()), _zero(b, "I8")], f"{output}.cached")
@@ -78,12 +117,17 @@ def _zero(b: Builder, stored: str) -> str:
     return name
 
 
+def _axis(b: Builder, axis: int) -> str:
+    name = "groups.axis" if axis == 2 else "token.axis"
+    if all(tensor.name != name for tensor in b.inline):
+        b.constant(name, [axis])
+    return name
+
+
 def _zeros(b: Builder, x: str, module: str, output: str, num_out: int, num_groups: int) -> str:
     """What zero points add: each group's zero times the sum of its inputs. No engine's fused product knows zero points; this is exact."""
     shape = f"{output}.groups.shape"
     b.constant(shape, [0, num_groups, -1])
-    if all(tensor.name != "groups.axis" for tensor in b.inline):
-        b.constant("groups.axis", [2])
     groups = b.node("Reshape", [x, shape], f"{output}.groups")
-    sums = b.node("ReduceSum", [groups, "groups.axis"], f"{output}.groups.sum", keepdims=0)
+    sums = b.node("ReduceSum", [groups, _axis(b, 2)], f"{output}.groups.sum", keepdims=0)
     return b.node("Gemm", [sums, b.weight(f"{module}.zero", (num_out, num_groups))], f"{output}.zeros", transB=1)
