@@ -270,9 +270,11 @@ def test_fp8_with_inputs_rounded_by_token_computes_what_the_format_says(tmp_path
     assert import_quantized(tmp_path / "q", tmp_path / "c")["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
     write_tiny(tmp_path / "plain", tensors=meant, **SIZES, **sizes)
     wanted = rounded_by_token(tmp_path / "plain")
-    mine, unrounded = logits(tmp_path / "c", tmp_path / "e"), logits(tmp_path / "plain", tmp_path / "p")
-    errors = [float(np.sqrt(np.mean((found - wanted) ** 2)) / wanted.std()) for found in (mine, unrounded)]
-    assert errors[0] < 2e-3 and errors[1] > 1e-2, errors
+    found = (logits(tmp_path / "c", tmp_path / "e"), logits(tmp_path / "plain", tmp_path / "p"))
+    mine, unrounded = (np.sqrt(np.mean((x - wanted) ** 2, axis=1)) / wanted.std() for x in found)
+    # A last bit now and then moves an input to the next of the grid's numbers, and from that token on the sequence differs by that.
+    assert np.quantile(mine, 0.25) < 1e-5 and mine.mean() < unrounded.mean() / 3, mine
+    assert unrounded.min() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
