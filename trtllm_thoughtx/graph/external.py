@@ -82,6 +82,7 @@ def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Ini
         found = source.read(entry.weight, dtype)
         wanted = stored_shape(entry)
         assert found.shape == wanted or (found.shape, wanted) == ((1,), ()), (entry.weight, found.shape, wanted)
+        found = found if entry.factor == 1 else found * found.dtype.type(entry.factor)
         return found.reshape(wanted).astype(numpy_type(entry, dtype), copy=False)
 
     with ThreadPoolExecutor(NUM_READERS, "read-weights") as pool:

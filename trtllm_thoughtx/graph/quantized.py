@@ -5,7 +5,9 @@ multiplied by its prequant factor and put in the order of its groups where the f
 one, and multiplied with the stored matrix times its scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every
 type holds exactly).
 
-Scales per token leave the Q/DQ of a product static: a row is divided by its own range before the product and multiplied by it behind.
+An FP8 product has one scale on either side, whatever the format: only then does TensorRT put the scales into the product. It would
+multiply by a scale per row behind it, and until then sums of raw FP8 numbers (up to 448 times 448 each) leave float16. So scales per row
+stand behind the product in the graph, over `ROW_STEP`; and a token with a range of its own is divided by it before, and multiplied behind.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 ELEM_TYPES = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8, "U8": TensorProto.INT4}
 TRT_NAMES = {"F8_E4M3": "FP8", "I8": "Int8", "U8": "Int4"}  # as a plan's layer information spells them
-E4M3_STEP = 2.0**-8  # scale of inputs that their token's range has divided: a power of two, which is the same number in every type
-E4M3_SPAN = 448 * E4M3_STEP  # what the largest of a token's inputs becomes
+# Scales of an FP8 product whose true ones are applied around it. Powers of two are the same numbers in every type, and these leave the
+# product about as large as the layer's output: inputs that their token's range has divided, and rows of common matrices (0.2 / 448).
+TOKEN_STEP, ROW_STEP = 2.0**-8, 2.0**-11
+TOKEN_SPAN = 448 * TOKEN_STEP  # what the largest of a token's inputs becomes
 SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
@@ -45,13 +49,13 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         x = b.node("Mul", [x, b.weight(f"{module}.prequant_scaling_factor", (num_in,))], f"{output}.prequant")
     if quant.input_order:
         x = b.node("Gather", [x, b.weight(f"{module}.input_order", (num_in,), TensorProto.INT32)], f"{output}.ordered", axis=1)
-    if quant.algo == TOKEN_ACTIVATIONS:
-        return _per_token(b, x, module, output, num_out, num_in, bias=bias)
     both = quant.algo in STATIC_ACTIVATIONS
     if both:
         scale = b.weight(f"{module}.activation_scaling_factor", ())
         x = b.node("QuantizeLinear", [x, scale, _zero(b, stored)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
+    if quant.algo in ("FP8_PER_CHANNEL", TOKEN_ACTIVATIONS):
+        return _by_row(b, x, module, output, num_out, num_in, bias=bias)
     suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
     weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
     scale = b.weight(f"{module}.{suffix}", () if shape == (1,) else shape)
@@ -70,30 +74,39 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
 
 
-def _per_token(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
-    """FP8 by FP8 with scales per token and per row: y = r * (round(x / r) @ W^T) + bias, which is exact, since a row shares its r.
+def _by_row(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
+    """FP8 by FP8 with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
+    assert b.config.quantization is not None and b.config.quantization.algo is not None
+    span = ""
+    if b.config.quantization.algo == TOKEN_ACTIVATIONS:
+        x, span = _rounded_by_token(b, x)
+    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES["F8_E4M3"])
+    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", ROW_STEP)], f"{output}.matrix")
+    y = b.node("Gemm", [x, matrix], f"{output}.product", transB=1)
+    b.products.append(Product(y, TRT_NAMES["F8_E4M3"], True))
+    suffix, _ = scale_of(b.config.quantization.algo, num_out, num_in, b.config.quantization.group_size)
+    wide = [b.weight(f"{module}.{suffix}", (num_out,), factor=1 / ROW_STEP), *([span] if span else [])]
+    for factor, name in zip(wide, ("rows", "tokens"), strict=False):
+        last = factor == wide[-1] and not bias
+        y = b.node("Mul", [y, factor], output if last else f"{output}.{name}")
+    return b.node("Add", [y, b.weight(f"{module}.bias", (num_out,))], output) if bias else y
 
-    r is the token's largest input over 1.75, so that the product's result is about as large as y and does not leave float16.
-    """
-    span = f"{x}.range"
+
+def _rounded_by_token(b: Builder, x: str) -> tuple[str, str]:
+    """(inputs on the E4M3 grid of their token, divided by its range; the ranges [N, 1]): the largest input over `TOKEN_SPAN`."""
+    span, rounded = f"{x}.range", f"{x}.rounded"
     if all(node.output[0] != span for node in b.nodes):  # layers that read the same inputs round them once
         largest = b.node("ReduceMax", [b.node("Abs", [x], f"{x}.sizes"), _axis(b, 1)], f"{x}.largest", keepdims=1)
-        b.node("Max", [b.node("Div", [largest, _number(b, "span", E4M3_SPAN)], f"{x}.span"), _number(b, "smallest", SMALLEST_RANGE)], span)
-        step = _number(b, "step", E4M3_STEP)
+        over = b.node("Div", [largest, _number(b, "token.span", TOKEN_SPAN)], f"{x}.span")
+        b.node("Max", [over, _number(b, "token.smallest", SMALLEST_RANGE)], span)
+        step = _number(b, "token.step", TOKEN_STEP)
         b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, "F8_E4M3")], f"{x}.quantized")
-        b.node("DequantizeLinear", [f"{x}.quantized", step], f"{x}.rounded")
-    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES["F8_E4M3"])
-    matrix = b.node("DequantizeLinear", [weight, b.weight(f"{module}.per_channel_scale", (num_out,))], f"{output}.matrix", axis=0)
-    product = b.node("Gemm", [f"{x}.rounded", matrix], f"{output}.product", transB=1)
-    b.products.append(Product(product, TRT_NAMES["F8_E4M3"], True))
-    if not bias:
-        return b.node("Mul", [product, span], output)
-    return b.node("Add", [b.node("Mul", [product, span], f"{output}.wide"), b.weight(f"{module}.bias", (num_out,))], output)
+        b.node("DequantizeLinear", [f"{x}.quantized", step], rounded)
+    return rounded, span
 
 
 def _number(b: Builder, name: str, value: float) -> str:
     """A scalar of the graph's type."""
-    name = f"token.{name}"
     if all(tensor.name != name for tensor in b.inline):
         b.inline.append(helper.make_tensor(name, b.elem_type, [], [value]))
     return name
