@@ -5,9 +5,10 @@ multiplied by its prequant factor and put in the order of its groups where the f
 one, and multiplied with the stored matrix times its scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every
 type holds exactly).
 
-An FP8 product has one scale on either side, whatever the format: only then does TensorRT put the scales into the product. It would
-multiply by a scale per row behind it, and until then sums of raw FP8 numbers (up to 448 times 448 each) leave float16. So scales per row
-stand behind the product in the graph, over `ROW_STEP`; and a token with a range of its own is divided by it before, and multiplied behind.
+A product of two quantized sides has one scale on each, whatever the format: only then does TensorRT put the scales into the product. It
+would multiply by a scale per row behind it, and until then sums of raw numbers (up to 448 times 448 each) leave float16. So scales per
+row stand behind the product in the graph, over `ROW_STEPS`; and a token with a range of its own is divided by it before, and multiplied
+behind.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
 ELEM_TYPES = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8, "U8": TensorProto.INT4}
 TRT_NAMES = {"F8_E4M3": "FP8", "I8": "Int8", "U8": "Int4"}  # as a plan's layer information spells them
-# Scales of an FP8 product whose true ones are applied around it. Powers of two are the same numbers in every type, and these leave the
-# product about as large as the layer's output: inputs that their token's range has divided, and rows of common matrices (0.2 / 448).
-TOKEN_STEP, ROW_STEP = 2.0**-8, 2.0**-11
+# Scales of a product whose true ones are applied around it. Powers of two are the same numbers in every type, and these leave the product
+# about as large as the layer's output: rows of common matrices (0.2 over 448 or 127), and inputs that their token's range has divided.
+ROW_STEPS = {"F8_E4M3": 2.0**-11, "I8": 2.0**-9}
+TOKEN_STEP = 2.0**-8
 TOKEN_SPAN = 448 * TOKEN_STEP  # what the largest of a token's inputs becomes
 SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
@@ -54,14 +56,12 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         scale = b.weight(f"{module}.activation_scaling_factor", ())
         x = b.node("QuantizeLinear", [x, scale, _zero(b, stored)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
-    if quant.algo in ("FP8_PER_CHANNEL", TOKEN_ACTIVATIONS):
-        return _by_row(b, x, module, output, num_out, num_in, bias=bias)
     suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
+    if quant.algo == TOKEN_ACTIVATIONS or (both and shape != (1,)):
+        return _by_row(b, x, module, output, num_out, num_in, bias=bias)
     weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
     scale = b.weight(f"{module}.{suffix}", () if shape == (1,) else shape)
-    blocks: dict[str, Any] = (
-        {"axis": 1, "block_size": quant.group_size} if stored == "U8" else {"axis": 0} if len(shape) and shape != (1,) else {}
-    )
+    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if stored == "U8" else {"axis": 0} if shape != (1,) else {}
     matrix = b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
     inputs = [x, matrix]
     if bias:
@@ -75,21 +75,23 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
 
 
 def _by_row(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
-    """FP8 by FP8 with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
-    assert b.config.quantization is not None and b.config.quantization.algo is not None
-    span = ""
-    if b.config.quantization.algo == TOKEN_ACTIVATIONS:
+    """Both sides quantized, with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
+    quant = b.config.quantization
+    assert quant is not None and quant.algo is not None
+    stored, spans = STORED[quant.algo], []
+    if quant.algo == TOKEN_ACTIVATIONS:
         x, span = _rounded_by_token(b, x)
-    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES["F8_E4M3"])
-    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", ROW_STEP)], f"{output}.matrix")
+        spans = [span]
+    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
+    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", ROW_STEPS[stored])], f"{output}.matrix")
     y = b.node("Gemm", [x, matrix], f"{output}.product", transB=1)
-    b.products.append(Product(y, TRT_NAMES["F8_E4M3"], True))
-    suffix, _ = scale_of(b.config.quantization.algo, num_out, num_in, b.config.quantization.group_size)
-    wide = [b.weight(f"{module}.{suffix}", (num_out,), factor=1 / ROW_STEP), *([span] if span else [])]
-    for factor, name in zip(wide, ("rows", "tokens"), strict=False):
-        last = factor == wide[-1] and not bias
-        y = b.node("Mul", [y, factor], output if last else f"{output}.{name}")
-    return b.node("Add", [y, b.weight(f"{module}.bias", (num_out,))], output) if bias else y
+    b.products.append(Product(y, TRT_NAMES[stored], True))
+    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
+    after = [("Mul", b.weight(f"{module}.{suffix}", shape, factor=1 / ROW_STEPS[stored])), *(("Mul", span) for span in spans)]
+    after += [("Add", b.weight(f"{module}.bias", (num_out,)))] if bias else []
+    for i, (op, other) in enumerate(after):
+        y = b.node(op, [y, other], output if i == len(after) - 1 else f"{output}.{('rows', 'tokens')[i]}")
+    return y
 
 
 def _rounded_by_token(b: Builder, x: str) -> tuple[str, str]:
