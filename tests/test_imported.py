@@ -87,25 +87,29 @@ def fp8(
     per_row: bool = False,
     same: bool = False,
     per_token: bool = False,
+    weight_only: bool = False,
     more: dict[str, np.ndarray] | None = None,
     **sizes: Any,
 ) -> dict[str, np.ndarray]:
     plain = write_tiny(path, **{**SIZES, **sizes})
-    changed: dict[str, np.ndarray] = dict(more or {})
+    changed: dict[str, np.ndarray] = {}
     meant = {}
     for number, name in enumerate(names()):
         weight = plain[f"{name}.weight"].astype(np.float32)
         rows = np.abs(weight).max(1, keepdims=True) if per_row else np.abs(weight).max().reshape(1)
         scale = (np.full_like(rows, 0.02) if same else rows / 448 * (1 + 0.01 * number)).astype(np.float32)
         stored = (weight / scale).astype(ml_dtypes.float8_e4m3fn)
-        changed[f"{name}.weight"], changed[f"{name}.weight_scale"] = stored, scale
-        changed |= {} if per_token else {f"{name}.input_scale": np.array([0.05], np.float32)}
+        changed |= {f"{name}.weight": stored, f"{name}.weight_scale": scale}
+        changed |= {} if per_token or weight_only else {f"{name}.input_scale": np.array([0.05], np.float32)}
         meant[f"{name}.weight"] = stored.astype(np.float32) * scale
     inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     group = {"weights": {**inputs, "strategy": "channel" if per_row else "tensor"}, "input_activations": inputs, "targets": ["Linear"]}
     group |= {"input_activations": {**inputs, "strategy": "token", "dynamic": True}} if per_token else {}
+    group |= {"input_activations": None} if weight_only else {}
     config: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
-    write_tiny(path, **{**SIZES, **sizes}, tensors=changed, config={} if kind == "modelopt" else {"quantization_config": config})
+    write_tiny(
+        path, **{**SIZES, **sizes}, tensors=changed | (more or {}), config={} if kind == "modelopt" else {"quantization_config": config}
+    )
     if kind == "modelopt":
         quantization = {
             "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN" if per_token else "FP8",
@@ -245,6 +249,15 @@ def test_fp8_arrives_number_for_number(tmp_path, options, algo):
     assert np.isfinite(logits(tmp_path / "c", tmp_path / "e")).all()
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_fp8_whose_inputs_are_not_rounded(tmp_path, family):
+    meant = fp8(tmp_path / "q", weight_only=True, per_row=True, family=family)
+    assert import_quantized(tmp_path / "q", tmp_path / "c")["quant_algo"] == "W8A16_FP8"
+    write_tiny(tmp_path / "plain", tensors=meant, family=family, **SIZES)
+    mine, wanted = logits(tmp_path / "c", tmp_path / "e"), logits(tmp_path / "plain", tmp_path / "p")
+    np.testing.assert_allclose(mine, wanted, atol=5e-4 * float(np.abs(wanted).max()))
+
+
 def rounded_by_token(plain: Path) -> np.ndarray:
     """Logits of transformers in float32, each covered layer's inputs rounded to E4M3 with the scale of their token: max / 448."""
     torch = pytest.importorskip("torch", reason="the reference needs torch")
@@ -298,6 +311,7 @@ def test_tokens_of_zeros_and_half_precision(tmp_path, dtype):
     [
         ("fp8", {}),
         ("fp8", {"per_row": True, "per_token": True}),
+        ("fp8", {"per_row": True, "weight_only": True}),
         ("awq", {}),
         ("gptq", {"act_order": True}),
         ("gptq", {"act_order": True, "symmetric": True}),
@@ -311,6 +325,49 @@ def test_imported_checkpoints_build_low_precision_plans(tmp_path, capability, me
     made = build(tmp_path / "c", tmp_path / "e", {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": (capability,)})
     check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
     assert check["status"] == "passed" and check["evidence"]["found"] == 10, check
+    if method == "fp8" and "weight_only" not in options:
+        # The plan multiplies by both sides' scales, one float32, inside the product: sums of raw numbers would leave float16.
+        factor = np.float32(2.0**-8 if "per_token" in options else np.float16(0.05)) * np.float32(2.0**-11)
+        assert factor.tobytes() in (tmp_path / "e" / "rank0.engine").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "word"),
+    [
+        ({"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True}, "strategy tensor"),
+        ({"num_bits": 8, "type": "float", "strategy": "token", "dynamic": False}, "strategy token"),
+        ({"num_bits": 8, "type": "float", "strategy": "tensor_group", "dynamic": "local"}, "dynamic local"),
+        ({"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}, "inputs of another type"),
+    ],
+)
+def test_other_scales_of_inputs_are_refused_by_name(tmp_path, inputs, word):
+    fp8(tmp_path / "q")
+    group = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    change(tmp_path / "q", config_groups={"group_0": {**group, "input_activations": inputs}})
+    with pytest.raises(ThoughtxError) as caught:
+        import_quantized(tmp_path / "q", tmp_path / "c")
+    assert caught.value.code == "E103" and word in caught.value.what and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code", "word"),
+    [
+        ("weight_scale", np.ones((4, 2), np.float32), "E103", "FP8 with blocks"),
+        ("weight", np.ones((128, 64), np.float16), "E107", "mlp.up_proj.weight does not fit"),
+        ("input_scale", np.ones(2, np.float32), "E107", "input_scale does not fit"),
+    ],
+)
+def test_fp8_tensors_that_do_not_fit_are_refused_by_name(tmp_path, name, value, code, word):
+    fp8(tmp_path / "q", more={f"model.layers.1.mlp.up_proj.{name}": value})
+    with pytest.raises(ThoughtxError, match=word) as caught:
+        import_quantized(tmp_path / "q", tmp_path / "c")
+    assert caught.value.code == code and not (tmp_path / "c").exists()
+
+
+def test_fp8_plans_of_every_kind_are_for_gpus_that_have_it(tmp_path):
+    fp8(tmp_path / "q", per_token=True)
+    import_quantized(tmp_path / "q", tmp_path / "c")
+    assert build(tmp_path / "c", tmp_path / "e", OPTIONS, dry_run=True)["build"]["compute_capabilities"] == ["8.9", "12.0"]
 
 
 def test_words_unfold_as_the_formats_say():

@@ -229,6 +229,23 @@ def test_plans_compute_in_low_precision(tmp_path, qformat):
 
 
 @pytest.mark.rtx
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_plans_scale_inside_the_product(tmp_path, qformat):
+    """Both sides' scales are one float32 of each product: behind it they would come too late for sums of raw numbers in float16."""
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
+    write_tiny(tmp_path / "m", dtype="float16", hidden_size=256, intermediate_size=512, vocab_size=128)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9",)})
+    plan = (tmp_path / "e" / "rank0.engine").read_bytes()
+    with open_weights(tmp_path / "c") as source:
+        for layer in range(2):
+            for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"):
+                name = f"transformer.layers.{layer}.{module}"
+                of_rows = source.read(f"{name}.weights_scaling_factor")[0] if qformat == "fp8" else np.float32(2.0**-9)
+                assert (source.read(f"{name}.activation_scaling_factor")[0] * of_rows).tobytes() in plan, name
+
+
+@pytest.mark.rtx
 def test_a_product_that_the_builder_does_not_fuse_is_named(tmp_path):
     """One 4-bit group per row is a form that TensorRT-RTX 1.7 widens before the product."""
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")

@@ -46,7 +46,7 @@ class RopeConfig:
 # --qformat -> TensorRT-LLM's quant_algo
 QUANT_ALGOS = {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "int4_wo": "W4A16"}
 # What quantized Hugging Face checkpoints are imported as: FP8 with a scale per row, 4 bits with zero points
-IMPORTED_ALGOS = ("FP8_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_GPTQ")
+IMPORTED_ALGOS = ("FP8_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN", "W8A16_FP8", "W4A16_GPTQ")
 KV_ALGOS = {"fp8": "FP8", "int8": "INT8"}
 
 

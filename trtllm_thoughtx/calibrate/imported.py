@@ -1,6 +1,6 @@
 """Quantized Hugging Face checkpoints as input: FP8 (compressed-tensors, ModelOpt), AWQ and GPTQ with 4 bits. Nothing is rounded again.
 
-    FP8    weight F8_E4M3 [out, in], weight_scale [1] or [out, 1], input_scale [1], or none where it is computed for each token
+    FP8    weight F8_E4M3 [out, in], weight_scale [1] or [out, 1], input_scale [1]; none if tokens have their own, or inputs are as they are
     AWQ    qweight I32 [in, out / 8], qzeros I32 [in / group, out / 8], scales [in / group, out]; eight outputs a word, as 0 2 4 6 1 3 5 7
     GPTQ   qweight I32 [in / 8, out], qzeros I32 [in / group, out / 8], scales, g_idx [in]; zeros are stored less one, except in gptq_v2
 
@@ -49,7 +49,7 @@ class Scheme:
     group_size: int = 128
     zero_offset: int = 0  # what is added to a stored zero
     needs_order: bool = False  # the config speaks of activation order, so g_idx cannot be missing
-    per_token: bool = False  # FP8: the scale of an input is computed for each token
+    inputs: str = "tensor"  # FP8: what has a scale, tensor | token; none: inputs are not rounded
 
 
 def is_quantized(model_dir: Path) -> bool:
@@ -101,7 +101,7 @@ def scheme_of(model_dir: Path) -> Scheme:
 def _modelopt(algo: Any, what: str, where: str) -> Scheme:
     if algo not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         return _unread(f"{what} {shown(algo)}", where)
-    return Scheme("fp8", per_token=algo != "FP8")
+    return Scheme("fp8", inputs="tensor" if algo == "FP8" else "token")
 
 
 def _compressed(fields: Fields, where: str) -> Scheme:
@@ -118,17 +118,17 @@ def _compressed(fields: Fields, where: str) -> Scheme:
     ):
         return _unread("compressed-tensors weights that are not FP8 with a scale per tensor or channel", where)
     if not inputs:
-        return _unread("FP8 with inputs that are not rounded", where)
+        return Scheme("fp8", inputs="none")
     if inputs.get("type") != "float" or inputs.get("num_bits") != 8:
         return _unread("compressed-tensors FP8 weights with inputs of another type", where)
     kind = (inputs.get("dynamic", False), inputs.get("strategy"))
     if kind not in ((False, "tensor"), (True, "token")):
-        return _unread(f"FP8 with input scales that are dynamic: {shown(kind[0])}, strategy: {shown(kind[1])}", where)
-    return Scheme("fp8", per_token=kind[0])
+        return _unread(f"FP8 with input scales of dynamic {shown(kind[0])}, strategy {shown(kind[1])}", where)
+    return Scheme("fp8", inputs=kind[1])
 
 
 def _unread(what: str, where: str) -> NoReturn:
-    why = "read are FP8 with a scale per tensor or row, inputs per tensor or token (compressed-tensors, ModelOpt); AWQ and GPTQ with 4 bits"
+    why = "read are FP8 with scales per tensor, row or token (compressed-tensors, ModelOpt), and AWQ and GPTQ with 4 bits"
     fix = "calibrate the original checkpoint with thoughtx-calibrate"
     raise ThoughtxError("E103", f"{what} is not read", where=where, why=why, fix=fix)
 
@@ -231,7 +231,7 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
         if scale.shape not in ((), (1,), (1, 1), (part.shape[0],), (part.shape[0], 1)):
             _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.root))
         rows.append(np.broadcast_to(scale.astype(np.float32).reshape(-1), (part.shape[0],)))
-        if scheme.per_token:
+        if scheme.inputs != "tensor":
             continue
         if not source.has(f"{base}.input_scale"):
             _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.root))
@@ -239,8 +239,8 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
         if inputs[-1].size != 1:
             raise _misfit(f"{base}.input_scale", f"{list(inputs[-1].shape)}, wanted one number", source.root)
     made = {"weight": np.concatenate([weight.view(np.uint8) for weight in weights]).view(weights[0].dtype)}
-    if scheme.per_token:
-        return made | {"per_channel_scale": np.concatenate(rows)}
+    if scheme.inputs != "tensor":
+        return made | {"per_channel_scale" if scheme.inputs == "token" else "weights_scaling_factor": np.concatenate(rows)}
     largest = np.max([scale.astype(np.float32).reshape(1) for scale in inputs], axis=0)
     return made | {"weights_scaling_factor": np.concatenate(rows), "activation_scaling_factor": largest}
 
@@ -328,8 +328,8 @@ class _Made:
         """One pass over the scales: does every matrix have one scale, is every zero in the middle, has any layer an activation order?"""
         if not self.covered:
             _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.root))
-        if self.scheme.per_token:
-            return QuantConfig(algo=TOKEN_ACTIVATIONS, exclude=tuple(exclude))
+        if self.scheme.inputs != "tensor":
+            return QuantConfig(algo=TOKEN_ACTIVATIONS if self.scheme.inputs == "token" else "W8A16_FP8", exclude=tuple(exclude))
         if self.scheme.kind == "fp8":
             same = all(np.ptp(self.layer(module)["weights_scaling_factor"]) == 0 for module in self.covered)
             return QuantConfig(algo="FP8" if same else "FP8_PER_CHANNEL", exclude=tuple(exclude))

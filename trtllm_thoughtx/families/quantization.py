@@ -9,6 +9,7 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     W4A16_AWQ             the same, and prequant_scaling_factor [in]
     W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size], with activation order input_order I32 [in]
     FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
+    W8A16_FP8             weight F8_E4M3, weights_scaling_factor [out]; not TensorRT-LLM's
     FP8_PER_CHANNEL_PER_TOKEN   weight F8_E4M3, per_channel_scale [out]; the input's scale is each token's largest input over 448
 
 value = stored * scale (+ zero, of its group); an input is multiplied by the prequant factor first. Column j of a matrix with an order
@@ -29,7 +30,7 @@ from trtllm_thoughtx.families.fields import Fields
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 STORED = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W8A16": "I8", "W4A16": "U8", "W4A16_AWQ": "U8"}
-STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "FP8_PER_CHANNEL_PER_TOKEN": "F8_E4M3", "W4A16_GPTQ": "U8"}
+STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "FP8_PER_CHANNEL_PER_TOKEN": "F8_E4M3", "W8A16_FP8": "F8_E4M3", "W4A16_GPTQ": "U8"}
 STATIC_ACTIVATIONS = ("FP8", "FP8_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL")
 TOKEN_ACTIVATIONS = "FP8_PER_CHANNEL_PER_TOKEN"  # scales of inputs are computed, token by token
 MAX_EXCLUDED = 1 << 14
@@ -44,8 +45,8 @@ def scale_of(algo: str, num_out: int, num_in: int, group_size: int) -> tuple[str
     """(suffix, shape) of the scale of a matrix [num_out, num_in]."""
     if algo in ("W8A16", TOKEN_ACTIVATIONS):
         return "per_channel_scale", (num_out,)
-    shapes: dict[str, tuple[int, ...]] = {"FP8": (1,), "W8A8_SQ_PER_CHANNEL": (num_out,), "FP8_PER_CHANNEL": (num_out,)}
-    return "weights_scaling_factor", shapes.get(algo, (num_out, num_in // group_size))
+    by_row = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL", "W8A16_FP8")
+    return "weights_scaling_factor", (1,) if algo == "FP8" else (num_out,) if algo in by_row else (num_out, num_in // group_size)
 
 
 def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
