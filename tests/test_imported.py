@@ -305,16 +305,18 @@ def test_tokens_of_zeros_and_half_precision(tmp_path, dtype):
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("capability", ["8.9", "12.0"])
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("capability", "method", "options"),
     [
-        ("fp8", {}),
-        ("fp8", {"per_row": True, "per_token": True}),
-        ("fp8", {"per_row": True, "weight_only": True}),
-        ("awq", {}),
-        ("gptq", {"act_order": True}),
-        ("gptq", {"act_order": True, "symmetric": True}),
+        ("8.9", "fp8", {}),
+        ("8.9", "fp8", {"per_row": True, "per_token": True}),
+        ("12.0", "fp8", {"per_row": True, "per_token": True}),
+        ("8.9", "fp8", {"per_row": True, "weight_only": True}),
+        ("12.0", "fp8", {"per_row": True, "weight_only": True}),
+        ("8.9", "awq", {}),
+        ("8.9", "gptq", {"act_order": True}),
+        ("12.0", "gptq", {"act_order": True}),
+        ("8.9", "gptq", {"act_order": True, "symmetric": True}),
     ],
 )
 def test_imported_checkpoints_build_low_precision_plans(tmp_path, capability, method, options):
