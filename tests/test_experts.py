@@ -18,6 +18,7 @@ hf_models = pytest.importorskip("hf_models")
 from trtllm_thoughtx import Engine, quality  # noqa: E402
 from trtllm_thoughtx.build import build  # noqa: E402
 from trtllm_thoughtx.build_options import layer_weights  # noqa: E402
+from trtllm_thoughtx.calibrate.imported import import_quantized  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
 from trtllm_thoughtx.config import ExpertsConfig  # noqa: E402
 from trtllm_thoughtx.convert import convert  # noqa: E402
@@ -329,6 +330,14 @@ def test_experts_are_not_quantized(tmp_path):
     with pytest.raises(ThoughtxError, match="cannot be quantized yet") as caught:
         calibrate(hf_models.save(tmp_path / "m", "qwen2_moe"), tmp_path / "c", qformat="fp8")
     assert caught.value.code == "E103" and [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_quantized_mixtures_are_not_imported(tmp_path):
+    hf = hf_models.save(tmp_path / "m", "qwen3_moe")
+    changed(hf, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(ThoughtxError, match="a quantized mixture of experts is not read") as caught:
+        import_quantized(hf, tmp_path / "c")
+    assert caught.value.code == "E103" and not (tmp_path / "c").exists()
 
 
 # --- what they weigh -----------------------------------------------------------------------------------------------------

@@ -137,6 +137,22 @@ def test_every_quantized_product_is_fused(tmp_path):
         assert kinds.count(name) == 11 and "Gemm" not in kinds and "DequantizeLinear" not in kinds
 
 
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_a_product_of_two_rounded_sides_has_one_scale_on_each(tmp_path, qformat):
+    """Engines put such scales into the product, whose result float16 then holds; scales per row come behind it."""
+    import onnx
+
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=4, calib_seq_len=16, quant_lm_head=True)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    graph = onnx.load(tmp_path / "e" / "rank0.onnx", load_external_data=False).graph
+    made = {node.output[0]: node for node in graph.node}
+    dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    sides = [[made.get(name) for name in node.input[:2]] for node in graph.node if node.op_type == "Gemm"]
+    assert len(sides) == 11
+    assert all(side.op_type == "DequantizeLinear" and dims[side.input[1]] == [] for pair in sides for side in pair)
+
+
 def test_the_checkpoint_has_tensorrt_llm_names_and_scales(tmp_path):
     write_tiny(tmp_path / "m", dtype="bfloat16", **SIZES)
     calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=8, calib_seq_len=32)
@@ -226,6 +242,23 @@ def test_plans_compute_in_low_precision(tmp_path, qformat):
         "found": 11,
         "types": [{"fp8": "FP8", "int8_sq": "Int8", "int8_wo": "Int8"}.get(qformat, "Int4")],
     }
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+def test_plans_scale_inside_the_product(tmp_path, qformat):
+    """Both sides' scales are one float32 of each product: behind it they would come too late for sums of raw numbers in float16."""
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
+    write_tiny(tmp_path / "m", dtype="float16", hidden_size=256, intermediate_size=512, vocab_size=128)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32)
+    build(tmp_path / "c", tmp_path / "e", {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9",)})
+    plan = (tmp_path / "e" / "rank0.engine").read_bytes()
+    with open_weights(tmp_path / "c") as source:
+        for layer in range(2):
+            for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"):
+                name = f"transformer.layers.{layer}.{module}"
+                of_rows = source.read(f"{name}.weights_scaling_factor")[0] if qformat == "fp8" else np.float32(2.0**-9)
+                assert (source.read(f"{name}.activation_scaling_factor")[0] * of_rows).tobytes() in plan, name
 
 
 @pytest.mark.rtx

@@ -7,6 +7,7 @@ from typing import Any
 
 from trtllm_thoughtx.config import AUTO, BACKENDS, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families.quantization import STORED
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
@@ -201,7 +202,7 @@ def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
 def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
     """GPU generations; FP8 products exist from 8.9 on."""
     asked = tuple(_listed(given.get("compute_capabilities")))
-    is_fp8 = config.quantization is not None and config.quantization.algo == "FP8"
+    is_fp8 = config.quantization is not None and STORED.get(config.quantization.algo or "") == "F8_E4M3"
     old = [name for name in asked or BuildConfig().compute_capabilities if is_fp8 and tuple(map(int, name.split("."))) < FIRST_FP8]
     if asked and old:
         raise refuse(

@@ -46,8 +46,8 @@ class RopeConfig:
 
 # --qformat -> TensorRT-LLM's quant_algo
 QUANT_ALGOS = {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "int4_wo": "W4A16"}
-# What quantized Hugging Face checkpoints are imported as: FP8 with a scale per row (not in TensorRT-LLM), 4 bits with zero points
-IMPORTED_ALGOS = ("FP8_PER_CHANNEL", "W4A16_GPTQ")
+# What quantized Hugging Face checkpoints are imported as: FP8 with a scale per row, 4 bits with zero points
+IMPORTED_ALGOS = ("FP8_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN", "W8A16_FP8", "W4A16_GPTQ")
 KV_ALGOS = {"fp8": "FP8", "int8": "INT8"}
 
 
@@ -63,6 +63,7 @@ class QuantConfig:
     group_size: int = 128  # input channels that share a scale, 4-bit formats only
     prequant: bool = False  # inputs are multiplied by a factor per channel
     zero_point: bool = False  # 4-bit groups have a zero of their own
+    input_order: bool = False  # inputs are put in the order of their 4-bit groups first (GPTQ's activation order)
     exclude: tuple[str, ...] = ("lm_head",)
 
     def covers(self, module: str) -> bool:

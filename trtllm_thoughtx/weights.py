@@ -33,12 +33,13 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-# Types of quantized tensors, which are never cast. Two 4-bit numbers share a U8.
+# Types of quantized tensors, which are never cast. Two 4-bit numbers share a U8; I32 is an order of channels.
 FIXED_DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
 }
 BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
 CARRIED = (
@@ -174,7 +175,7 @@ class WeightSource:
         return out
 
     def _read_fixed(self, tensor: Tensor) -> np.ndarray:
-        """A tensor of a quantized layer. E108 when a scale is not a positive number, or an 8-bit float is not a number."""
+        """A tensor of a quantized layer. E108 when a scale is not a positive number, an 8-bit float no number, an order no permutation."""
         assert tensor.stored
         out = np.empty(tensor.shape, FIXED_DTYPES[tensor.stored])
         self._pread(self._stored[tensor.name], 0, out)
@@ -189,6 +190,14 @@ class WeightSource:
                     why="a scale must be a positive number, and a weight a finite one",
                     fix="calibrate the original checkpoint again",
                 )
+        if tensor.stored == "I32" and not np.array_equal(np.sort(out), np.arange(out.size)):
+            raise ThoughtxError(
+                "E108",
+                f"{tensor.name} is not an order of the layer's inputs",
+                where=str(self.path),
+                why=f"it must name each of the channels 0 to {out.size - 1} once",
+                fix="import the original checkpoint again",
+            )
         return out
 
     def blocks(self, part: Part) -> Iterator[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """Quantized Hugging Face checkpoints as input: FP8 (compressed-tensors, ModelOpt), AWQ and GPTQ with 4 bits. Nothing is rounded again.
 
-    FP8    weight F8_E4M3 [out, in], weight_scale [1] or [out, 1], input_scale [1]
+    FP8    weight F8_E4M3 [out, in], weight_scale [1] or [out, 1], input_scale [1]; none if tokens have their own, or inputs are as they are
     AWQ    qweight I32 [in, out / 8], qzeros I32 [in / group, out / 8], scales [in / group, out]; eight outputs a word, as 0 2 4 6 1 3 5 7
     GPTQ   qweight I32 [in / 8, out], qzeros I32 [in / group, out / 8], scales, g_idx [in]; zeros are stored less one, except in gptq_v2
 
 q, k and v keep their own scales: where they differ, a matrix has a scale per row. A zero point z becomes a number added per group,
-(q - z) * s = (q - 8) * s + (8 - z) * s, which is exact on every engine. What cannot be kept as it is (dynamic input scales, activation
-order, other formats) is E103: a checkpoint is never widened behind the user's back.
+(q - z) * s = (q - 8) * s + (8 - z) * s, which is exact on every engine. With activation order g_idx names the group of each channel:
+channels are sorted by it, so that a group is a run again, and the order is kept for the inputs. What cannot be kept as it is (blocks of
+FP8, orders that differ within q, k and v, other formats) is E103: a checkpoint is never widened behind the user's back.
 """
 
 from __future__ import annotations
@@ -28,25 +29,27 @@ from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor, tensors_of
 from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
-from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
+from trtllm_thoughtx.families.quantization import TOKEN_ACTIVATIONS, linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tensor_check import HEAD
 from trtllm_thoughtx.weights import CARRIED, FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 QUANT_FILE = "hf_quant_config.json"
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|k_scale|v_scale)")
-READ = {**{name: NUMPY_DTYPES[kind] for name, kind in STORED_DTYPES.items()}, "I32": np.dtype("<i4")}
 Made = dict[str, np.ndarray]  # suffix -> tensor
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the matrices are stored: `kind` is fp8 | awq | gptq; the rest belongs to the 4-bit ones."""
+    """How the matrices are stored: `kind` is fp8 | awq | gptq; the sizes and orders belong to the 4-bit ones."""
 
     kind: str
     group_size: int = 128
     zero_offset: int = 0  # what is added to a stored zero
+    needs_order: bool = False  # the config speaks of activation order, so g_idx cannot be missing
+    inputs: str = "tensor"  # FP8: what has a scale, tensor | token; none: inputs are not rounded
 
 
 def is_quantized(model_dir: Path) -> bool:
@@ -73,12 +76,11 @@ def scheme_of(model_dir: Path) -> Scheme:
     if not raw:
         where = str(model_dir / QUANT_FILE)
         table = Fields(files.read_json(model_dir, QUANT_FILE), where).table("quantization")
-        algo = table.get("quant_algo") if table else None
-        return Scheme("fp8") if algo == "FP8" else _unread(f"{QUANT_FILE}: quant_algo {shown(algo)}", where)
+        return _modelopt(table.get("quant_algo") if table else None, f"{QUANT_FILE}: quant_algo", where)
     fields = Fields(raw, where, "quantization_config.")
     method = fields.text("quant_method")
     if method == "modelopt":
-        return Scheme("fp8") if fields.get("quant_algo") == "FP8" else _unread(f"modelopt {shown(fields.get('quant_algo'))}", where)
+        return _modelopt(fields.get("quant_algo"), "modelopt", where)
     if method == "compressed-tensors":
         return _compressed(fields, where)
     if method not in ("awq", "gptq"):
@@ -88,7 +90,18 @@ def scheme_of(model_dir: Path) -> Scheme:
     if method == "awq" and str(fields.get("version", "gemm")).lower() != "gemm":
         return _unread(f"awq version {shown(fields.get('version'))}", where)
     size = fields.integer("group_size", 2, 1 << 16, 128)
-    return Scheme(method, size, 1 if method == "gptq" and fields.get("checkpoint_format", "gptq") == "gptq" else 0)
+    if method == "awq":
+        return Scheme(method, size)
+    packing = fields.get("checkpoint_format", "gptq")
+    if packing not in ("gptq", "gptq_v2"):
+        return _unread(f"gptq with checkpoint_format {shown(packing)}", where)
+    return Scheme(method, size, 1 if packing == "gptq" else 0, needs_order=fields.boolean("desc_act", False))
+
+
+def _modelopt(algo: Any, what: str, where: str) -> Scheme:
+    if algo not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        return _unread(f"{what} {shown(algo)}", where)
+    return Scheme("fp8", inputs="tensor" if algo == "FP8" else "token")
 
 
 def _compressed(fields: Fields, where: str) -> Scheme:
@@ -104,15 +117,24 @@ def _compressed(fields: Fields, where: str) -> Scheme:
         or weights.get("strategy") not in ("tensor", "channel")
     ):
         return _unread("compressed-tensors weights that are not FP8 with a scale per tensor or channel", where)
-    if not inputs or inputs.get("dynamic") is not False or inputs.get("strategy") != "tensor":
-        return _unread("FP8 with input scales that are computed for each token", where)
-    return Scheme("fp8")
+    if not inputs:
+        return Scheme("fp8", inputs="none")
+    if inputs.get("type") != "float" or inputs.get("num_bits") != 8:
+        return _unread("compressed-tensors FP8 weights with inputs of another type", where)
+    kind = (inputs.get("dynamic", False), inputs.get("strategy"))
+    if kind not in ((False, "tensor"), (True, "token")):
+        return _unread(f"FP8 with input scales of dynamic {shown(kind[0])}, strategy {shown(kind[1])}", where)
+    return Scheme("fp8", inputs=kind[1])
 
 
 def _unread(what: str, where: str) -> NoReturn:
-    why = "read are FP8 with static input scales (compressed-tensors, ModelOpt), and AWQ and GPTQ with 4 bits"
+    why = "read are FP8 with scales per tensor, row or token (compressed-tensors, ModelOpt), and AWQ and GPTQ with 4 bits"
     fix = "calibrate the original checkpoint with thoughtx-calibrate"
     raise ThoughtxError("E103", f"{what} is not read", where=where, why=why, fix=fix)
+
+
+def _misfit(name: str, why: str, root: Path) -> ThoughtxError:
+    return ThoughtxError("E107", f"{shown(name)} does not fit", where=str(root), why=why, fix="download the checkpoint again")
 
 
 class _Source:
@@ -124,14 +146,15 @@ class _Source:
         self.infos = checkpoint.read_tensors(root, self.shards)
         self.used: set[str] = set()
 
-    def read(self, name: str, wanted: tuple[int, ...] | None = None) -> np.ndarray:
+    def read(self, name: str, wanted: tuple[int, ...] | None = None, kind: str | None = None) -> np.ndarray:
+        """E107 when it is missing, or not of the wanted shape and safetensors type (None: a float)."""
         info = self.infos.get(name)
-        if info is None or (wanted is not None and info.shape != wanted) or (info.dtype not in READ and info.dtype != "F8_E4M3"):
+        kinds = STORED_DTYPES if kind is None else (kind,)
+        if info is None or (wanted is not None and info.shape != wanted) or info.dtype not in kinds:
             found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-            why = f"{found}, wanted {list(wanted) if wanted else 'it'}"
-            raise ThoughtxError("E107", f"{shown(name)} does not fit", where=str(self.root), why=why, fix="download the checkpoint again")
+            raise _misfit(name, f"{found}, wanted {' or '.join(kinds)} {list(wanted) if wanted else ''}".rstrip(), self.root)
         self.used.add(name)
-        dtype = FIXED_DTYPES["F8_E4M3"] if info.dtype == "F8_E4M3" else READ[info.dtype]
+        dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]] if kind is None else FIXED_DTYPES[kind]
         with files.open_inside(self.root, info.file) as file:
             file.seek(info.offset)
             data = stored.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
@@ -156,46 +179,70 @@ def _four_bits(source: _Source, base: str, num_out: int, num_in: int, scheme: Sc
     size = scheme.group_size
     num_groups = num_in // size
     scales = source.read(f"{base}.scales", (num_groups, num_out)).astype(np.float32).T
-    words = source.read(f"{base}.qzeros", (num_groups, num_out // 8))
+    words = source.read(f"{base}.qzeros", (num_groups, num_out // 8), "I32")
     if scheme.kind == "awq":
-        numbers = unpack_words(source.read(f"{base}.qweight", (num_in, num_out // 8)), 1, AWQ_ORDER).T
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in, num_out // 8), "I32"), 1, AWQ_ORDER).T
         zeros = unpack_words(words, 1, AWQ_ORDER).T
     else:
-        numbers = unpack_words(source.read(f"{base}.qweight", (num_in // 8, num_out)), 0).T
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in // 8, num_out), "I32"), 0).T
         zeros = unpack_words(words, 1).T
-        if source.has(f"{base}.g_idx") and not np.array_equal(source.read(f"{base}.g_idx", (num_in,)), np.arange(num_in) // size):
-            _unread(f"GPTQ with activation order ({base}.g_idx)", str(source.root))
     return numbers, zeros.astype(np.int16) + scheme.zero_offset, scales
+
+
+def _input_order(source: _Source, tensor: Tensor, scheme: Scheme) -> np.ndarray:
+    """Input channels in the order of their groups, I32 [in]; rising where the layer has no activation order.
+
+    E107 when g_idx is missing or names groups that do not exist, E103 when groups differ in size, or the parts of a matrix in order.
+    """
+    num_in, size = tensor.shape[1], scheme.group_size
+    found = np.arange(num_in, dtype=np.int32)
+    orders: list[np.ndarray] = []
+    for part in tensor.parts if scheme.kind == "gptq" else ():
+        name = f"{part.source.removesuffix('.weight')}.g_idx"
+        groups = source.read(name, (num_in,), "I32") if scheme.needs_order or source.has(name) else found // size
+        if groups.min() < 0 or groups.max() >= num_in // size:
+            raise _misfit(name, f"it must name the groups 0 to {num_in // size - 1}", source.root)
+        if np.any(np.bincount(groups, minlength=num_in // size) != size):
+            _unread(f"GPTQ with groups that do not have {size} channels each ({name})", str(source.root))
+        orders.append(np.argsort(groups, kind="stable").astype(np.int32))
+        if not np.array_equal(orders[0], orders[-1]):
+            _unread(f"GPTQ with an activation order of its own for a part of one matrix ({name})", str(source.root))
+    return orders[0] if orders else found
 
 
 def _made_four(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
     parts = [_four_bits(source, part.source.removesuffix(".weight"), part.shape[0], part.shape[1], scheme) for part in tensor.parts]
     numbers, zeros, scales = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    halves = (numbers.astype(np.int8) - 8).view(np.uint8) & 15
+    order = _input_order(source, tensor, scheme)
+    halves = (numbers[:, order].astype(np.int8) - 8).view(np.uint8) & 15
     zero = (8 - zeros).astype(np.float32) * scales
     packed = np.ascontiguousarray(halves[:, 0::2] | (halves[:, 1::2] << 4))
-    return {"weight": packed, "weights_scaling_factor": np.ascontiguousarray(scales), "zero": np.ascontiguousarray(zero)}
+    scales, zero = np.ascontiguousarray(scales), np.ascontiguousarray(zero)
+    return {"weight": packed, "weights_scaling_factor": scales, "zero": zero, "input_order": order}
 
 
-def _made_fp8(source: _Source, tensor: Tensor) -> Made:
-    """The rows as they are, a scale per row, and the largest of the input scales."""
+def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
+    """The rows as they are, a scale per row, and the largest of the static input scales."""
     weights, rows, inputs = [], [], []
     for part in tensor.parts:
         base = part.source.removesuffix(".weight")
-        weights.append(source.read(f"{base}.weight", part.shape))
-        scale = source.read(f"{base}.weight_scale").astype(np.float32).reshape(-1)
-        if scale.size not in (1, part.shape[0]):
+        weights.append(source.read(f"{base}.weight", part.shape, "F8_E4M3"))
+        scale = source.read(f"{base}.weight_scale")
+        if scale.shape not in ((), (1,), (1, 1), (part.shape[0],), (part.shape[0], 1)):
             _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.root))
-        rows.append(np.broadcast_to(scale, (part.shape[0],)))
+        rows.append(np.broadcast_to(scale.astype(np.float32).reshape(-1), (part.shape[0],)))
+        if scheme.inputs != "tensor":
+            continue
         if not source.has(f"{base}.input_scale"):
             _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.root))
-        inputs.append(source.read(f"{base}.input_scale").astype(np.float32).reshape(1))
-    bits = np.concatenate([weight.view(np.uint8) for weight in weights])
-    return {
-        "weight": bits.view(weights[0].dtype),
-        "weights_scaling_factor": np.concatenate(rows),
-        "activation_scaling_factor": np.max(inputs, axis=0),
-    }
+        inputs.append(source.read(f"{base}.input_scale"))
+        if inputs[-1].size != 1:
+            raise _misfit(f"{base}.input_scale", f"{list(inputs[-1].shape)}, wanted one number", source.root)
+    made = {"weight": np.concatenate([weight.view(np.uint8) for weight in weights]).view(weights[0].dtype)}
+    if scheme.inputs != "tensor":
+        return made | {"per_channel_scale" if scheme.inputs == "token" else "weights_scaling_factor": np.concatenate(rows)}
+    largest = np.max([scale.astype(np.float32).reshape(1) for scale in inputs], axis=0)
+    return made | {"weights_scaling_factor": np.concatenate(rows), "activation_scaling_factor": largest}
 
 
 def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
@@ -207,6 +254,8 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
     source = _Source(model_dir)
     kinds = {STORED_DTYPES[i.dtype] for n, i in source.infos.items() if i.dtype in STORED_DTYPES and n.endswith("norm.weight")}
     config = model_config_from_hf(raw, str(model_dir / "config.json"), weights_dtype=kinds.pop() if len(kinds) == 1 else None)
+    if config.experts is not None:
+        _unread("a quantized mixture of experts", str(model_dir))
     files.check_output(output_dir, force=force, inputs=[model_dir])
     table = {tensor.name: tensor for tensor in tensors_of(config)}
     mark = ".weight_scale" if scheme.kind == "fp8" else ".qweight"
@@ -233,9 +282,8 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
         names = {kind: name for name, kind in STORED_DTYPES.items()}
         rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
         hashes = {"rank0.safetensors": stored.write(partial / "rank0.safetensors", rows, values())}
-        unused = [
-            n for n in source.infos if n not in source.used and not IGNORED.fullmatch(n) and not (n == "lm_head.weight" and config.tied)
-        ]
+        unused = [n for n in source.infos if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
+        unused = [n for n in unused if not _adds_nothing(source, n, scheme)]
         if unused:
             why = listed([shown(name) for name in unused])
             fix = "use the config.json that belongs to these weights"
@@ -259,6 +307,7 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
         "quant_algo": quant.algo,
         "num_quantized": len(covered),
         "has_zero_point": quant.zero_point,
+        "has_input_order": quant.input_order,
         "up_to_date": False,
     }
 
@@ -273,25 +322,34 @@ class _Made:
     def layer(self, module: str) -> Made:
         if self.held[0] != module:
             tensor = self.covered[module]
-            self.held = (
-                module,
-                _made_fp8(self.source, tensor) if self.scheme.kind == "fp8" else _made_four(self.source, tensor, self.scheme),
-            )
+            make = _made_fp8 if self.scheme.kind == "fp8" else _made_four
+            self.held = (module, make(self.source, tensor, self.scheme))
         return self.held[1]
 
     def quant_config(self, exclude: list[str]) -> QuantConfig:
-        """One pass over the scales: does every matrix have one scale, is every zero in the middle?"""
+        """One pass over the scales: does every matrix have one scale, is every zero in the middle, has any layer an activation order?"""
         if not self.covered:
             _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.root))
+        if self.scheme.inputs != "tensor":
+            return QuantConfig(algo=TOKEN_ACTIVATIONS if self.scheme.inputs == "token" else "W8A16_FP8", exclude=tuple(exclude))
         if self.scheme.kind == "fp8":
             same = all(np.ptp(self.layer(module)["weights_scaling_factor"]) == 0 for module in self.covered)
             return QuantConfig(algo="FP8" if same else "FP8_PER_CHANNEL", exclude=tuple(exclude))
+        orders = [_input_order(self.source, tensor, self.scheme) for tensor in self.covered.values()]
+        ordered = any(np.any(np.diff(order) < 0) for order in orders)
         zero = any(np.any(self.layer(module)["zero"]) for module in self.covered)
-        return QuantConfig(algo="W4A16_GPTQ", group_size=self.scheme.group_size, zero_point=zero, exclude=tuple(exclude))
+        size = self.scheme.group_size
+        return QuantConfig(algo="W4A16_GPTQ", group_size=size, zero_point=zero, input_order=ordered, exclude=tuple(exclude))
 
     def value(self, tensor: Tensor) -> np.ndarray:
         module, _, suffix = tensor.name.rpartition(".")
         return self.layer(module)[suffix].reshape(-1)[: int(np.prod(tensor.shape))].reshape(tensor.shape)
+
+
+def _adds_nothing(source: _Source, name: str, scheme: Scheme) -> bool:
+    """A bias of zeros, which GPTQ writers give to every layer that they quantize."""
+    base, _, last = name.rpartition(".")
+    return scheme.kind == "gptq" and last == "bias" and source.has(f"{base}.qweight") and not np.any(source.read(name))
 
 
 def _plain(source: _Source, tensor: Tensor, dtype: str) -> np.ndarray:

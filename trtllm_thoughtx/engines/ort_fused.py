@@ -58,8 +58,7 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         is_static = source is not None and source.op_type == "DequantizeLinear"
         if is_static and weight.data_type == TensorProto.INT8:
             assert source is not None
-            product, new = _static_product(node, source, matrix, made, int(weight.dims[0]))
-            arrays |= new
+            product = _static_product(node, source, matrix, made)
         elif not is_static and weight.data_type in (TensorProto.INT4, TensorProto.INT8) and (found := _weight_only(matrix, tensors, data)):
             product, new = _weight_only_product(node, matrix, weight, *found)
             arrays |= new
@@ -108,14 +107,12 @@ def _output(node: onnx.NodeProto) -> str:
 
 
 def _static_product(
-    node: onnx.NodeProto, source: onnx.NodeProto, matrix: onnx.NodeProto, made: dict[str, onnx.NodeProto], num_out: int
-) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
-    """INT8 inputs by an INT8 matrix, each with its scale; float32 out."""
+    node: onnx.NodeProto, source: onnx.NodeProto, matrix: onnx.NodeProto, made: dict[str, onnx.NodeProto]
+) -> onnx.NodeProto:
+    """INT8 inputs by an INT8 matrix, each with one scale; float32 out. Scales per row are multiplied behind it, in the graph."""
     zero = made[source.input[0]].input[2]
-    zeros = f"{matrix.input[1]}/zeros"
-    inputs = [source.input[0], source.input[1], zero, matrix.input[0], matrix.input[1], zeros]
-    product = helper.make_node("QGemm", inputs, [_output(node)], name=node.name, domain=DOMAIN, transB=1)
-    return product, {zeros: np.zeros(num_out, np.int8)}
+    inputs = [source.input[0], source.input[1], zero, matrix.input[0], matrix.input[1], zero]
+    return helper.make_node("QGemm", inputs, [_output(node)], name=node.name, domain=DOMAIN, transB=1)
 
 
 def _weight_only(matrix: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], data: BinaryIO) -> tuple[np.ndarray, np.ndarray, int] | None:

@@ -7,12 +7,15 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     W8A16                 weight I8, per_channel_scale [out]
     W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]
     W4A16_AWQ             the same, and prequant_scaling_factor [in]
-    W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size]
+    W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size], with activation order input_order I32 [in]
     FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
+    W8A16_FP8             weight F8_E4M3, weights_scaling_factor [out]; not TensorRT-LLM's
+    FP8_PER_CHANNEL_PER_TOKEN   weight F8_E4M3, per_channel_scale [out]; the input's scale is each token's largest input over 448
 
-value = stored * scale (+ zero, of its group); an input is multiplied by the prequant factor first. Two 4-bit numbers share a byte, the
-earlier channel in the low half. Weight-only matrices keep this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so
-only unquantized and FP8 checkpoints go to `trtllm-build` as they are.
+value = stored * scale (+ zero, of its group); an input is multiplied by the prequant factor first. Column j of a matrix with an order
+belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low half. Weight-only matrices keep
+this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only unquantized and FP8 checkpoints go to `trtllm-build` as
+they are. Zero points and orders are keys and tensors that it does not know.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from trtllm_thoughtx.families.fields import Fields
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 STORED = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W8A16": "I8", "W4A16": "U8", "W4A16_AWQ": "U8"}
-STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "W4A16_GPTQ": "U8"}
+STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "FP8_PER_CHANNEL_PER_TOKEN": "F8_E4M3", "W8A16_FP8": "F8_E4M3", "W4A16_GPTQ": "U8"}
 STATIC_ACTIVATIONS = ("FP8", "FP8_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL")
+TOKEN_ACTIVATIONS = "FP8_PER_CHANNEL_PER_TOKEN"  # scales of inputs are computed, token by token
 MAX_EXCLUDED = 1 << 14
 
 
@@ -39,10 +43,10 @@ def linear_modules(config: ModelConfig) -> list[str]:
 
 def scale_of(algo: str, num_out: int, num_in: int, group_size: int) -> tuple[str, tuple[int, ...]]:
     """(suffix, shape) of the scale of a matrix [num_out, num_in]."""
-    if algo == "W8A16":
+    if algo in ("W8A16", TOKEN_ACTIVATIONS):
         return "per_channel_scale", (num_out,)
-    shapes: dict[str, tuple[int, ...]] = {"FP8": (1,), "W8A8_SQ_PER_CHANNEL": (num_out,), "FP8_PER_CHANNEL": (num_out,)}
-    return "weights_scaling_factor", shapes.get(algo, (num_out, num_in // group_size))
+    by_row = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL", "W8A16_FP8")
+    return "weights_scaling_factor", (1,) if algo == "FP8" else (num_out,) if algo in by_row else (num_out, num_in // group_size)
 
 
 def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -57,6 +61,8 @@ def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str,
         found["zero"] = ("F32", shape)
     if quant.prequant:
         found["prequant_scaling_factor"] = ("F32", (num_in,))
+    if quant.input_order:
+        found["input_order"] = ("I32", (num_in,))
     return found
 
 
@@ -93,7 +99,7 @@ def _own(name: str, like: Tensor, suffix: str, shape: tuple[int, ...], stored: s
 
 
 def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
-    """TensorRT-LLM's `quantization`: it refuses keys that it does not know."""
+    """TensorRT-LLM's `quantization`: it refuses keys that it does not know, so ours is there only where it could not read the tensors."""
     return {
         "quant_algo": quant.algo if quant else None,
         "kv_cache_quant_algo": quant.kv_algo if quant else None,
@@ -104,6 +110,7 @@ def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
         "has_zero_point": quant.zero_point if quant else False,
         "pre_quant_scale": quant.prequant if quant else False,
         "exclude_modules": list(quant.exclude) if quant else None,
+        **({"has_input_order": True} if quant and quant.input_order else {}),
     }
 
 
@@ -124,6 +131,9 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     zero_point = table.boolean("has_zero_point", False)
     if zero_point and algo != "W4A16_GPTQ":
         table.unsupported("quantization.has_zero_point is true", f"{shown(algo)} has no zero points")
+    input_order = table.boolean("has_input_order", False)
+    if input_order and algo != "W4A16_GPTQ":
+        table.unsupported("quantization.has_input_order is true", f"{shown(algo)} has no activation order")
     for key, off in (("clamp_val", None), ("use_meta_recipe", False)):
         if table.get(key) not in (None, off):
             table.unsupported(f"quantization.{key} is {shown(table.raw[key])}", f"only {shown(off)} is supported")
@@ -139,5 +149,6 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
         group_size=size,
         prequant=table.boolean("pre_quant_scale", False),
         zero_point=zero_point,
+        input_order=input_order,
         exclude=tuple(excluded),
     )

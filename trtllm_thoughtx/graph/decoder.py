@@ -45,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Initializer:
-    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, or a computed array.
+    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, times `factor`, or a computed array.
 
     `elem_type` is the ONNX type of a tensor that has its own; None: the graph's type.
     """
@@ -55,6 +55,7 @@ class Initializer:
     weight: str = ""
     array: np.ndarray | None = None
     elem_type: int | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ class Builder:
         self.inline.append(numpy_helper.from_array(np.array(value, np.int64), name))
         return name
 
-    def weight(self, name: str, shape: tuple[int, ...], elem_type: int | None = None) -> str:
+    def weight(self, name: str, shape: tuple[int, ...], elem_type: int | None = None, factor: float = 1.0) -> str:
         if all(x.name != name for x in self.external):
-            self.external.append(Initializer(name, shape, weight=name, elem_type=elem_type))
+            self.external.append(Initializer(name, shape, weight=name, elem_type=elem_type, factor=factor))
         return name
 
     def table(self, name: str, array: np.ndarray) -> str:

@@ -26,8 +26,9 @@ from trtllm_thoughtx.weights import NUMPY_DTYPES, WeightSource
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
-# Types of quantized tensors, as they lie in memory: two 4-bit numbers share a byte.
+# Types of quantized tensors, as they lie in memory: two 4-bit numbers share a byte. INT32 is an order of channels.
 FIXED: dict[int, Any] = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.INT8: np.int8, TensorProto.INT4: np.uint8}
+FIXED |= {TensorProto.INT32: np.int32}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Ini
         found = source.read(entry.weight, dtype)
         wanted = stored_shape(entry)
         assert found.shape == wanted or (found.shape, wanted) == ((1,), ()), (entry.weight, found.shape, wanted)
+        found = found if entry.factor == 1 else found * found.dtype.type(entry.factor)
         return found.reshape(wanted).astype(numpy_type(entry, dtype), copy=False)
 
     with ThreadPoolExecutor(NUM_READERS, "read-weights") as pool:

@@ -1,8 +1,14 @@
 """Quantized linear layers as explicit QuantizeLinear and DequantizeLinear around one Gemm: the form that every engine takes.
 
 onnxruntime computes it as it stands, TensorRT fuses it into a low-precision product. What the graph says is the definition: an input is
-multiplied by its prequant factor, rounded to the stored grid where the format has one, and multiplied with the stored matrix times its
-scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every type holds exactly).
+multiplied by its prequant factor and put in the order of its groups where the format has them, rounded to the stored grid where it has
+one, and multiplied with the stored matrix times its scale. Scales have the graph's own type (`calibrate.grid` chooses numbers that every
+type holds exactly).
+
+A product of two quantized sides has one scale on each, whatever the format: only then does TensorRT put the scales into the product. It
+would multiply by a scale per row behind it, and until then sums of raw numbers (up to 448 times 448 each) leave float16. So scales per
+row stand behind the product in the graph, over `ROW_STEPS`; and a token with a range of its own is divided by it before, and multiplied
+behind.
 """
 
 from __future__ import annotations
@@ -12,13 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, scale_of
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, TOKEN_ACTIVATIONS, scale_of
 
 if TYPE_CHECKING:
     from trtllm_thoughtx.graph.decoder import Builder
 
 ELEM_TYPES = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8, "U8": TensorProto.INT4}
 TRT_NAMES = {"F8_E4M3": "FP8", "I8": "Int8", "U8": "Int4"}  # as a plan's layer information spells them
+# Scales of a product whose true ones are applied around it. Powers of two are the same numbers in every type, and these leave the product
+# about as large as the layer's output: rows of common matrices (0.2 over 448 or 127), and inputs that their token's range has divided.
+ROW_STEPS = {"F8_E4M3": 2.0**-11, "I8": 2.0**-9}
+TOKEN_STEP = 2.0**-8
+TOKEN_SPAN = 448 * TOKEN_STEP  # what the largest of a token's inputs becomes
+SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
 @dataclass(frozen=True)
@@ -37,17 +49,19 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     stored = STORED[quant.algo]
     if quant.prequant:
         x = b.node("Mul", [x, b.weight(f"{module}.prequant_scaling_factor", (num_in,))], f"{output}.prequant")
+    if quant.input_order:
+        x = b.node("Gather", [x, b.weight(f"{module}.input_order", (num_in,), TensorProto.INT32)], f"{output}.ordered", axis=1)
     both = quant.algo in STATIC_ACTIVATIONS
     if both:
         scale = b.weight(f"{module}.activation_scaling_factor", ())
         x = b.node("QuantizeLinear", [x, scale, _zero(b, stored)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
     suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
+    if quant.algo == TOKEN_ACTIVATIONS or (both and shape != (1,)):
+        return _by_row(b, x, module, output, num_out, num_in, bias=bias)
     weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
     scale = b.weight(f"{module}.{suffix}", () if shape == (1,) else shape)
-    blocks: dict[str, Any] = (
-        {"axis": 1, "block_size": quant.group_size} if stored == "U8" else {"axis": 0} if len(shape) and shape != (1,) else {}
-    )
+    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if stored == "U8" else {"axis": 0} if shape != (1,) else {}
     matrix = b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
     inputs = [x, matrix]
     if bias:
@@ -58,6 +72,46 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     product = b.node("Gemm", inputs, f"{output}.product", transB=1)
     b.products[-1] = Product(f"{output}.product", TRT_NAMES[stored], both)
     return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
+
+
+def _by_row(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
+    """Both sides quantized, with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
+    quant = b.config.quantization
+    assert quant is not None and quant.algo is not None
+    stored, spans = STORED[quant.algo], []
+    if quant.algo == TOKEN_ACTIVATIONS:
+        x, span = _rounded_by_token(b, x)
+        spans = [span]
+    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
+    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", ROW_STEPS[stored])], f"{output}.matrix")
+    y = b.node("Gemm", [x, matrix], f"{output}.product", transB=1)
+    b.products.append(Product(y, TRT_NAMES[stored], True))
+    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
+    after = [("Mul", b.weight(f"{module}.{suffix}", shape, factor=1 / ROW_STEPS[stored])), *(("Mul", span) for span in spans)]
+    after += [("Add", b.weight(f"{module}.bias", (num_out,)))] if bias else []
+    for i, (op, other) in enumerate(after):
+        y = b.node(op, [y, other], output if i == len(after) - 1 else f"{output}.{('rows', 'tokens')[i]}")
+    return y
+
+
+def _rounded_by_token(b: Builder, x: str) -> tuple[str, str]:
+    """(inputs on the E4M3 grid of their token, divided by its range; the ranges [N, 1]): the largest input over `TOKEN_SPAN`."""
+    span, rounded = f"{x}.range", f"{x}.rounded"
+    if all(node.output[0] != span for node in b.nodes):  # layers that read the same inputs round them once
+        largest = b.node("ReduceMax", [b.node("Abs", [x], f"{x}.sizes"), _axis(b, 1)], f"{x}.largest", keepdims=1)
+        over = b.node("Div", [largest, _number(b, "token.span", TOKEN_SPAN)], f"{x}.span")
+        b.node("Max", [over, _number(b, "token.smallest", SMALLEST_RANGE)], span)
+        step = _number(b, "token.step", TOKEN_STEP)
+        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, "F8_E4M3")], f"{x}.quantized")
+        b.node("DequantizeLinear", [f"{x}.quantized", step], rounded)
+    return rounded, span
+
+
+def _number(b: Builder, name: str, value: float) -> str:
+    """A scalar of the graph's type."""
+    if all(tensor.name != name for tensor in b.inline):
+        b.inline.append(helper.make_tensor(name, b.elem_type, [], [value]))
+    return name
 
 
 def cache_in(b: Builder, x: str, attention: str, output: str) -> str:
@@ -78,12 +132,17 @@ def _zero(b: Builder, stored: str) -> str:
     return name
 
 
+def _axis(b: Builder, axis: int) -> str:
+    name = "groups.axis" if axis == 2 else "token.axis"
+    if all(tensor.name != name for tensor in b.inline):
+        b.constant(name, [axis])
+    return name
+
+
 def _zeros(b: Builder, x: str, module: str, output: str, num_out: int, num_groups: int) -> str:
     """What zero points add: each group's zero times the sum of its inputs. No engine's fused product knows zero points; this is exact."""
     shape = f"{output}.groups.shape"
     b.constant(shape, [0, num_groups, -1])
-    if all(tensor.name != "groups.axis" for tensor in b.inline):
-        b.constant("groups.axis", [2])
     groups = b.node("Reshape", [x, shape], f"{output}.groups")
-    sums = b.node("ReduceSum", [groups, "groups.axis"], f"{output}.groups.sum", keepdims=0)
+    sums = b.node("ReduceSum", [groups, _axis(b, 2)], f"{output}.groups.sum", keepdims=0)
     return b.node("Gemm", [sums, b.weight(f"{module}.zero", (num_out, num_groups))], f"{output}.zeros", transB=1)

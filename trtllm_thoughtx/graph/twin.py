@@ -16,6 +16,7 @@ ROUNDED = (
     "ReduceSum",
     "Add",
     "Mul",
+    "Div",
     "Swish",
     "RMSNormalization",
     "RotaryEmbedding",
