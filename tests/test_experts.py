@@ -106,17 +106,28 @@ def engine_graph(path: Path) -> Any:
     return onnx.load(path / "rank0.onnx", load_external_data=False).graph
 
 
-def test_onnxruntime_runs_its_own_operator(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_onnxruntime_runs_its_own_operator(tmp_path, dtype):
     import onnx
 
-    from trtllm_thoughtx.engines.ort_fused import fuse
+    from trtllm_thoughtx.engines.ort_experts import fuse_experts
+    from trtllm_thoughtx.graph.twin import float32_twin
 
-    build(hf_models.save(tmp_path / "m", "qwen3_moe"), tmp_path / "e", OPTIONS)
+    build(hf_models.save(tmp_path / "m", "qwen3_moe"), tmp_path / "e", {**OPTIONS, "dtype": dtype})
     model = onnx.load(tmp_path / "e" / "rank0.onnx", load_external_data=False)
+    model = float32_twin(model) if dtype == "bfloat16" else model
     with (tmp_path / "e" / "rank0.data").open("rb") as data:
-        made = fuse(model, data)
+        made = fuse_experts(model, data)
     kinds = [node.op_type for node in model.graph.node]
     assert made.num_products == 3 and kinds.count("MoE") == 3 and experts.NAME not in kinds
+    assert not [tensor.name for tensor in model.graph.initializer if tensor.name.endswith("mlp.fc.weight")]
+    found = []
+    for exact in (False, True):
+        engine = Engine.load(tmp_path / "e", num_threads=1, exact=exact)
+        found.append(engine.forward([IDS])[0])
+        engine.close()
+    room = {"float32": 2.0**-17, "float16": 2.0**-8, "bfloat16": 2.0**-5}[dtype]  # eight roundings of 16 bits
+    assert np.median(np.abs(found[1] - found[0]).max(-1)) < room * found[0].std()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,9 +7,9 @@ its float32 twin (`graph.twin`), since onnxruntime has no bfloat16 kernels on CP
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -18,7 +18,8 @@ from onnx import helper
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.engines.ort_fused import fuse
+from trtllm_thoughtx.engines.ort_experts import fuse_experts
+from trtllm_thoughtx.engines.ort_fused import Fused, fuse
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.decoder import layer_output
 from trtllm_thoughtx.graph.twin import float32_twin, is_bfloat16
@@ -49,7 +50,7 @@ class OnnxRuntimeRunner:
         tap_layers: bool = False,
         exact: bool = False,
     ) -> None:
-        """`exact`: quantized products and experts run as the graph has them, not on `ort_fused`'s operators."""
+        """`exact`: quantized products and experts run as the graph has them."""
         self.config, self.build, self.parts, self.exact = config, build, parts, exact
         self.device = available_device()
         self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
@@ -73,9 +74,10 @@ class OnnxRuntimeRunner:
             model = onnx.ModelProto.FromString(graph)
             if is_bfloat16(model):
                 model = float32_twin(model)
-            elif self._fuses():
+            rewriters = self._rewriters()
+            if rewriters:
                 with files.open_inside(root, part["data"]) as data:
-                    arrays = fuse(model, data).arrays
+                    arrays = {name: array for rewrite in rewriters for name, array in rewrite(model, data).arrays.items()}
                 values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                 options.add_external_initializers(list(arrays), values)
             if tap_layers:
@@ -90,9 +92,12 @@ class OnnxRuntimeRunner:
                 fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
             ) from None
 
-    def _fuses(self) -> bool:
-        has_own = self.config.quantization is not None or self.config.experts is not None
-        return has_own and not self.exact and self.device == "cpu" and self.build.dtype == "float32"
+    def _rewriters(self) -> list[Callable[[onnx.ModelProto, BinaryIO], Fused]]:
+        """What replaces nodes of the graph by this runtime's own operators."""
+        if self.exact or self.device != "cpu":
+            return []
+        products = self.config.quantization is not None and self.build.dtype == "float32"
+        return [*([fuse] if products else []), *([fuse_experts] if self.config.experts is not None else [])]
 
     def _tap(self, model: onnx.ModelProto, part: dict[str, Any]) -> None:
         layers = [*([-1] if part["embeds"] else []), *range(part["first_layer"], part["last_layer"])]

@@ -1,23 +1,21 @@
-"""onnxruntime's own operators on a CPU: `MatMulNBits` for weight-only quantized products, `QGemm` for INT8 by INT8, `MoE` for experts.
+"""onnxruntime's own operators for quantized products on a CPU: `MatMulNBits` for weight-only ones, `QGemm` for INT8 by INT8.
 
 The graph's Q/DQ form is what every engine shares; onnxruntime fuses it only in part, and would otherwise widen all weights when it loads.
 So the float32 graph is rewritten while it is read: the same stored numbers, four- and eight-bit ones made unsigned as `MatMulNBits` wants
 them. That operator rounds its inputs to 8 bits, block by block, as it goes (accuracy level 4): several times faster, and a little less
-exact than the graph; `Engine.load(..., exact=True)` runs the graph as it stands. `MoE` runs each token through its own experts only; it
-wants the rows of an expert's up and gate matrices in turn.
+exact than the graph; `Engine.load(..., exact=True)` runs the graph as it stands.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-
-from trtllm_thoughtx.graph import experts
 
 DOMAIN = "com.microsoft"
 BLOCKS = (128, 64, 32, 16)
@@ -33,22 +31,14 @@ class Fused:
 
 
 def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
-    """Rewrite the quantized products and the mixtures of experts of a float32 graph in place; `data` holds its external initializers."""
+    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
     arrays: dict[str, np.ndarray] = {}
     nodes: list[onnx.NodeProto] = []
-    replaced: set[str] = set()
     num_products = 0
     for node in graph.node:
-        if node.op_type == experts.NAME:
-            product, new = _experts(node, tensors[node.input[2]], data)
-            arrays |= new
-            replaced.add(node.input[2])
-            nodes.append(product)
-            num_products += 1
-            continue
         matrix = made.get(node.input[1]) if node.op_type == "Gemm" else None
         if matrix is None or matrix.op_type != "DequantizeLinear":
             nodes.append(node)
@@ -62,7 +52,6 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         elif not is_static and weight.data_type in (TensorProto.INT4, TensorProto.INT8) and (found := _weight_only(matrix, tensors, data)):
             product, new = _weight_only_product(node, matrix, weight, *found)
             arrays |= new
-            replaced |= {matrix.input[0], matrix.input[1]}
         else:
             nodes.append(node)
             continue
@@ -71,34 +60,27 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         if len(node.input) > 2:
             nodes.append(helper.make_node("Add", [product.output[0], node.input[2]], [node.output[0]], name=f"{node.output[0]}/bias"))
     if num_products:
-        used = {name for node in nodes for name in node.input}
-        outputs = {value.name for value in graph.output}
-        kept = [node for node in nodes if node.op_type != "DequantizeLinear" or used & set(node.output) or outputs & set(node.output)]
-        del graph.node[:]
-        graph.node.extend(kept)
-        rest = [tensor for tensor in graph.initializer if tensor.name not in replaced]
-        del graph.initializer[:]
-        graph.initializer.extend(rest)
-        for name, array in arrays.items():
-            tensor = graph.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.add(key="location", value=name)
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        rewrite(model, nodes, arrays, unused=("DequantizeLinear",))
     return Fused(arrays, num_products)
 
 
-def _experts(node: onnx.NodeProto, fc: onnx.TensorProto, data: BinaryIO) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
-    """x, logits, fc [E, 2X, H] with an expert's ups before its gates, proj -> the same with gates and ups in turn."""
-    num_experts, num_rows, hidden = fc.dims
-    halves = _read(fc, data).view(np.float32).reshape(num_experts, 2, num_rows // 2, hidden)
-    turned = f"{fc.name}/in_turn"
-    array = np.ascontiguousarray(halves[:, ::-1].swapaxes(1, 2)).reshape(num_experts, num_rows, hidden)
-    x, logits, _, proj = node.input
-    said = {attribute.name: attribute.i for attribute in node.attribute}
-    swiglu: dict[str, Any] = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
-    swiglu |= {"k": said["top_k"], "normalize_routing_weights": said["normalized"]}
-    made = helper.make_node("MoE", [x, logits, turned, "", proj], list(node.output), name=node.name, domain=DOMAIN, **swiglu)
-    return made, {turned: array}
+def rewrite(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, np.ndarray], *, unused: Sequence[str]) -> None:
+    """Give the graph these nodes, less those of the types `unused` that nothing reads any more, and `arrays` as initializers that the
+    session gets from memory; initializers that nothing reads go."""
+    graph = model.graph
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    kept = [node for node in nodes if node.op_type not in unused or used & set(node.output)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    rest = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(rest)
+    for name, array in arrays.items():
+        tensor = graph.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=name)
+    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
 def _output(node: onnx.NodeProto) -> str:
@@ -123,8 +105,8 @@ def _weight_only(matrix: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], d
     size = given or next((b for b in BLOCKS if num_in % b == 0), 0)
     if size not in (*BLOCKS, 256):
         return None
-    scales = _read(scale, data).view(np.float32).reshape(num_out, -1)
-    return _read(weight, data), np.ascontiguousarray(np.broadcast_to(scales, (num_out, num_in // size))), size
+    scales = read_initializer(scale, data).view(np.float32).reshape(num_out, -1)
+    return read_initializer(weight, data), np.ascontiguousarray(np.broadcast_to(scales, (num_out, num_in // size))), size
 
 
 def _weight_only_product(
@@ -140,7 +122,7 @@ def _weight_only_product(
     return made, arrays
 
 
-def _read(tensor: onnx.TensorProto, data: BinaryIO) -> np.ndarray:
+def read_initializer(tensor: onnx.TensorProto, data: BinaryIO) -> np.ndarray:
     """The bytes of an external tensor."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     data.seek(int(where["offset"]))
