@@ -63,7 +63,7 @@ class Reference:
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         self._precision: Callable[[], AbstractContextManager] = _Widened if dtype == "float64" else nullcontext
-        self._model = load_model(path, DTYPES[dtype])
+        self._model = load_model(path, DTYPES[dtype], experts="eager")  # a loop over experts: grouped products know no float64
         if dtype == "float64":
             body = self._model.model
             with self._precision():  # the frequencies too are made in float32 by name
@@ -183,8 +183,9 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy(force=True)
 
 
-def load_model(path: Path, dtype: torch.dtype, attention: str = "eager") -> Any:
-    """A model in evaluation mode, from local safetensors only, never running the checkpoint's code."""
+def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts: str | None = None) -> Any:
+    """A model in evaluation mode, from local safetensors only, never running the checkpoint's code. `attention` and `experts` name
+    transformers' implementations; None is its own choice."""
     _check_directory(path)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -193,8 +194,8 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager") -> Any:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), **local)
-        if hasattr(config, "_experts_implementation"):
-            config._experts_implementation = "eager"  # a loop over experts: grouped products know no float64
+        if experts is not None and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = experts
         _check_memory(path, config, dtype)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path), config=config, use_safetensors=True, attn_implementation=attention, **{word: dtype}, **local
