@@ -31,7 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_causal_mask_is_the_default_run_bit_for_bit(models: dict[str, Path], family: str) -> None:
-    plain = transformers.AutoModelForCausalLM.from_pretrained(models[family], attn_implementation="eager", dtype=torch.float32)
+    kinds = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if "moe" in family else {})}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32, **kinds)
     with torch.inference_mode():
         wanted = plain(torch.tensor([IDS]), use_cache=False, output_hidden_states=True)
     logits, hidden = Reference(models[family], "float32").run(IDS, layers=True)
