@@ -53,20 +53,22 @@ def plant(source: Path, target: Path, factor: float, seed: int = 3) -> None:
     """Copy a Hugging Face directory. In each layer `NUM_PLANTED` channels in front of each linear layer become `factor` times as large, and
     what reads them as much smaller; a channel of the values is read by every query head of its group."""
     assert np.frexp(factor)[0] == 0.5, "a power of two, so that nothing is rounded"
-    from trtllm_thoughtx.calibrate import stored
+    from trtllm_thoughtx.checkpoint import read_tensors
+    from trtllm_thoughtx.weights import NUMPY_DTYPES, STORED_DTYPES
 
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text())
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     groups = config["num_attention_heads"] // config["num_key_value_heads"]
     rng = np.random.default_rng(seed)
-    files = {path: stored.read_all(target, path.name) for path in sorted(target.glob("*.safetensors"))}
-    home = {name: held for held in files.values() for name in held}
+    infos = {name: (path, info) for path in target.glob("*.safetensors") for name, info in read_tensors(target, [path.name]).items()}
 
     def scale(name: str, index: Any, by: float) -> None:
-        if name in home:
-            home[name][name] = home[name][name].copy()
-            home[name][name][index] *= home[name][name].dtype.type(by)
+        if name in infos:
+            path, info = infos[name]
+            values = np.memmap(path, NUMPY_DTYPES[STORED_DTYPES[info.dtype]], "r+", info.offset, info.shape)
+            values[index] *= values.dtype.type(by)
+            values.flush()
 
     def some(num: int) -> np.ndarray:
         return rng.choice(num, NUM_PLANTED, replace=False)
@@ -89,8 +91,6 @@ def plant(source: Path, target: Path, factor: float, seed: int = 3) -> None:
         channels = some(config["intermediate_size"])
         scale(f"{p}mlp.up_proj.weight", channels, factor)
         scale(f"{p}mlp.down_proj.weight", (slice(None), channels), 1 / factor)
-    for path, held in files.items():
-        stored.write_all(path, held)
 
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
