@@ -1,7 +1,7 @@
 """Accuracy, time and memory of thoughtx-calibrate beside NVIDIA ModelOpt: the same model, the same rows, the same measure.
 
     python bench/beside_modelopt.py MODEL_DIR [--formats fp8,int8_sq,int4_awq] [--seeds 0,1,2,3,4] [--plant 64] [--calib_data FILE]
-        [--calib_size 128] [--calib_seq_len 512] [--defaults] [--json]
+        [--calib_size 128] [--calib_seq_len 512] [--defaults] [--together] [--json]
 
 Needs nvidia-modelopt, in a virtual environment of its own: pip install -e ".[reference]" nvidia-modelopt requests. Without it nothing is
 measured, and the reason is said. Both take the rows that `calibrate.data.read_data` gives for the seed, one at a time, in float32, without
@@ -24,6 +24,7 @@ import copy
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, tuple[str, Any]]] = {
     "int8_sq": {"preset": ("INT8_SMOOTHQUANT_CFG", None), "alpha 0.5": ("INT8_SMOOTHQUANT_CFG", {"method": "smoothquant", "alpha": 0.5})},
     "int4_awq": {"preset": ("INT4_AWQ_CFG", None), "awq_full": ("INT4_AWQ_CFG", {"method": "awq_full", "alpha_step": 0.1})},
 }
+MARK = "result: "
 SHOWN = ("kl", "top1_agreement", "perplexity_ratio")
 
 
@@ -187,19 +189,40 @@ def peak_mib() -> float:
     return int(found[1]) / 1024
 
 
-def measured(task: dict[str, Any]) -> dict[str, Any]:
-    """A worker's numbers, its seconds with imports, and its peak in MiB."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    began = time.perf_counter()
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{task} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found | {"seconds": time.perf_counter() - began - found["extra_s"]}
+class Workers:
+    """Processes that do tasks: one for each task, or (`together`) one for each system, whose seconds and peak then mean nothing."""
+
+    def __init__(self, together: bool) -> None:
+        self.together, self.running = together, dict[str, subprocess.Popen[str]]()
+
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The numbers of a task, with the seconds that its process took, imports included."""
+        began = time.perf_counter()
+        worker = self.running.pop(task["system"], None) or self._start()
+        assert worker.stdin is not None and worker.stdout is not None
+        worker.stdin.write(json.dumps(task) + "\n")
+        worker.stdin.flush()
+        line = next((line for line in worker.stdout if line.startswith(MARK)), None)  # ModelOpt prints, too
+        if line is None:
+            raise SystemExit(f"{task} failed with status {worker.wait()}")
+        if self.together:
+            self.running[task["system"]] = worker
+        else:
+            worker.communicate()
+        found = json.loads(line.removeprefix(MARK))
+        return found | ({} if self.together else {"seconds": time.perf_counter() - began - found["extra_s"]})
+
+    def _start(self) -> subprocess.Popen[str]:
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def close(self) -> None:
+        for worker in self.running.values():
+            worker.communicate()
 
 
-def compared(model_dir: Path, args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+def compared(model_dir: Path, args: argparse.Namespace, scratch: Path, workers: Workers) -> list[dict[str, Any]]:
     """A row for each format, seed and system."""
     rows: list[dict[str, Any]] = []
     for qformat in args.formats.split(","):
@@ -207,13 +230,13 @@ def compared(model_dir: Path, args: argparse.Namespace, scratch: Path) -> list[d
             base = {"model_dir": str(model_dir), "qformat": qformat, "seed": seed, "calib_data": args.calib_data}
             base |= {"calib_size": args.calib_size, "calib_seq_len": args.calib_seq_len}
             out = scratch / "out"
-            mine = measured(base | {"system": "thoughtx", "out": str(out)})
+            mine = workers.run(base | {"system": "thoughtx", "out": str(out)})
             shutil.rmtree(out)
             runs = [("", mine)]
             for variant in [name for name in VARIANTS[qformat] if name == "preset" or not args.defaults]:
                 task = base | {"system": "modelopt", "variant": variant, "group_size": mine["group_size"]}
                 task["fused"] = not args.defaults and qformat != "fp8"  # FP8 has no factors, and its input scales are equal already
-                runs.append((variant, measured(task)))
+                runs.append((variant, workers.run(task)))
             for variant, found in runs:
                 assert found["tokens_sha256"] == mine["tokens_sha256"], "the rows differ"
                 for system, numbers in found["systems"].items():
@@ -221,7 +244,10 @@ def compared(model_dir: Path, args: argparse.Namespace, scratch: Path) -> list[d
                     assert abs(numbers["perplexity_reference"] / reference - 1) < 1e-4, "the models, or the positions judged, differ"
                     row = {"format": qformat, "seed": seed, "system": f"{system} {variant}".strip(), "group_size": mine["group_size"]}
                     row |= {key: numbers[key] for key in (*SHOWN, "num_positions")} | {"num_rows": mine["num_rows"]}
-                    rows.append(row | {key: round(found[key], 2) for key in ("seconds", "quantize_s", "peak_mib") if key in found})
+                    rows.append(
+                        row
+                        | {key: round(found[key], 2) for key in ("seconds", "quantize_s", "peak_mib") if key in found and not args.together}
+                    )
             print(f"{qformat} seed {seed} done", file=sys.stderr)
     return rows
 
@@ -237,7 +263,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         mine = {row["seed"]: row["kl"] for row in rows if (row["format"], row["system"]) == (qformat, "thoughtx")}
         ratios = [row["kl"] / mine[row["seed"]] for row in own]
         kl, top1, ppl = (statistics.median(row[key] for row in own) for key in SHOWN)
-        seconds, peak = (statistics.median(row[key] for row in own) for key in ("seconds", "peak_mib"))
+        seconds, peak = (statistics.median(row.get(key, math.nan) for row in own) for key in ("seconds", "peak_mib"))
         won = f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}" if system != "thoughtx" else ""
         lines.append(
             f"{qformat:<10}{system:<28}{kl:>11.6f}{statistics.median(ratios):>11.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{won:>12}"
@@ -260,6 +286,7 @@ def main() -> None:
     parser.add_argument("--calib_size", type=int, default=128)
     parser.add_argument("--calib_seq_len", type=int, default=512)
     parser.add_argument("--defaults", action="store_true", help="ModelOpt's presets alone, not fused")
+    parser.add_argument("--together", action="store_true", help="one process for all runs of a system: quicker, without times and memory")
     parser.add_argument("--work", type=Path, help="an existing directory on the disk to use (default: the system's temporary one)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -274,7 +301,9 @@ def main() -> None:
         if args.plant:
             plant(model_dir, Path(scratch, "planted"), args.plant)
             model_dir = Path(scratch, "planted")
-        rows = compared(model_dir, args, Path(scratch))
+        workers = Workers(args.together)
+        rows = compared(model_dir, args, Path(scratch), workers)
+        workers.close()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")} | {"nvidia-modelopt": version}
     if args.json:
         print(json.dumps({"model": args.model_dir.name, "planted": args.plant, "versions": versions, "rows": rows}))
@@ -287,7 +316,8 @@ def main() -> None:
 if __name__ == "__main__":
     sys.path[:1] = [str(ROOT)]  # not bench/, whose files have the names of packages
     if sys.argv[1:2] == ["--worker"]:
-        task = json.loads(sys.argv[2])
-        print(json.dumps(ours(task) if task["system"] == "thoughtx" else theirs(task)))
+        for line in sys.stdin:
+            task = json.loads(line)
+            print(MARK + json.dumps(ours(task) if task["system"] == "thoughtx" else theirs(task)), flush=True)
     else:
         main()
