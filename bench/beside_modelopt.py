@@ -7,7 +7,10 @@ Needs nvidia-modelopt, in a virtual environment of its own: pip install -e ".[re
 measured, and the reason is said. Both take the rows that `calibrate.data.read_data` gives for the seed, one at a time, in float32, without
 padding; both leave the output matrix and the KV cache as they are, and have the same 4-bit group size. Judged on the held-out rows:
 KL from the model as it was, top-1 agreement, ratio of perplexities. Each run is a process of its own, loading, calibrating and judging
-included; its peak is VmHWM. A seed chooses the rows, the held-out ones too, so the spread over seeds is the noise.
+included; its peak is VmHWM, and where other work runs its CPU seconds say more than its seconds.
+
+A seed chooses the rows, the held-out ones too. Rounding itself is a draw: scales that are a few percent apart are equally good and
+give another KL, the same way for all seeds of a model; compare several models before a small difference is taken for one.
 
 ModelOpt's settings are its presets (SmoothQuant alpha 1, awq_lite in steps of 0.1) and, unless --defaults, those nearest to what ours
 searches: alpha 0.5, and awq_full, which also clips. It calibrates q, k, v and gate, up apart; "fused" is the same model after
@@ -104,6 +107,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     found = calibrate(Path(task["model_dir"]), Path(task["out"]), qformat=task["qformat"], calib_data=data, **options)
     return {
         "extra_s": 0.0,
+        "cpu_s": time.process_time(),
         "peak_mib": peak_mib(),
         "group_size": found["quantization"]["group_size"],
         "tokens_sha256": found["data"]["tokens_sha256"],
@@ -170,13 +174,14 @@ def theirs(task: dict[str, Any]) -> dict[str, Any]:
         quantize_s = time.perf_counter() - start
         on = [name for name, module in model.named_modules() if name.endswith("weight_quantizer") and module.is_enabled]
         assert len(on) == 7 * config.num_layers, f"{len(on)} matrices are quantized"
-        systems, peak, begun = {"modelopt": judged()}, peak_mib(), time.perf_counter()
+        systems, peak, cpu_s, begun = {"modelopt": judged()}, peak_mib(), time.process_time(), time.perf_counter()
         if task["fused"]:
             exporter.requantize_resmooth_fused_llm_layers(model)
             systems["modelopt fused"] = judged()
     return {
         "quantize_s": quantize_s,
         "extra_s": time.perf_counter() - begun,
+        "cpu_s": cpu_s,
         "peak_mib": peak,
         "tokens_sha256": data.facts["tokens_sha256"],
         "systems": systems,
@@ -246,7 +251,11 @@ def compared(model_dir: Path, args: argparse.Namespace, scratch: Path, workers: 
                     row |= {key: numbers[key] for key in (*SHOWN, "num_positions")} | {"num_rows": mine["num_rows"]}
                     rows.append(
                         row
-                        | {key: round(found[key], 2) for key in ("seconds", "quantize_s", "peak_mib") if key in found and not args.together}
+                        | {
+                            key: round(found[key], 2)
+                            for key in ("seconds", "cpu_s", "quantize_s", "peak_mib")
+                            if key in found and not args.together
+                        }
                     )
             print(f"{qformat} seed {seed} done", file=sys.stderr)
     return rows
@@ -256,18 +265,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Medians over the seeds; `KL / ours` and how many seeds it is above 1 come from pairs of the same seed."""
     lines = [
         f"{'format':<10}{'system':<28}{'KL, nats':>11}{'KL / ours':>11}{'min':>8}{'max':>8}{'ours lower':>12}"
-        f"{'top-1':>9}{'ppl ratio':>11}{'seconds':>9}{'peak MiB':>10}"
+        f"{'top-1':>9}{'ppl ratio':>11}{'seconds':>9}{'CPU s':>9}{'peak MiB':>10}"
     ]
     for qformat, system in dict.fromkeys((row["format"], row["system"]) for row in rows):
         own = [row for row in rows if (row["format"], row["system"]) == (qformat, system)]
         mine = {row["seed"]: row["kl"] for row in rows if (row["format"], row["system"]) == (qformat, "thoughtx")}
         ratios = [row["kl"] / mine[row["seed"]] for row in own]
         kl, top1, ppl = (statistics.median(row[key] for row in own) for key in SHOWN)
-        seconds, peak = (statistics.median(row.get(key, math.nan) for row in own) for key in ("seconds", "peak_mib"))
+        seconds, cpu, peak = (statistics.median(row.get(key, math.nan) for row in own) for key in ("seconds", "cpu_s", "peak_mib"))
         won = f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}" if system != "thoughtx" else ""
         lines.append(
             f"{qformat:<10}{system:<28}{kl:>11.6f}{statistics.median(ratios):>11.3f}{min(ratios):>8.3f}{max(ratios):>8.3f}{won:>12}"
-            f"{top1:>9.4f}{ppl:>11.5f}{seconds:>9.1f}{peak:>10.0f}"
+            f"{top1:>9.4f}{ppl:>11.5f}{seconds:>9.1f}{cpu:>9.1f}{peak:>10.0f}"
         )
     return lines
 
