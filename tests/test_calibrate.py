@@ -305,6 +305,24 @@ def test_the_search_never_loses_on_its_own_rows(tmp_path, qformat):
     assert any(facts["search_error"] < 0.95 * facts["search_error_nearest"] for facts in judged)
 
 
+def seen_of(rows: torch.Tensor, num_sequences: int) -> Inputs:
+    is_first = torch.arange(len(rows)) * num_sequences // len(rows) % 2 == 0
+    halves = rows[is_first].abs().amax(0), rows[~is_first].abs().amax(0)
+    return Inputs(rows.abs().amax(0), halves, is_first, rows.abs().mean(0), rows.square().mean(0), rows)
+
+
+@pytest.mark.parametrize("algo", ["W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"])
+def test_a_channel_large_in_the_inputs_and_small_in_the_matrix_costs_nothing(algo):
+    rng = np.random.default_rng(1)
+    weight, rows = (torch.tensor(rng.normal(size=(n, 128)), dtype=torch.float32) for n in (64, 200))
+    rows *= torch.tensor(np.exp(rng.normal(size=128)), dtype=torch.float32)  # sizes that ask for a middle exponent
+    by = torch.ones(128)
+    by[[5, 40, 99]] = 64.0
+    quant = QuantConfig(algo=algo, group_size=32, prequant=True)
+    plain, planted = (search(weight / p, seen_of(rows * p, 40), quant) for p in (torch.ones(128), by))
+    assert planted.error_nearest > 2 * plain.error_nearest and planted.error < 1.1 * plain.error
+
+
 def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
     """What twenty sequences of one kind never showed arrives in another: the search must not have scaled it up to the clipping point."""
     rng = np.random.default_rng(0)
@@ -313,9 +331,7 @@ def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
     errors = {}
     for num in (20, 40):
         rows = torch.tensor(rng.normal(size=(num * 5, 64)) * size, dtype=torch.float32)
-        is_first = torch.arange(num).repeat_interleave(5) % 2 == 0
-        halves = tuple(rows[half].abs().amax(0) for half in (is_first, ~is_first))
-        seen = Inputs(rows.abs().amax(0), halves, is_first, rows.abs().mean(0), rows.square().mean(0), rows)
+        seen = seen_of(rows, num)
         assert seen.num_sequences == num
         found = search(weight, seen, QuantConfig(algo="W8A8_SQ_PER_CHANNEL", prequant=True))
         other = torch.tensor(rng.normal(size=(50, 64)) * 0.5, dtype=torch.float32)  # now all channels speak

@@ -87,7 +87,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     best, alpha, factor = nearest, None, None
     if quant.prequant:
         for tried in ALPHAS:
-            candidate = factors(weight, seen, tried, algo)
+            candidate = factors(weight, seen, tried, algo, size)
             cost = error(candidate)
             if cost < best:
                 best, alpha, factor = cost, tried, candidate
@@ -105,8 +105,11 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     )
 
 
-def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str) -> torch.Tensor:
+def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str, group_size: int) -> torch.Tensor:
     """The factor of each input channel for one exponent, about 1 on average; 1 for a channel that was always zero.
+
+    Both rules weigh the inputs' size against the matrix's, so that a channel which is large in one and small in the other gets the factor
+    that it would have had if the two were alike.
 
     SmoothQuant makes quiet channels as large as the scale holds. In a few sequences a channel may be quiet by chance, and clips once it is
     not; no half of them shows it. Then only the loudest channels are made smaller, and the rest keep their headroom.
@@ -116,8 +119,10 @@ def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str) -> torc
         if seen.num_sequences < FEW_SEQUENCES:
             x = x.clamp(min=float(torch.quantile(x, QUIET)))
         wide = w.clamp(min=1e-12) ** (1 - alpha) / x.clamp(min=1e-12) ** alpha
-    else:  # AWQ: the inputs' mean size
-        wide = 1 / seen.mean.double().clamp(min=1e-12) ** alpha
+    else:  # AWQ: the inputs' mean size, and the mean share that a weight has of its group's largest
+        groups = weight.abs().reshape(weight.shape[0], -1, group_size)
+        share = (groups / groups.amax(2, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0).double()
+        wide = share ** (1 - alpha) / seen.mean.double().clamp(min=1e-12) ** alpha
     live = (seen.amax > 0) & (wide > 0)
     logs = torch.log(wide)[live]
     wide = torch.where(live, torch.exp(torch.log(wide) - logs.mean()) if len(logs) else wide, 1.0)
