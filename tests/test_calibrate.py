@@ -23,7 +23,8 @@ from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
 from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
 from trtllm_thoughtx.calibrate.layers import Walk, _Judge, picks_of  # noqa: E402
 from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
-from trtllm_thoughtx.calibrate.search import Found  # noqa: E402
+from trtllm_thoughtx.calibrate.search import Found, Inputs, search  # noqa: E402
+from trtllm_thoughtx.config import QuantConfig  # noqa: E402
 from trtllm_thoughtx.divergence import Divergence  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.runtime.text import Text  # noqa: E402
@@ -302,6 +303,44 @@ def test_the_search_never_loses_on_its_own_rows(tmp_path, qformat):
     judged = [facts for facts in found["modules"].values() if facts["quantized"]]
     assert len(judged) == 10 and all(facts["search_error"] <= facts["search_error_nearest"] for facts in judged)
     assert any(facts["search_error"] < 0.95 * facts["search_error_nearest"] for facts in judged)
+
+
+def seen_of(rows: torch.Tensor, num_sequences: int) -> Inputs:
+    is_first = torch.arange(len(rows)) * num_sequences // len(rows) % 2 == 0
+    halves = rows[is_first].abs().amax(0), rows[~is_first].abs().amax(0)
+    return Inputs(rows.abs().amax(0), halves, is_first, rows.abs().mean(0), rows.square().mean(0), rows)
+
+
+@pytest.mark.parametrize("algo", ["W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"])
+def test_a_channel_large_in_the_inputs_and_small_in_the_matrix_costs_nothing(algo):
+    rng = np.random.default_rng(1)
+    weight, rows = (torch.tensor(rng.normal(size=(n, 128)), dtype=torch.float32) for n in (64, 200))
+    rows *= torch.tensor(np.exp(rng.normal(size=128)), dtype=torch.float32)  # sizes that ask for a middle exponent
+    by = torch.ones(128)
+    by[[5, 40, 99]] = 64.0
+    quant = QuantConfig(algo=algo, group_size=32, prequant=True)
+    plain, planted = (search(weight / p, seen_of(rows * p, 40), quant) for p in (torch.ones(128), by))
+    assert planted.error_nearest > 2 * plain.error_nearest and planted.error < 1.1 * plain.error
+
+
+def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
+    """What twenty sequences of one kind never showed arrives in another: the search must not have scaled it up to the clipping point."""
+    rng = np.random.default_rng(0)
+    weight = torch.tensor(rng.normal(size=(64, 64)), dtype=torch.float32)
+    size = np.where(np.arange(64) % 4 == 0, 1.0, 0.02)  # three channels of four rest
+    errors = {}
+    for num in (20, 40):
+        rows = torch.tensor(rng.normal(size=(num * 5, 64)) * size, dtype=torch.float32)
+        seen = seen_of(rows, num)
+        assert seen.num_sequences == num
+        found = search(weight, seen, QuantConfig(algo="W8A8_SQ_PER_CHANNEL", prequant=True))
+        other = torch.tensor(rng.normal(size=(50, 64)) * 0.5, dtype=torch.float32)  # now all channels speak
+        wanted = other @ weight.T
+        got = found.inputs(other, "W8A8_SQ_PER_CHANNEL") @ found.matrix.T
+        errors[num] = float((got - wanted).square().sum() / wanted.square().sum())
+        known = found.inputs(rows, "W8A8_SQ_PER_CHANNEL") @ found.matrix.T - rows @ weight.T
+        assert float(known.square().sum() / (rows @ weight.T).square().sum()) < 1e-3
+    assert errors[20] < 1e-3 and errors[40] > 100 * errors[20], errors
 
 
 def test_clipping_on_held_out_rows_is_counted():

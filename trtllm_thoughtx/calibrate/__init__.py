@@ -1,6 +1,7 @@
 """Quantization of a checkpoint on data: what is rounded to which grid, what that costs, and a checkpoint that holds the result.
 
-Written by hand rather than with nvidia-modelopt, which wants the whole model in memory, no longer exports this checkpoint format for
-Qwen, and takes its statistics from padded batches; here a layer is in memory at a time, rows are never padded, and the numbers that the
-search rounds are those that the graph computes with.
+Written by hand rather than with nvidia-modelopt (0.47), which quantizes a model that is loaded whole, simulates each candidate in every
+forward pass of it, and calibrates layers with the same input apart, to be reconciled when it exports. Here a layer is in memory at a time,
+the statistics are gathered in one pass, layers that an engine fuses are searched together, and the numbers that the search rounds are
+those that the graph computes with. bench/beside_modelopt.py compares the two on the same rows.
 """

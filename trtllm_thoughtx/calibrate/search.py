@@ -18,6 +18,7 @@ from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 MAX_OUTPUTS = 4096  # rows of a matrix that candidates are compared on
+FEW_SEQUENCES, QUIET = 32, 0.8  # below so many, the share of channels whose size is taken to be unknown
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Inputs:
     mean: torch.Tensor  # of the absolute values
     square: torch.Tensor  # mean
     rows: torch.Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in `rows`: the halves take turns, so each change is a new one."""
+        return 1 + int((self.is_first[1:] != self.is_first[:-1]).sum())
 
 
 @dataclass
@@ -81,7 +87,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     best, alpha, factor = nearest, None, None
     if quant.prequant:
         for tried in ALPHAS:
-            candidate = factors(weight, seen, tried, algo)
+            candidate = factors(weight, seen, tried, algo, size)
             cost = error(candidate)
             if cost < best:
                 best, alpha, factor = cost, tried, candidate
@@ -99,13 +105,24 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     )
 
 
-def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str) -> torch.Tensor:
-    """The factor of each input channel for one exponent, about 1 on average; 1 for a channel that was always zero."""
+def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str, group_size: int) -> torch.Tensor:
+    """The factor of each input channel for one exponent, about 1 on average; 1 for a channel that was always zero.
+
+    Both rules weigh the inputs' size against the matrix's, so that a channel which is large in one and small in the other gets the factor
+    that it would have had if the two were alike.
+
+    SmoothQuant makes quiet channels as large as the scale holds. In a few sequences a channel may be quiet by chance, and clips once it is
+    not; no half of them shows it. Then only the loudest channels are made smaller, and the rest keep their headroom.
+    """
     if STORED[algo] == "I8":  # SmoothQuant: both sides' largest values
         x, w = seen.amax.double(), weight.abs().amax(0).double()
+        if seen.num_sequences < FEW_SEQUENCES:
+            x = x.clamp(min=float(torch.quantile(x, QUIET)))
         wide = w.clamp(min=1e-12) ** (1 - alpha) / x.clamp(min=1e-12) ** alpha
-    else:  # AWQ: the inputs' mean size
-        wide = 1 / seen.mean.double().clamp(min=1e-12) ** alpha
+    else:  # AWQ: the inputs' mean size, and the mean share that a weight has of its group's largest
+        groups = weight.abs().reshape(weight.shape[0], -1, group_size)
+        share = (groups / groups.amax(2, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0).double()
+        wide = share ** (1 - alpha) / seen.mean.double().clamp(min=1e-12) ** alpha
     live = (seen.amax > 0) & (wide > 0)
     logs = torch.log(wide)[live]
     wide = torch.where(live, torch.exp(torch.log(wide) - logs.mean()) if len(logs) else wide, 1.0)
