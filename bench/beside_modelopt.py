@@ -281,10 +281,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def group_size(rows: list[dict[str, Any]]) -> int | None:
-    return next((row["group_size"] for row in rows if row["format"] == "int4_awq"), None)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model_dir", type=Path, help="a Hugging Face directory")
@@ -318,7 +314,8 @@ def main() -> None:
         print(json.dumps({"model": args.model_dir.name, "planted": args.plant, "versions": versions, "rows": rows}))
         return
     planted = f", outliers of {args.plant:g} planted" if args.plant else ""
-    print(f"{args.model_dir.name}{planted}: {rows[0]['num_rows']} rows, 4 bits in groups of {group_size(rows)}; {versions}")
+    groups = "".join(f", 4 bits in groups of {size}" for size in {row["group_size"] for row in rows if row["format"] == "int4_awq"})
+    print(f"{args.model_dir.name}{planted}: {rows[0]['num_rows']} rows{groups}; {versions}")
     print("\n".join(table(rows)))
 
 
