@@ -308,7 +308,7 @@ def test_the_search_never_loses_on_its_own_rows(tmp_path, qformat):
 def seen_of(rows: torch.Tensor, num_sequences: int) -> Inputs:
     is_first = torch.arange(len(rows)) * num_sequences // len(rows) % 2 == 0
     halves = rows[is_first].abs().amax(0), rows[~is_first].abs().amax(0)
-    return Inputs(rows.abs().amax(0), halves, is_first, rows.abs().mean(0), rows.square().mean(0), rows)
+    return Inputs(rows.abs().amax(0), halves, is_first, rows.abs().mean(0), rows.square().mean(0), rows, num_sequences)
 
 
 @pytest.mark.parametrize("algo", ["W8A8_SQ_PER_CHANNEL", "W4A16_AWQ"])
@@ -332,7 +332,6 @@ def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
     for num in (20, 40):
         rows = torch.tensor(rng.normal(size=(num * 5, 64)) * size, dtype=torch.float32)
         seen = seen_of(rows, num)
-        assert seen.num_sequences == num
         found = search(weight, seen, QuantConfig(algo="W8A8_SQ_PER_CHANNEL", prequant=True))
         other = torch.tensor(rng.normal(size=(50, 64)) * 0.5, dtype=torch.float32)  # now all channels speak
         wanted = other @ weight.T
@@ -555,3 +554,17 @@ def test_nothing_is_left_behind_by_a_refusal(tmp_path):
         calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
     assert caught.value.code == "E130" and (tmp_path / "c" / "mine.txt").read_text() == "x"
     shutil.rmtree(tmp_path / "c")
+
+
+def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, monkeypatch):
+    """Short sequences beside a long one, which takes nearly the whole sample: each of them counts."""
+    from trtllm_thoughtx.calibrate import layers
+
+    seen = []
+    real = layers.search
+    monkeypatch.setattr(layers, "search", lambda weight, inputs, quant: (seen.append(inputs), real(weight, inputs, quant))[1])
+    monkeypatch.setattr(layers, "picks_of", lambda lengths: picks_of(lengths, 16))
+    write_tiny(tmp_path / "m", **SIZES)
+    data = lines(tmp_path / "d.jsonl", [*ids(46, low=2, high=4), {"input_ids": list(range(1, 91)) * 2}])
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_sq", calib_data=data)
+    assert {one.num_sequences for one in seen} == {42} and all(len(one.rows) <= 16 for one in seen)

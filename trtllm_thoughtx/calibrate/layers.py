@@ -39,7 +39,7 @@ class _Watch:
     """Collects `Inputs` of one unit over all calibrating rows, in their order."""
 
     def __init__(self, picks: Sequence[Sequence[int]]) -> None:
-        self.picks, self.rows, self.is_first, self.num = picks, [], [], 0
+        self.picks, self.rows, self.is_first, self.num, self.num_sequences = picks, [], [], 0, 0
         self.amax: torch.Tensor | None = None
 
     rows: list[torch.Tensor]
@@ -57,6 +57,7 @@ class _Watch:
         self.sum += size.double().sum(0)
         self.squares += x.double().square().sum(0)
         self.num += len(x)
+        self.num_sequences += 1
         self.rows.append(x[list(self.picks[row])])
         self.is_first += [row % 2 == 0] * len(self.picks[row])
 
@@ -65,7 +66,8 @@ class _Watch:
         rows = torch.cat(self.rows)
         first, second = self.halves if bool(self.halves[1].any()) else (self.amax, self.amax)
         is_first = torch.tensor(self.is_first, device=rows.device)
-        return Inputs(self.amax, (first, second), is_first, (self.sum / self.num).float(), (self.squares / self.num).float(), rows)
+        mean, square = (self.sum / self.num).float(), (self.squares / self.num).float()
+        return Inputs(self.amax, (first, second), is_first, mean, square, rows, self.num_sequences)
 
 
 class _Judge:

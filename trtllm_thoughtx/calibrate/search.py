@@ -35,11 +35,7 @@ class Inputs:
     mean: torch.Tensor  # of the absolute values
     square: torch.Tensor  # mean
     rows: torch.Tensor
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences in `rows`: the halves take turns, so each change is a new one."""
-        return 1 + int((self.is_first[1:] != self.is_first[:-1]).sum())
+    num_sequences: int  # that were seen, with or without a row in the sample
 
 
 @dataclass
