@@ -22,7 +22,7 @@ BOUNDS = {
     "heads": 4096,
     "head_dim": 8192,
     "experts": 4096,
-    "experts_in_all_layers": 1 << 16,
+    "experts_in_all_layers": 1 << 15,
 }
 
 
