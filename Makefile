@@ -6,8 +6,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/.stamp
 JOBS ?= 2
+MODEL ?= smollm2
 
-.PHONY: help setup demo test lint bench sample plugin clean
+.PHONY: help setup demo test lint bench real sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,11 +40,16 @@ bench: $(STAMP) ## tokens per second of the demo's engine beside transformers ea
 	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.demo
 	@$(VENV)/bin/thoughtx-bench --engine_dir demo-out/engine --against trtllm_thoughtx/samples/thoughtx-tiny
 
+real: $(STAMP) ## a real model the whole way, checked: make real [MODEL=smollm2|qwen], in ./real-out (downloads 90 or 480 MB)
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[real]"
+	@$(VENV)/bin/python bench/real/fetch.py --model $(MODEL)
+	@$(VENV)/bin/python bench/real/path.py --model_dir real-out/$(MODEL)
+
 sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample-out (hours on two cores; resumable)
 	@$(VENV)/bin/python -m trtllm_thoughtx.distill.sample --output_dir sample-out --seed 0
 
 clean: ## remove what demo and the tools wrote (keeps .venv)
-	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out real-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 plugin: ## the C++ plugin for one TensorRT: make plugin TRT_INCLUDE=/path/to/TensorRT/include (needs nvcc), in ./build
