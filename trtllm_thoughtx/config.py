@@ -135,9 +135,17 @@ class ModelConfig:
         return 2 * self.num_layers * self.kv_size * (1 if is_small else 4 if dtype == "float32" else 2)
 
 
+def since(schema: int, default: Any) -> Any:
+    """A field of `BuildConfig` that engine directories have from `schema` on. Older engines have `default`, so it never changes."""
+    return dataclasses.field(default=default, metadata={"schema": schema})
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What to build. Lengths are tokens; `stages` holds the first layer of each stage after the first."""
+    """What to build. Lengths are tokens; `stages` holds the first layer of each stage after the first.
+
+    New fields are declared as `name: type = since(engine_dir.SCHEMA, default)`, so that older engine directories stay readable.
+    """
 
     dtype: str = "float32"
     backends: tuple[str, ...] = ("tensorrt-rtx", "onnxruntime")

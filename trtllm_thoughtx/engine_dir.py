@@ -7,6 +7,9 @@
     manifest.json    sha256 of every file, what they were made from
     tokenizer files  as they came with the checkpoint
 
+The `thoughtx` section has a schema number. Older schemas are read: a setting that they lack has the value it had before it existed
+(`config.since`). Newer ones are refused with the version to install. tests/engines/ holds a directory of every released schema.
+
 Nothing here loads an engine; `verify` compares hashes and must pass before one is loaded, because a plan is a program.
 """
 
@@ -19,12 +22,13 @@ from typing import Any
 
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.exit_weights import is_threshold
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
 
 CONFIG = "config.json"
+SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
 PLAN_SUFFIX = {"tensorrt-rtx": ".engine", "tensorrt": ".trt.engine"}
 
 
@@ -61,7 +65,8 @@ class EngineDir:
                 fix="build an engine from it first: thoughtx-build --checkpoint_dir ... --output_dir ...",
             )
         mine = _table(raw, "thoughtx", where)
-        build = _build_config(_table(mine, "build", where), where)
+        schema = _schema(mine, raw.get("version"), where)
+        build = _build_config(_table(mine, "build", where), schema, where)
         parts = mine.get("parts")
         if not isinstance(parts, list) or not parts or not all(_is_part(part) for part in parts):
             raise _malformed(where, "thoughtx.parts is not a list of parts")
@@ -123,21 +128,41 @@ def config_json(config: ModelConfig, build: BuildConfig, parts: list[dict[str, A
             "strongly_typed": True,
             "plugin_config": {},
         },
-        "thoughtx": {"build": build.as_dict(), "parts": parts},
+        "thoughtx": {"schema": SCHEMA, "build": build.as_dict(), "parts": parts},
     }
 
 
-def _build_config(raw: Mapping[str, Any], where: str) -> BuildConfig:
-    known = {field.name: field for field in fields(BuildConfig)}
-    if set(raw) != set(known):
-        raise _malformed(where, f"thoughtx.build has the fields {shown(sorted(raw))}, wanted {sorted(known)}")
+def _schema(mine: Mapping[str, Any], version: object, where: str) -> int:
+    """The schema of the `thoughtx` section; E121 for one that is newer than this version."""
+    schema = mine.get("schema", 0)
+    if type(schema) is not int or schema < 0:
+        raise _malformed(where, f"thoughtx.schema is {shown(schema)}, not a whole number from 0")
+    if schema > SCHEMA:
+        writer = f"trtllm-thoughtx {shown(version, 40)}" if isinstance(version, str) else "a newer trtllm-thoughtx"
+        raise ThoughtxError(
+            "E121",
+            "the engine was built by a newer version",
+            where=where,
+            why=f"{writer} wrote it with schema {schema}; this is trtllm-thoughtx {__version__}, which reads schemas 0 to {SCHEMA}",
+            fix=f"install {writer} or later, or build the engine again with this version",
+        )
+    return schema
+
+
+def _build_config(raw: Mapping[str, Any], schema: int, where: str) -> BuildConfig:
+    """The settings of a directory of that schema; later ones keep `BuildConfig`'s defaults."""
+    known = {field.name for field in fields(BuildConfig) if field.metadata.get("schema", 0) <= schema}
+    wrong = [f"{name} is missing" for name in sorted(known - set(raw))]
+    wrong += [f"{shown(name, 60)} is no setting of schema {schema}" for name in sorted(set(raw) - known)]
+    if wrong:
+        raise _malformed(where, f"thoughtx.build: {listed(wrong)}")
     blank = BuildConfig()
     values: dict[str, Any] = {}
     for name, value in raw.items():
         like = getattr(blank, name)
         if isinstance(like, tuple):
             value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not type(like) and name != "optimization_level":
+        if type(value) not in ((type(None), int) if like is None else (type(like),)):
             raise _malformed(where, f"thoughtx.build.{name} is {shown(value)}")
         values[name] = value
     build = BuildConfig(**values)
