@@ -137,7 +137,14 @@ def test_the_head_and_the_drafts_compute_what_they_say(tmp_path, dtype, stages):
     final = normed(tapped[3], gain, engine.config.norm_eps)
     wanted = 1 / (1 + np.exp(-(final @ made.head.weight.T + made.head.bias)))
     tight = 1e-5 if dtype == "float32" else 2e-2
-    np.testing.assert_allclose(engine.runner.exit_chances[0], wanted, atol=tight)
+    everything = {
+        "input_ids": np.array(ids),
+        "positions": np.arange(5)[None],
+        "kv_positions": np.where(np.arange(16) < 5, np.arange(16), -1)[None],
+        "write_indices": np.zeros(1, np.int64),
+        "logit_indices": np.arange(5)[None],
+    }
+    np.testing.assert_allclose(engine.runner.run(everything, 0, len(engine.directory.parts))["exit"][0], wanted, atol=tight)
     for number, (layer, one) in enumerate(zip(stages, made.adapters, strict=False)):
         feeds = {
             "input_ids": np.array(ids),
@@ -163,7 +170,7 @@ def test_an_engine_without_exits_is_the_same_as_ever(tmp_path):
     rows = [[1, 2, 3], [4, 5, 6, 7]]
     for one, other in zip(*(engine.forward(rows) for engine in engines), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert engines[1].runner.exit_chances is None and not engines[1].build.exit_head
+    assert not engines[1].build.exit_head
     with pytest.raises(ThoughtxError, match="this engine has none"):
         with_tags = engines[1]
         object.__setattr__(with_tags, "text", Engine.load(sample(tmp_path), num_threads=1).text)

@@ -54,10 +54,16 @@ class CommaList(click.ParamType):
 
 
 class OneOf(click.Choice[str]):
-    """A choice among names with dashes; underscores work as well."""
+    """A choice among names; dashes and underscores are the same. Help and messages spell the names as they are."""
 
     def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
-        return str(choice).replace("_", "-")
+        return str(choice).replace("-", "_")
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self.choices)}]"
+
+    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
+        return f"{shown(str(value))!r} is not one of {', '.join(self.choices)}."
 
 
 class FiniteFloat(click.FloatRange):

@@ -16,7 +16,6 @@ LOWEST = {"F8_E4M3": -448.0, "I8": -127.0, "U8": -8.0}
 SMALLEST = 2.0**-24  # float16's smallest number
 EIGHT_BITS_FROM = 2.0**-17  # below, float16 holds multiples of its smallest number with fewer bits
 LARGEST = 65280.0  # of eight bits, in float16
-BITS = {"F8_E4M3": 8, "I8": 8, "U8": 4}
 
 
 def tidy(values: torch.Tensor, *, up: bool = True) -> torch.Tensor:

@@ -82,14 +82,23 @@ def fit_threshold(complexities: Sequence[float], thought: Sequence[bool], single
 
 
 def fit_and_judge(
-    asker: Asker, fitting: Sequence[Question], judging: Sequence[Question], window: ChunkSpec, max_loss: float, tick: Callable[[], None]
+    asker: Asker,
+    fitting: Sequence[Question],
+    judging: Sequence[Question],
+    window: ChunkSpec,
+    max_loss: float,
+    tick: Callable[[], None],
+    *,
+    has_tags: bool = True,
 ) -> dict[str, Any]:
-    """Thresholds from `fitting`, and what they do on `judging`."""
+    """Thresholds from `fitting`, and what they do on `judging`. A model without thinking tags has no single-step answers."""
     fitted, judged = _by_size(asker, fitting, window, tick), _by_size(asker, judging, window, tick)
     complexities = asker.complexities(fitting, window)
-    single = [one.correct for one in asker.ask([replace(q, thought="") for q in fitting], window)]
+    low = 0.0
+    if has_tags:
+        single = [one.correct for one in asker.ask([replace(q, thought="") for q in fitting], window)]
+        low = fit_threshold(complexities, fitted[window.chunk_size], single, max_loss)
     tick()
-    low = fit_threshold(complexities, fitted[window.chunk_size], single, max_loss)
     thresholds = Thresholds(fit_base(complexities, fitted, window, max_loss), low)
     needed = [min((size for size in fitted if fitted[size][i]), default=None) for i in range(len(fitting))]
     told = [(nats, size) for nats, size in zip(complexities, needed, strict=True) if size is not None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from trtllm_thoughtx.distill.traces import Trace, read_traces
-from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question, generated
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks.item import BOUNDARY
@@ -27,20 +26,17 @@ def _question(trace: Trace) -> Question:
 
 
 def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, seed: int) -> list[list[int]]:
-    """Token ids of whole traces, question, thought and answer, cut behind `context` tokens."""
-    if text.think_ids is None:
-        why = "its tokenizer and chat template have no thinking tags"
-        raise ThoughtxError("E112", "traces cannot be written", where="--model_dir", why=why, fix="use a reasoning model's tokenizer files")
+    """Token ids of whole traces, question, thought and answer, cut behind `context` tokens; without thinking tags none are written."""
     if data is None:
         drawn = generated(TASKS, SPLIT, num_items=-(-num_samples // len(TASKS)), seed=seed, lengths=LENGTHS[::-1], sizes=(4,))
         told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
     else:
         told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]
-    first, last = text.think_ids
+    first, last = text.think_ids or ((), ())
     found = []
     for prompt, steps, answer in told[:num_samples]:
         ids = text.chat(prompt)
-        ids += () if tuple(ids[-len(first) :]) == first else first
+        ids += () if first and tuple(ids[-len(first) :]) == first else first
         for step in steps:
             ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
         found.append([*ids, *last, *text.encode(answer, add_special=False)][:context])

@@ -86,7 +86,7 @@ def chunk_report(
         "skipped": [],
     }
     if questions:
-        _ask(found, model_dir, questions, windows, enough, progress)
+        _ask(found, model_dir, questions, windows, enough, progress, has_tags=text.think_ids is not None)
     else:
         found["skipped"].append("right answers and thresholds: no questions were asked for (--eval_items 0)")
         found["chosen"] = enough[0] if enough else None
@@ -138,7 +138,14 @@ def _look(
 
 
 def _ask(
-    found: dict[str, Any], model_dir: Path, questions: list[Question], windows: list[ChunkSpec], enough: list[int], progress: Progress
+    found: dict[str, Any],
+    model_dir: Path,
+    questions: list[Question],
+    windows: list[ChunkSpec],
+    enough: list[int],
+    progress: Progress,
+    *,
+    has_tags: bool,
 ) -> None:
     """Fill in `tasks`, `chosen` and `adaptive`: right answers under full attention, and under the windows from the smallest that
     captures enough upwards, until one loses no more than is allowed; and under some that are smaller."""
@@ -175,7 +182,11 @@ def _ask(
         fitting, judging = asked[::2], asked[1::2]
         steps = 2 * len(adaptive.grid(window.chunk_size)) + 5
         with progress.stage("adaptive chunks", steps) as stage:
-            found["adaptive"] = adaptive.fit_and_judge(asker, fitting, judging, window, max_loss, lambda: stage.advance(1))
+            found["adaptive"] = adaptive.fit_and_judge(
+                asker, fitting, judging, window, max_loss, lambda: stage.advance(1), has_tags=has_tags
+            )
+        if not has_tags:
+            found["skipped"].append("single-step answers (--threshold_low): the model has no thinking tags")
 
 
 def _accuracy(records: Sequence[Record], full: Sequence[Record]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from trtllm_thoughtx.errors import ThoughtxError
 
 GENERATED = "tasks"  # the value of `data` that means: draw items of trtllm_thoughtx.tasks
 STAGES = ("supervised", "preference", "scored")
-SCHEDULES = ("cosine", "stable")
 REASONING = ("auto", "varied", "full")
 
 

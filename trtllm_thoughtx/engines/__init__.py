@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError
 
 
 class Runner(Protocol):
     """A loaded engine: all parts of one model and their KV cache. Shapes as in `graph.decoder`."""
 
     max_logit_rows: int  # how many rows of logits one step can return for a sequence
-    exit_chances: np.ndarray | None  # of the last call: float32 [B, K, 2] (ready to answer, end of a step) of an exit head
 
     def start(self, batch_size: int) -> None:
         """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
@@ -55,9 +55,14 @@ def open_runner(
 ) -> Runner:
     """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
 
-    `tap_layers` (onnxruntime only) also keeps every layer's hidden state of the last step, for validation.
-    `exact` (onnxruntime only) runs quantized products as the graph has them, not on faster operators that round a little more.
+    `tap_layers` (onnxruntime only, else E001) also keeps every layer's hidden state of the last step, for validation.
+    `exact` (onnxruntime only, else E001) runs quantized products as the graph has them, not on faster operators that round a little more.
     """
+    for name, is_given in (("tap_layers", tap_layers), ("exact", exact)):
+        if is_given and backend != "onnxruntime":
+            why = f"a {backend} plan is run as it was built; hidden states and unfused products are those of the graph"
+            fix = 'load the engine with backend="onnxruntime", or leave it out'
+            raise ThoughtxError("E001", f"{name} cannot be used with {backend}", where=str(root), why=why, fix=fix)
     if backend == "onnxruntime":
         from trtllm_thoughtx.engines.onnxruntime import OnnxRuntimeRunner
 

@@ -57,7 +57,6 @@ class OnnxRuntimeRunner:
         if config.quantization is not None and config.quantization.kv_algo == "INT8":
             self.kv_dtype = np.int8
         self.tapped: dict[int, np.ndarray] = {}
-        self.exit_chances: np.ndarray | None = None
         self.cache: dict[str, ort.OrtValue] = {}
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
         self.bindings = [session.io_binding() for session in self.sessions]
@@ -142,7 +141,6 @@ class OnnxRuntimeRunner:
                 if layer_output(layer) in results:
                     self.tapped[layer] = results[layer_output(layer)].numpy()
         found = {name: results[name].numpy() for name in OUTPUTS if name in results}
-        self.exit_chances = found.get("exit")
         return found
 
     def close(self) -> None:

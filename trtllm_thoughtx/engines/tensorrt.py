@@ -29,7 +29,7 @@ from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.graph import chunked_attention
 from trtllm_thoughtx.progress import Progress
 
-__all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "describe_plan", "load_module", "num_gpus", "targets"]
+__all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "load_module", "num_gpus", "targets"]
 
 Initializers = Callable[[], Iterable[tuple[str, np.ndarray]]]
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -46,7 +46,6 @@ FIXED_VARIABLES = {
     "LC_ALL": "C.UTF-8",
 }
 PYTHON_FLAGS = ("-S", "-B", "-X", "pycache_prefix=/dev/null/none")
-MAGIC = {b"vtrt": "TensorRT-RTX, or TensorRT version-compatible", b"ptrt": "TensorRT", b"ftrt": "TensorRT"}
 
 
 @dataclass(frozen=True)
@@ -281,22 +280,3 @@ def _run_builder(job: int, log: int, plan: int, log_path: Path, stage: Any) -> P
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     fix = f"its last messages are in {log_path}; please report the crash with that file"
     raise ThoughtxError("E205", "the builder crashed", where=str(log_path), why=how, fix=fix)
-
-
-def describe_plan(path: Path, backend: str | None = None) -> dict[str, Any]:
-    """What a plan says of itself without being run: size, hash, kind.
-
-    More needs the runtime to load it, and that needs a GPU: on a host without one TensorRT-RTX 1.7 refuses (CUDA error 35) both to
-    deserialize a plan and to check its header. A plan is a program, so this function does not try.
-    """
-    path = Path(path)
-    with path.open("rb") as handle:
-        magic = handle.read(4)
-    return {
-        "backend": backend,
-        "bytes": path.stat().st_size,
-        "sha256": files.sha256_of(path),
-        "format": MAGIC.get(magic, f"unknown, starts with {shown(magic.decode('latin-1'))}"),
-        "opened": False,
-        "note": "a plan is a program: it was not loaded; its inputs are those of the .onnx file beside it",
-    }

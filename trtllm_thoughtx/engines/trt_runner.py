@@ -104,7 +104,6 @@ class TensorRTRunner:
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
         self.cache: dict[str, int] = {}
         self.batch_size = 0
-        self.exit_chances: np.ndarray | None = None
         self.buffers: dict[str, tuple[int, int]] = {}  # name -> address and size; they only grow
 
     def _load_library(self, path: Path) -> None:
@@ -193,7 +192,6 @@ class TensorRTRunner:
                 found[name] = np.empty(shapes[name], NUMPY_DTYPES[part.dtypes[name]])
                 self.device.download(found[name], hidden if name == "hidden_states_out" else self.buffers[name][0])
         self.device.wait()
-        self.exit_chances = found.get("exit")
         return found
 
     def close(self) -> None:

@@ -26,10 +26,11 @@ from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
 from trtllm_thoughtx.exit_weights import BOUNDARY, ExitAdapter, ExitHead, ExitWeights, exit_files, read_exits, write_exits
 from trtllm_thoughtx.exits import rule
 from trtllm_thoughtx.exits.fit import logistic, low_rank
-from trtllm_thoughtx.exits.traces import Trace, collect, hidden_states, normed
+from trtllm_thoughtx.exits.traces import Trace, collect, hidden_states, normed, text_for
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.completion import head_in_layers
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.weights import EMBEDDING, HEAD, open_weights
 
 MIN_ITEMS = 20  # of the user's own questions
@@ -64,7 +65,8 @@ def calibrate_exits(
     """Write `model_dir` (Hugging Face or TensorRT-LLM) with its exits to `output_dir` as a TensorRT-LLM checkpoint.
 
     `num_items` questions of each task and set, or those of `dataset`, dealt to the three sets. `max_accuracy_loss` in points. Returns
-    what was measured. E001 for settings that cannot be, E112 for a model without thinking tags, E140 for too few questions.
+    what was measured. E001 for settings that cannot be, E112 for a model without the thinking tags that an exit head needs, E140 for too
+    few questions.
     """
     progress = progress or Progress.silent()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
@@ -73,6 +75,7 @@ def calibrate_exits(
         _check(config, fit_exit_head, exit_layers, adapter_rank, max_accuracy_loss)
         gain = source.read("transformer.ln_f.weight", "float32")
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
+    text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
     asked = _questions(tasks, dataset, num_items, seed)
     files.check_output(output_dir, force=force, inputs=[model_dir])
     with tempfile.TemporaryDirectory(prefix="thoughtx-calibrate-") as folder:
@@ -82,7 +85,9 @@ def calibrate_exits(
         build(model_dir, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)
         try:
-            sets = [measure(engine, questions, max_new_tokens, gain, exit_layers, progress) for questions in asked]
+            sets = [
+                measure(engine, questions, max_new_tokens, gain, exit_layers, progress, with_stops=fit_exit_head) for questions in asked
+            ]
         finally:
             engine.close()
         head, found = (None, {}) if not fit_exit_head else _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps)
@@ -127,10 +132,18 @@ def _questions(tasks: Sequence[str] | None, dataset: Path | None, num_items: int
 
 
 def measure(
-    engine: Engine, questions: list[Question], max_new_tokens: int, gain: np.ndarray, layers: Sequence[int], progress: Progress
+    engine: Engine,
+    questions: list[Question],
+    max_new_tokens: int,
+    gain: np.ndarray,
+    layers: Sequence[int],
+    progress: Progress,
+    *,
+    with_stops: bool = True,
 ) -> TracedSet:
-    traces = collect(engine, questions, max_new_tokens, progress)
-    if not any(trace.stops for trace in traces):
+    """Traces and hidden states; `with_stops`, also the answers behind each step, which an exit head learns from and adapters do not."""
+    traces = collect(engine, questions, max_new_tokens, progress, with_stops=with_stops)
+    if with_stops and not any(trace.stops for trace in traces):
         why = "none of its answers has a step between its thinking tags"
         raise ThoughtxError("E112", "the model does not think in steps", where=str(engine.directory.root), why=why, fix="use another model")
     return TracedSet(traces, hidden_states(engine, traces, gain, engine.config.norm_eps, layers))

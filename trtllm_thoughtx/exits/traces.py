@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import BOXED
+from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
@@ -58,12 +60,21 @@ def plain(text: str) -> str:
     return boxed[-1].strip() if boxed else said
 
 
-def collect(engine: Engine, questions: Sequence[Question], max_new_tokens: int, progress: Progress) -> list[Trace]:
-    """The traces of `questions` with their stops, without hidden states. E112 for an engine whose model has no thinking tags."""
-    text = engine.text
-    if text is None or text.think_ids is None:
+def text_for(text: Text | None, path: Path, *, needs_tags: bool) -> Text:
+    """E112 for a model whose answers cannot be traced, or that has no thinking tags where they are needed."""
+    text = need_text(text, path)
+    if needs_tags and text.think_ids is None:
         why = "without the tags around its thinking there is nothing to stop"
-        raise ThoughtxError("E112", "exits need thinking tags", where=str(engine.directory.root), why=why, fix="use a reasoning model")
+        fix = "use a reasoning model; --exit_layers alone needs no tags"
+        raise ThoughtxError("E112", "an exit head needs thinking tags", where=str(path), why=why, fix=fix)
+    return text
+
+
+def collect(
+    engine: Engine, questions: Sequence[Question], max_new_tokens: int, progress: Progress, *, with_stops: bool = True
+) -> list[Trace]:
+    """The traces of `questions`, without hidden states. E112 for a model without a tokenizer; `with_stops`, without thinking tags."""
+    text = text_for(engine.text, engine.directory.root, needs_tags=with_stops)
     params = GenerationParams(max_new_tokens=max_new_tokens, stop_ids=text.eos_ids)
     traces: list[Trace] = []
     questions = sorted(questions, key=lambda asked: (len(asked.prompt), asked.id))  # rows of a batch end together
@@ -73,8 +84,13 @@ def collect(engine: Engine, questions: Sequence[Question], max_new_tokens: int, 
             part = questions[start : start + size]
             prompts = [text.chat(asked.prompt) for asked in part]
             for asked, prompt, one in zip(part, prompts, engine.generate(prompts, params), strict=True):
-                traces.append(_trace(text, asked, prompt, one))
-            _force(engine, text, traces[start:], GenerationParams(max_new_tokens=64, stop_ids=text.eos_ids))
+                traces.append(
+                    _trace(text, asked, prompt, one)
+                    if with_stops
+                    else Trace(asked, [*prompt, *one.output_ids], len(prompt), 0, None, 0, [])
+                )
+            if with_stops:
+                _force(engine, text, traces[start:], GenerationParams(max_new_tokens=64, stop_ids=text.eos_ids))
             stage.advance(len(part))
     return traces
 

@@ -28,7 +28,6 @@ from trtllm_thoughtx.exit_weights import ExitWeights
 from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
 
 IR_VERSION = 11
-INLINE_BYTES = 1024  # smaller initializers stay inside the graph
 ELEM_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 

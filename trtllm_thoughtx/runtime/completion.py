@@ -46,20 +46,14 @@ class Work:
 
     num_layer_tokens: int = 0
     num_head_rows: int = 0
-    num_exit_weights: int = 0  # of exit heads and adapters, times the rows or tokens that went through them
     num_calls: int = 0
     weight_bytes: int = 0
 
-    def add(self, num_layers: int, num_tokens: int, num_head_rows: int, num_exit_weights: int, weight_bytes: int) -> None:
+    def add(self, num_layers: int, num_tokens: int, num_head_rows: int, weight_bytes: int) -> None:
         self.num_layer_tokens += num_layers * num_tokens
-        self.num_exit_weights += num_exit_weights
         self.num_head_rows += num_head_rows
         self.num_calls += 1
         self.weight_bytes += weight_bytes
-
-    def in_layers(self, config: ModelConfig) -> float:
-        """Tokens times layers, with each row of logits, and each pass of an exit head or adapter, as the layers that its matrices weigh."""
-        return self.num_layer_tokens + self.num_head_rows * head_in_layers(config) + self.num_exit_weights / layer_parameters(config)
 
 
 @dataclass

@@ -91,10 +91,6 @@ class Engine:
         rows = ((part["first_layer"], part["last_layer"], bool(part["head"])) for part in self.directory.parts)
         return [matrix_bytes(self.config, first, last, item, head=head) for first, last, head in rows]
 
-    @property
-    def tokenizer(self) -> Text | None:
-        return self.text
-
     def close(self) -> None:
         self.runner.close()
 
@@ -264,17 +260,15 @@ class Engine:
         parts = self.directory.parts[first:last]
         num_layers = parts[-1]["last_layer"] - parts[0]["first_layer"]
         item = 4 if self.build.dtype == "float32" else 2
-        weight_bytes, of_exits = sum(self.part_bytes[first:last]), 0
+        weight_bytes = sum(self.part_bytes[first:last])
         if parts[-1]["head"]:
-            of_exits += sum(num_rows) * 2 * self.config.hidden_size * self.build.exit_head
             weight_bytes += 2 * self.build.exit_head * self.config.hidden_size * item
         for part in parts:
             if part["last_layer"] in self.build.draft_layers:
-                of_exits += sum(num_tokens) * self.directory.adapter_weights(part["last_layer"])
                 weight_bytes += self.directory.adapter_weights(part["last_layer"]) * item
         for row, number in enumerate(num_tokens):
             batch.layer_tokens[row] += number * num_layers
-        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), of_exits, weight_bytes)
+        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), weight_bytes)
         return self.runner.run(feeds, first, last)
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
