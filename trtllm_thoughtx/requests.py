@@ -14,6 +14,7 @@ import numpy as np
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answer import split_ids
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
 from trtllm_thoughtx.runtime.sampling import DRAFTS, THINKING, GenerationParams, unused_settings
@@ -70,12 +71,15 @@ def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], 
 
 
 def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]:
+    reply = split_ids(text, done.output_ids, is_open=done.is_open)
     return {
         "id": request.id,
         "num_prompt_tokens": done.num_prompt_tokens,
         "num_output_tokens": len(done.output_ids),
         "output_ids": done.output_ids,
         "text": text.decode(done.output_ids) if text else None,
+        "reasoning": reply.reasoning,
+        "answer": reply.answer,
         "stop_reason": done.stop_reason,
         "chunk_size": done.chunk_size,
         "complexity": done.complexity,

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trtllm_thoughtx.distill.traces import Trace
+from trtllm_thoughtx.runtime.answer import split_text
+from trtllm_thoughtx.runtime.text import THINK_TAGS
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.tasks.item import Item
 
@@ -23,10 +25,10 @@ class Score:
     num_steps: int
 
 
-def split_answer(text: str, end: str = "</think>") -> tuple[str, str | None]:
-    """(thought, answer) of what a model wrote; no answer when the thought was never closed."""
-    thought, closed, answer = text.partition(end)
-    return thought, " ".join(answer.replace("<eos>", " ").split()) if closed else None
+def split_answer(text: str, tags: tuple[str, str] = THINK_TAGS[0]) -> tuple[str, str | None]:
+    """(thought, answer) of what a model wrote behind an opened thought; no answer when it was never closed."""
+    thought, answer = split_text(text, tags, is_open=True)
+    return thought or "", None if answer is None else " ".join(answer.replace("<eos>", " ").split())
 
 
 def coherence_of(asked: Item | Trace, steps: list[str]) -> float:

@@ -15,8 +15,10 @@ from trtllm_thoughtx.evaluate.record import Record, Result
 from trtllm_thoughtx.evaluate.statistics import word_f1
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answer import split_ids
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.runtime.thinking import is_open
 from trtllm_thoughtx.tasks import item
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -42,7 +44,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
             batch = order[start : start + system.batch_size]
             written = system.write([prompts[i] for i in batch], params, batch)
             for i, one in zip(batch, written, strict=True):
-                records[i] = judged(questions[i], len(prompts[i]), one, system.text)
+                records[i] = judged(questions[i], prompts[i], one, system.text)
             stage.advance(len(batch))
     conditions: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
@@ -70,32 +72,15 @@ def prompt_of(asked: Question, text: Text) -> list[int]:
     return [*begun, *(text.encode(asked.thought, add_special=False) if asked.thought else ()), *last]
 
 
-def find(ids: Sequence[int], tag: Sequence[int]) -> int | None:
-    """Where `tag` first stands in `ids`."""
-    return next((i for i in range(len(ids) - len(tag) + 1) if tuple(ids[i : i + len(tag)]) == tuple(tag)), None)
-
-
-def parted(ids: Sequence[int], text: Text, *, is_closed: bool) -> tuple[list[int], list[int] | None]:
-    """Thought and answer of what was written; the answer is None when the thought does not end."""
-    if is_closed or text.think_ids is None:
-        return [], list(ids)
-    first, last = text.think_ids
-    end = find(ids, last)
-    if end is not None:
-        start = find(ids[:end], first)
-        return list(ids[0 if start is None else start + len(first) : end]), list(ids[end + len(last) :])
-    return list(ids), None
-
-
-def judged(asked: Question, num_prompt_tokens: int, written: Written, text: Text) -> Record:
-    thought, answer_ids = parted(written.ids, text, is_closed=asked.thought is not None or written.is_closed)
-    steps = item.steps_of(text.decode(thought)) if thought else []
+def judged(asked: Question, prompt: Sequence[int], written: Written, text: Text) -> Record:
+    reply = split_ids(text, written.ids, is_open=is_open(text, prompt) if written.is_open is None else written.is_open)
+    steps = item.steps_of(reply.reasoning or "")
     answer = confidence = None
-    if answer_ids is not None:
-        answer = " ".join(text.decode(answer_ids).split())
+    if reply.answer is not None and reply.answer_ids is not None:
+        answer = " ".join(reply.answer.split())
         boxed = BOXED.findall(answer)
         answer = boxed[-1].strip() if boxed else answer
-        at = len(written.ids) - len(answer_ids)
+        at = len(written.ids) - len(reply.answer_ids)
         said = [p for i, p in zip(written.ids[at:], written.logprobs[at:], strict=True) if i not in text.eos_ids]
         confidence = min(1.0, math.exp(sum(said))) if said else None
     expected = " ".join(asked.expected.split())
@@ -108,7 +93,7 @@ def judged(asked: Question, num_prompt_tokens: int, written: Written, text: Text
         answer=answer,
         correct=answer == expected,
         f1=0.0 if answer is None else word_f1(answer.split(), expected.split()),
-        num_prompt_tokens=num_prompt_tokens,
+        num_prompt_tokens=len(prompt),
         num_tokens=len(written.ids),
         num_steps=len(steps),
         num_redundant=item.num_redundant(steps),

@@ -18,6 +18,7 @@ import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Stage
+from trtllm_thoughtx.runtime.answer import split_text
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
 from trtllm_thoughtx.runtime.text import Text
@@ -134,8 +135,7 @@ class Scorer:
                 "E140", "texts need a tokenizer", where="the harness", why=why, fix="build the engine from a model with one"
             )
         self.source, self.text, self.is_chat, self.max_new_tokens = source, source.text, is_chat, max_new_tokens
-        own = self.text.think_ids if think_tags == "auto" else None
-        tags = tuple(self.text.decode(ids, skip_special=False).strip() for ids in own) if own else think_tags
+        tags = self.text.think_tags if think_tags == "auto" else think_tags
         self.think_tags = tags if isinstance(tags, tuple) else None
         named = {self.text.decode([i], skip_special=False).strip() for i in self.text.eos_ids} | set(self.text.special.values())
         self._special = sorted(named - {""}, key=len, reverse=True)
@@ -212,12 +212,11 @@ class Scorer:
     def _after_thought(self, prompt: str, ids: Sequence[int]) -> str:
         if self.think_tags is None:
             return self.text.decode(ids)
-        first, last = self.think_tags
         raw = self.text.decode(ids, skip_special=False)  # the tags may be special tokens
-        if last in raw:
-            text = raw.rpartition(last)[2]
-            return "" if first in text else functools.reduce(lambda rest, token: rest.replace(token, ""), self._special, text).strip()
-        return "" if first in raw or prompt.rstrip().endswith(first) else self.text.decode(ids)
+        reasoning, answer = split_text(raw, self.think_tags, is_open=prompt.rstrip().endswith(self.think_tags[0]))
+        if reasoning is None:
+            return self.text.decode(ids)
+        return functools.reduce(lambda rest, token: rest.replace(token, ""), self._special, answer or "").strip()
 
     def _is_done(self, prompts: Sequence[str], until: Sequence[str], row: int, ids: list[int]) -> bool:
         if not until or len(ids) % LOOK_EVERY:

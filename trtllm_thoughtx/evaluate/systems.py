@@ -26,7 +26,7 @@ class Written:
     """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last.
 
     `thinking_stop` says why the thinking ended where the system knows (`runtime.thinking`), `num_layer_tokens` what the answer cost.
-    `is_closed`: no thinking stands in `ids`, it was closed before it began."""
+    `is_open`: the thinking was open where `ids` begin; None: as the prompt left it."""
 
     ids: list[int]
     logprobs: list[float]
@@ -34,7 +34,7 @@ class Written:
     seconds: float
     thinking_stop: str | None = None
     num_layer_tokens: int = 0
-    is_closed: bool = False
+    is_open: bool | None = None
 
 
 class System(Protocol):
@@ -92,7 +92,7 @@ class EngineSystem:
                 end - began,
                 one.thinking_stop,
                 one.num_layer_tokens,
-                one.single_step or params.thinks_nothing,
+                one.is_open,
             )
             for one, end in zip(done, last, strict=True)
         ]

@@ -18,6 +18,7 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import BOXED
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answer import split_ids
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
@@ -107,10 +108,9 @@ def _trace(text: Text, asked: Question, prompt: list[int], one: Completion) -> T
         if was_inside and thought.state != INSIDE:
             break
     num_thinking = thought.num_tokens
-    is_closed = thought.stop is not None
-    said = one.output_ids[place + 1 :] if is_closed else []
-    answer = plain(text.decode(said)) if is_closed else None
-    return Trace(asked, [*prompt, *one.output_ids], len(prompt), num_thinking, answer, len(said), stops)
+    reply = split_ids(text, one.output_ids, is_open=one.is_open)
+    answer = None if reply.answer is None else plain(reply.answer)
+    return Trace(asked, [*prompt, *one.output_ids], len(prompt), num_thinking, answer, len(reply.answer_ids or ()), stops)
 
 
 def _force(engine: Engine, text: Text, traces: Sequence[Trace], params: GenerationParams) -> None:

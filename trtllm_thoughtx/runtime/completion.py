@@ -17,6 +17,7 @@ class Completion:
     `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
     `complexity` (nats) and `single_step` where the engine chose the chunk size: see `chunks`.
 
+    `is_open`: the thinking was open where `output_ids` begin (see `answer`).
     `num_steps` and `num_thinking_tokens` count what was written between the thinking tags; `thinking_stop` says why it ended (see
     `thinking`), None where nothing was thought. `num_layer_tokens` is this row's part of `Work`, probes and rejected drafts included."""
 
@@ -28,6 +29,7 @@ class Completion:
     logprobs: list[float] | None = None
     complexity: float | None = None
     single_step: bool = False
+    is_open: bool = False
     num_steps: int = 0
     num_thinking_tokens: int = 0
     thinking_stop: str | None = None

@@ -278,6 +278,7 @@ class Generation:
             logprobs=logprobs,
             complexity=complexity,
             single_step=single,
+            is_open=thought is not None and thought.was_open,
             num_steps=thought.num_steps if thought else 0,
             num_thinking_tokens=thought.num_tokens if thought else 0,
             thinking_stop=thought.stop if thought else None,

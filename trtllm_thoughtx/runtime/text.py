@@ -184,17 +184,25 @@ class Text:
         )
 
     @functools.cached_property
+    def think_tags(self) -> tuple[str, str] | None:
+        """The tags around the thinking, as text."""
+        for tags in THINK_TAGS:
+            if all(self._id_of(tag) is not None for tag in tags):
+                return tags
+        sources = [template.source for template in self._templates.values()]
+        return next((tags for tags in THINK_TAGS if any(tag in source for tag in tags for source in sources)), None)
+
+    @functools.cached_property
     def think_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Ids of the tags around the thinking, or None. Tags that are single tokens win; else the tags that the template writes,
         which may be several tokens long and may then be cut differently beside other text."""
-        for tags in THINK_TAGS:
-            single = [self._id_of(tag) for tag in tags]
-            if None not in single:
-                return tuple((i,) for i in single if i is not None)  # type: ignore[return-value]
-        for first, last in THINK_TAGS:
-            if any(first in template.source or last in template.source for template in self._templates.values()):
-                return tuple(self.encode(first, add_special=False)), tuple(self.encode(last, add_special=False))
-        return None
+        if self.think_tags is None:
+            return None
+        first, last = self.think_tags
+        single = self._id_of(first), self._id_of(last)
+        if single[0] is not None and single[1] is not None:
+            return (single[0],), (single[1],)
+        return tuple(self.encode(first, add_special=False)), tuple(self.encode(last, add_special=False))
 
     def _template(self, name: str) -> ChatTemplate:
         if name in self._templates:

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trtllm_thoughtx.runtime.sampling import GenerationParams
+
 if TYPE_CHECKING:
-    from trtllm_thoughtx.runtime.sampling import GenerationParams
     from trtllm_thoughtx.runtime.text import Text
 
 BEFORE, INSIDE, BEHIND = "before", "inside", "behind"
@@ -44,6 +45,7 @@ class Thinking:
         self._has_text = False  # the current step holds more than blanks
         self._num_begun = 0  # tokens of the end tag that were written before `closing`
         self.state = INSIDE if self._is_open(prompt) else BEFORE
+        self.was_open = self.state == INSIDE
         self.is_step_end = self.state == INSIDE  # the last token ended a step, or the first step comes next
 
     @property
@@ -170,6 +172,11 @@ class Thinking:
         self.num_ended, self._has_text, self.is_step_end = self.num_steps, False, False
         self._enter(BEHIND)
         self.stop = why
+
+
+def is_open(text: Text | None, prompt: Sequence[int]) -> bool:
+    """Whether an answer to `prompt` begins inside the thinking."""
+    return text is not None and text.think_ids is not None and Thinking(text, prompt, GenerationParams()).state == INSIDE
 
 
 def empty_thought(text: Text | None, row: Sequence[int]) -> list[int]:
