@@ -273,12 +273,12 @@ def test_hard_links(tmp_path: Path) -> None:
 def test_all_disagreements_at_once(tmp_path: Path) -> None:
     tiny.write_tiny(tmp_path, shards=4)
     (tmp_path / "model-00002-of-00004.safetensors").unlink()
-    (tmp_path / "model-00003-of-00004.safetensors").rename(tmp_path / "surplus.safetensors")
+    (tmp_path / "model-00003-of-00004.safetensors").rename(tmp_path / "another.safetensors")
     with pytest.raises(ThoughtxError) as caught:
         checkpoint.shard_files(tmp_path)
     assert caught.value.code == "E106"
-    for name in ("model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors", "surplus.safetensors"):
-        assert name in caught.value.why
+    for name in ("model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"):
+        assert name in caught.value.why and name in caught.value.fix
 
     shutil.rmtree(tmp_path)
     tiny.write_tiny(tmp_path, shards=2)

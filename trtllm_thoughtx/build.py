@@ -60,7 +60,7 @@ def build(
     progress = progress or Progress.silent()
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     began = time.monotonic()
-    with open_weights(checkpoint_dir) as source:
+    with open_weights(checkpoint_dir, progress=progress) as source:
         config = source.config
         given = dict(options or {})
         library = given.pop("plugin_library", None)
@@ -144,6 +144,7 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
         "kv_bytes_per_token": kv,
         "kv_bytes": kv * settings.kv_capacity * settings.max_batch_size,
         "part_names": [bound.graph.part.name for bound in bounds],
+        "notes": list(source.notes),
     }
 
 

@@ -36,10 +36,13 @@ def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
             raise refuse("backend", backend, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
     _check_cache(config, backends)
     dtype = _dtype(config, given.get("dtype", "auto"), backends)
-    longest = int(config.max_position * (config.rope.factor if config.rope.kind in ("linear", "yarn") else 1))
+    longest = config.longest
     max_seq_len = _whole(given, "max_seq_len", min(DEFAULT_SEQ_LEN, longest), 2, MAX_LEN)
     if max_seq_len > longest:
-        raise refuse("max_seq_len", max_seq_len, f"the model was made for at most {longest} positions", f"use at most {longest}")
+        why = f"the model was made for at most {longest} positions"
+        if config.sliding_window == longest:
+            why = f"layers of the model attend to a sliding window of {longest} positions, and an engine's layers to all of them"
+        raise refuse("max_seq_len", max_seq_len, why, f"use at most {longest}")
     max_input_len = _whole(given, "max_input_len", min(DEFAULT_INPUT_LEN, max_seq_len), 1, max_seq_len)
     return BuildConfig(
         dtype=dtype,

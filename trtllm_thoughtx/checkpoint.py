@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import open_inside, read_json
-from trtllm_thoughtx.header import CONVERT, MAX_TENSORS, TENSOR_NAME, read_header, unread
+from trtllm_thoughtx.header import CONVERT, MAX_TENSORS, ORIGINAL, TENSOR_NAME, read_header, unread
 from trtllm_thoughtx.header import parse_header as parse_header
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ EXPONENT_MASKS = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+OTHER_WEIGHTS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".npz")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ def read_tensors(root: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
         with open_inside(root, file) as handle:
             for name, (dtype, shape, begin, end) in read_header(handle, where).items():
                 if name in found:
-                    raise _disagree([f"tensor {shown(name)!r} is in {shown(found[name].file)} and in {shown(file)}"], Path(root))
+                    both = f"{shown(found[name].file)} and {shown(file)}"
+                    fix = f"download {both} and {INDEX} again, all from one revision of the model"
+                    raise _disagree([f"tensor {shown(name)!r} is in {both}"], Path(root), fix)
                 found[name] = TensorInfo(name, dtype, shape, file, begin, end - begin)
     return found
 
@@ -60,48 +63,75 @@ def read_tensors(root: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
 
 
 def shard_files(root: Path) -> list[str]:
-    """The safetensors files of a Hugging Face directory, in name order; index and shards must agree in every name (E106)."""
+    """The safetensors files of a Hugging Face directory that hold its model, in name order.
+
+    With an index those that it names, which must agree with it in every name (E106); without one model.safetensors. Others, such
+    as adapters, value heads or copies in another layout, do not belong to the model: `ignored_files`.
+    """
     root = Path(root)
     present = _names(root)
-    shards = {name for name in present if name.endswith(".safetensors")}
     if INDEX not in present:
-        if shards == {SINGLE}:
+        if SINGLE in present:
             return [SINGLE]
-        if shards:
-            raise _disagree([f"{INDEX} is missing, and there are: {', '.join(shown(n) for n in sorted(shards)[:20])}"], root)
-        others = sorted(name for name in present if name.endswith(OTHER_WEIGHTS))
-        if others:
-            raise unread(f"the weights are not in safetensors files: {', '.join(map(shown, others[:5]))}", shown(str(root), 400), CONVERT)
-        raise _unwanted(f"there are no weights: neither {SINGLE} nor {INDEX}", root, _resemblance(present), "download the weights as well")
+        raise _without_index(root, present)
     weight_map = _weight_map(root)
     wanted = set(weight_map.values())
-    problems = [f"{shown(name)} is named in the index but missing" for name in sorted(wanted - present)]
-    problems += [f"{shown(name)} is there but not named in the index" for name in sorted(shards - wanted)]
-    if not problems:
-        tensors = read_tensors(root, sorted(wanted))
-        for name, file in sorted(weight_map.items()):
-            if name not in tensors:
-                problems.append(f"tensor {shown(name)!r} is in the index but not in {shown(file)}")
-            elif tensors[name].file != file:
-                problems.append(f"tensor {shown(name)!r} is in {shown(tensors[name].file)}, not in {shown(file)} as the index says")
-        surplus = sorted(tensors.keys() - weight_map)
-        problems += [f"tensor {shown(name)!r} is in {shown(tensors[name].file)} but not in the index" for name in surplus]
+    if SINGLE in present - wanted:
+        what = f"{SINGLE} is there, and {INDEX} names other files: {', '.join(map(shown, sorted(wanted)[:5]))}"
+        raise _disagree([what], root, f"keep one of the two: remove {SINGLE}, or {INDEX} and the files that it names")
+    absent = sorted(wanted - present)
+    if absent:
+        problems = [f"{shown(name)} is named in the index but missing" for name in absent]
+        raise _disagree(problems, root, f"download into this directory: {', '.join(map(shown, absent[:20]))}")
+    problems = []
+    tensors = read_tensors(root, sorted(wanted))
+    for name, file in sorted(weight_map.items()):
+        if name not in tensors:
+            problems.append(f"tensor {shown(name)!r} is in the index but not in {shown(file)}")
+        elif tensors[name].file != file:
+            problems.append(f"tensor {shown(name)!r} is in {shown(tensors[name].file)}, not in {shown(file)} as the index says")
+    surplus = sorted(tensors.keys() - weight_map)
+    problems += [f"tensor {shown(name)!r} is in {shown(tensors[name].file)} but not in the index" for name in surplus]
     if problems:
-        raise _disagree(problems, root)
+        raise _disagree(problems, root, f"download {INDEX} and the files that it names again, all from one revision of the model")
     return sorted(wanted)
+
+
+def ignored_files(root: Path, shards: Sequence[str]) -> list[str]:
+    """Safetensors files beside `shards` that hold no part of the model."""
+    return sorted(name for name in _names(Path(root)) if name.endswith(".safetensors") and name not in shards)
+
+
+def _without_index(root: Path, present: set[str]) -> ThoughtxError:
+    """Why a directory with neither model.safetensors nor an index is refused."""
+    shards = sorted(name for name in present if name.endswith(".safetensors") and SHARD_NAME.fullmatch(name))
+    own = [name for name in shards if not name.startswith("adapter_")]
+    if own:
+        fix = f"download {INDEX} as well; it says which tensor is in which file"
+        if len(own) == 1 and not re.search(r"-of-\d+", own[0]):
+            fix = f"rename {shown(own[0])} to {SINGLE} if it holds the whole model"
+        return _disagree([f"neither {SINGLE} nor {INDEX} is there, but: {', '.join(map(shown, own[:20]))}"], root, fix)
+    others = sorted(name for name in present if name.endswith(OTHER_WEIGHTS))
+    if others and not shards:
+        return _other_format(f"the weights are not in safetensors files: {', '.join(map(shown, others[:5]))}", others[0], str(root))
+    why, fix = _resemblance(root, present)
+    return _unwanted(
+        f"there are no weights: neither {SINGLE} nor {INDEX}", root, why, fix or f"download {SINGLE}, or {INDEX} and its files"
+    )
 
 
 def _weight_map(root: Path) -> dict[str, str]:
     index = read_json(root, INDEX, code="E106")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
-        raise _disagree([f"weight_map of {INDEX} is not a map of 1 to {MAX_TENSORS:,} tensors"], root)
+        raise _disagree([f"weight_map of {INDEX} is not a map of 1 to {MAX_TENSORS:,} tensors"], root, f"download {INDEX} again")
     for name, file in weight_map.items():
         where = f"{shown(str(root / INDEX), 400)}, weight_map entry {shown(name)!r}"
         if not isinstance(file, str) or not TENSOR_NAME.fullmatch(name):
-            raise _disagree([f"weight_map maps {shown(name)!r} to {shown(file)!r}; tensor name to file name is wanted"], root)
+            what = f"weight_map maps {shown(name)!r} to {shown(file)!r}; tensor name to file name is wanted"
+            raise _disagree([what], root, f"download {INDEX} again")
         if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", file) and file.endswith(OTHER_WEIGHTS):
-            raise unread(f"the index names a file that is not safetensors: {shown(file)}", where, CONVERT)
+            raise _other_format(f"the index names a file that is not safetensors: {shown(file)}", file, where)
         if not SHARD_NAME.fullmatch(file):
             why = "a shard is a plain file NAME.safetensors beside its index, so that an index cannot reach other files"
             fix = "do not use this checkpoint, or correct its index"
@@ -117,8 +147,10 @@ def kind_of(path: Path) -> str:
         kinds = {".onnx": "onnx", ".engine": "plan", ".plan": "plan"}
         if path.suffix in kinds:
             return kinds[path.suffix]
+        if path.suffix in OTHER_WEIGHTS:
+            raise _other_format(f"this is a {path.suffix} file", path.name, str(path))
         is_part = path.suffix == ".safetensors" or path.name == "config.json"
-        fix = "give the directory that holds it" if is_part else wanted
+        fix = f"give the directory that holds it: {shown(str(path.parent), 400)}" if is_part else wanted
         raise _unwanted("this is a single file", path, "a checkpoint is a directory", fix)
     if not os.path.isdir(path):
         if os.path.lexists(path):
@@ -129,7 +161,8 @@ def kind_of(path: Path) -> str:
         raise _unwanted("the path does not exist", path, "nothing is there, and nothing is downloaded", fix)
     present = _names(path)
     if "config.json" not in present:
-        raise _unwanted("there is no config.json", path, _resemblance(present), wanted)
+        why, fix = _resemblance(path, present)
+        raise _unwanted("there is no config.json", path, why, fix or wanted)
     config = read_json(path, "config.json")
     if isinstance(config, dict):
         if {"pretrained_config", "build_config"} & config.keys():
@@ -151,15 +184,24 @@ def _names(root: Path) -> set[str]:
         raise _unwanted("the directory cannot be listed", root, os.strerror(error.errno or 0), fix) from None
 
 
-def _resemblance(present: set[str]) -> str:
-    """Why a directory without a config or weights may have been given."""
+def _resemblance(root: Path, present: set[str]) -> tuple[str, str]:
+    """Why a directory without a config or weights may have been given, and what to give instead ("" when it cannot be told)."""
     if not present:
-        return "the directory is empty"
-    if "snapshots" in present:
-        return "it is an entry of the Hugging Face cache: the model is in a directory under its snapshots/"
+        return "the directory is empty", ""
+    inner = root / "snapshots" if "snapshots" in present else root
+    models = sorted(name for name in _names(inner) if os.path.isfile(inner / name / "config.json")) if inner.is_dir() else []
+    give = f"give {shown(str(inner / models[-1]), 400)}" if models else ""
+    if len(models) > 1:
+        give = f"give one of the {len(models)} directories in {shown(str(inner), 400)}: {', '.join(shown(n, 60) for n in models[:8])}"
+    if inner != root:
+        why = "it is an entry of the Hugging Face cache: the model is in a directory under its snapshots/"
+        return why, give or "download the model into it again: none of its snapshots has a config.json"
     if "adapter_config.json" in present:
-        return "it is a LoRA adapter: merge it into its base model first"
-    return f"it holds {len(present)} entries: {', '.join(shown(n, 60) for n in sorted(present)[:8])}"
+        fix = "merge it into its base model (peft: model.merge_and_unload(), then save_pretrained) and give that directory"
+        return "it is a LoRA adapter: a model's changes, and not the model", fix
+    if models:
+        return f"it holds {len(models)} directories with a config.json", give
+    return f"it holds {len(present)} entries: {', '.join(shown(n, 60) for n in sorted(present)[:8])}", ""
 
 
 def count_nonfinite(array: np.ndarray) -> int:
@@ -181,6 +223,10 @@ def _unwanted(what: str, path: Path, why: str, fix: str) -> ThoughtxError:
     return ThoughtxError("E101", what, where=shown(str(path), 400), why=why, fix=fix)
 
 
-def _disagree(problems: list[str], root: Path) -> ThoughtxError:
+def _other_format(what: str, name: str, where: str) -> ThoughtxError:
+    return unread(what, shown(where, 400), CONVERT if name.endswith(PICKLES) else ORIGINAL)
+
+
+def _disagree(problems: list[str], root: Path, fix: str) -> ThoughtxError:
     what = f"the weight files do not agree with each other: {len(problems)} problem{'s' * (len(problems) > 1)}"
-    return ThoughtxError("E106", what, where=shown(str(root), 400), why=listed(problems), fix="download the checkpoint again, completely")
+    return ThoughtxError("E106", what, where=shown(str(root), 400), why=listed(problems), fix=fix)

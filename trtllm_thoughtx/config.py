@@ -105,6 +105,13 @@ class ModelConfig:
     qk_norm: bool
     quantization: QuantConfig | None = None
     experts: ExpertsConfig | None = None
+    sliding_window: int | None = None  # positions that some layers attend to; None: every layer attends to all
+
+    @property
+    def longest(self) -> int:
+        """Most positions of a sequence: those that the model was made for, and no more than a sliding window shows all of."""
+        made_for = int(self.max_position * (self.rope.factor if self.rope.kind in ("linear", "yarn") else 1))
+        return min(made_for, self.sliding_window or made_for)
 
     @property
     def mlp_width(self) -> int:

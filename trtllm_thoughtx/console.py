@@ -125,7 +125,7 @@ class FilePath(click.ParamType):
             return value
         if not value or "\0" in value:
             self.fail(f"{shown(value)!r} is not a path", param, ctx)
-        return Path(value)
+        return Path(os.path.expanduser(value))  # a shell leaves the tilde of --flag=~/model, and YAML has no shell
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem

@@ -169,7 +169,7 @@ def convert(
         raise ThoughtxError(
             "E001", f"unknown dtype {dtype}", where="--dtype", why=f"known are auto, {', '.join(DTYPES)}", fix="choose one of them"
         )
-    with open_weights(model_dir, allow_nonfinite=allow_nonfinite) as source:
+    with open_weights(model_dir, allow_nonfinite=allow_nonfinite, progress=progress) as source:
         config = source.config
         target = config.dtype if dtype == "auto" else dtype
         _check_parallel(config, tp_size, pp_size)
@@ -223,6 +223,7 @@ def convert(
         "model_type": config.family,
         **settings,
         "up_to_date": False,
+        "notes": list(source.notes),
         "num_tensors": sum(len(stage) for stage in stages),
         "num_bytes": num_bytes,
         "files": dict(sorted(hashes.items())),

@@ -76,6 +76,7 @@ def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
         "weight_bytes": sum(info.num_bytes for info in tensors),
         "stored_types": dict(sorted(types.items())),
         "weight_files": shards,
+        "ignored_files": checkpoint.ignored_files(path, shards) if kind == "huggingface" else [],
         "files": _file_rows(path),
     }
 

@@ -32,15 +32,16 @@ DISGUISES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x80\x03", "a pickle", "{convert}"),
     (b"\x80\x04", "a pickle", "{convert}"),
     (b"\x80\x05", "a pickle", "{convert}"),
-    (b"GGUF", "a GGUF file", "use the original safetensors checkpoint"),
-    (b"\x89HDF", "an HDF5 file", "use the original safetensors checkpoint"),
+    (b"GGUF", "a GGUF file", "{original}"),
+    (b"\x89HDF", "an HDF5 file", "{original}"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
 )
 HTML = (b"<!doctype", b"<html", b"<head", b"<?xml")
 CONVERT = (
     "pickle files can run code and are never read; on a machine that may run it: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+    "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and copy the tokenizer's files"
 )
+ORIGINAL = "use the safetensors checkpoint that it was made from"
 
 Header = dict[str, tuple[str, tuple[int, ...], int, int]]
 
@@ -53,7 +54,9 @@ def header_length(head: bytes, file_size: int, where: str) -> int:
         text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         for start, what, fix in DISGUISES:
             if head.startswith(start):
-                raise unread(f"the file is {what}", where, fix.format(convert=CONVERT))
+                raise unread(
+                    f"the file is {what}", where, fix.format(convert=f"rename it to pytorch_model.bin; {CONVERT}", original=ORIGINAL)
+                )
         if text.startswith(HTML):
             raise unread("the file is an HTML page, probably an error page that was saved", where, "download it again")
     if file_size < 10:

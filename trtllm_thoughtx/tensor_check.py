@@ -12,24 +12,23 @@ from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor
 
 STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = (*STORED_DTYPES, "F64")  # float64 is read and rounded; nothing is written in it
+MATRICES = ("weight", "scales", "qzeros")
 EMBEDDING, HEAD = "transformer.vocab_embedding.weight", "lm_head.weight"
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
-def refuse_quantized(stored: Mapping[str, TensorInfo], path: Path) -> None:
-    """E103 when matrices are stored in a type that only quantization uses."""
-    quantized = [
-        f"{shown(name)}: {info.dtype}"
-        for name, info in stored.items()
-        if info.dtype not in STORED_DTYPES and name.endswith(("weight", "scales", "qzeros"))
-    ]
-    if quantized:
+def refuse_unexplained(stored: Mapping[str, TensorInfo], path: Path) -> None:
+    """E103 when matrices are no floating-point numbers and config.json does not say how they are quantized."""
+    others = [f"{shown(name)}: {info.dtype}" for name, info in stored.items() if info.dtype not in FLOATS and name.endswith(MATRICES)]
+    if others:
         raise ThoughtxError(
             "E103",
-            "the checkpoint is already quantized",
+            f"{len(others)} weights are not floating-point numbers, and config.json does not say how they are quantized",
             where=str(path),
-            why=f"weights must be F32, F16 or BF16:\n           {listed(quantized)}",
-            fix="import it with thoughtx-convert, or use the original, unquantized checkpoint",
+            why=f"weights are read as F64, F32, F16 or BF16:\n           {listed(others)}",
+            fix="use the config.json that was saved with these weights and has their quantization_config, or the original, "
+            "unquantized checkpoint",
         )
 
 
@@ -51,8 +50,8 @@ def check_tensors(table: Sequence[Tensor], stored: Mapping[str, TensorInfo], con
                 problems.append(f"{shown(name)}: not a tensor of this model")
         elif fixed.get(name, info.dtype) != info.dtype:
             problems.append(f"{shown(name)}: has type {info.dtype}, wanted {fixed[name]}")
-        elif info.dtype not in STORED_DTYPES and name not in fixed:
-            problems.append(f"{shown(name)}: has type {info.dtype}, wanted F32, F16 or BF16")
+        elif info.dtype not in FLOATS and name not in fixed:
+            problems.append(f"{shown(name)}: has type {info.dtype}, wanted {', '.join(FLOATS)}")
         elif info.shape != wanted[name]:
             problems.append(f"{shown(name)}: has shape {list(info.shape)}, wanted {list(wanted[name])}")
     if not problems:

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,13 +26,16 @@ from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
-from trtllm_thoughtx.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_quantized
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_unexplained
 
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+# What is read, by the type's name in a safetensors file; float64 is always rounded.
+READ_DTYPES = {stored: NUMPY_DTYPES[name] for stored, name in STORED_DTYPES.items()} | {"F64": np.dtype(np.float64)}
 # Types of quantized tensors, which are never cast. Two 4-bit numbers share a U8; I32 is an order of channels.
 FIXED_DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -98,7 +101,7 @@ def cast_into(source: np.ndarray, target: np.ndarray) -> int:
         else:
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(result, piece, casting="same_kind")
-        if result.itemsize == 2 and (num_bad := checkpoint.count_nonfinite(result)):
+        if (result.itemsize == 2 or piece.itemsize > result.itemsize) and (num_bad := checkpoint.count_nonfinite(result)):
             num_overflowed += num_bad - checkpoint.count_nonfinite(piece)
     return num_overflowed
 
@@ -107,7 +110,7 @@ class _Scratch(threading.local):
     """Room for one block as stored, before it is cast; each reading thread has its own."""
 
     def __init__(self) -> None:
-        self.block = np.empty(BLOCK_BYTES, np.uint8)
+        self.block = np.empty(2 * BLOCK_BYTES, np.uint8)  # a block in float64 takes twice as much
 
 
 class WeightSource:
@@ -123,8 +126,10 @@ class WeightSource:
         shards: list[str],
         *,
         allow_nonfinite: bool,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
+        self.notes = notes  # what a person should know about how this checkpoint was read
         self.allow_nonfinite = allow_nonfinite
         self.shards = shards
         self._tensors = {t.name: t for t in table}
@@ -209,7 +214,7 @@ class WeightSource:
     def read_rows(self, part: Part, begin: int, end: int, into: np.ndarray) -> Findings:
         """One of the `blocks` of a part, cast to the dtype of `into` (C-contiguous). Counts what is wrong with the values."""
         info = self._stored[part.source]
-        dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]]
+        dtype = READ_DTYPES[info.dtype]
         raw = into if dtype == into.dtype else self._scratch.block[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
         self._pread(info, part.first_row + begin, raw)
         findings = Findings()
@@ -217,7 +222,7 @@ class WeightSource:
             findings.num_nonfinite = checkpoint.count_nonfinite(raw)
         if self._twin and part.source in (EMBEDDING, "model.embed_tokens.weight"):
             twin = self._stored[self._twin]
-            other = np.empty(into.shape, NUMPY_DTYPES[STORED_DTYPES[twin.dtype]])
+            other = np.empty(into.shape, READ_DTYPES[twin.dtype])
             self._pread(twin, begin, other)
             if twin.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
                 findings.num_differing += end - begin
@@ -318,9 +323,12 @@ def _changed(path: Path) -> ThoughtxError:
     )
 
 
-def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
-    """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all)."""
-    path = Path(path)
+def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
+    """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all).
+
+    What a person should know about how it is read goes to `progress`, and is in `notes`.
+    """
+    path, notes = Path(path), []
     kind = checkpoint.kind_of(path)
     if kind not in ("huggingface", "tensorrt-llm"):
         raise ThoughtxError(
@@ -336,8 +344,11 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
         model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
         shards = checkpoint.shard_files(path)
         stored = checkpoint.read_tensors(path, shards)
-        refuse_quantized(stored, path)
-        used = {STORED_DTYPES[info.dtype] for info in stored.values() if info.dtype in STORED_DTYPES}
+        notes = ignored_notes(path, shards)
+        refuse_unexplained(stored, path)
+        if any(info.dtype == "F64" for info in stored.values()):
+            notes.append("weights in float64 are rounded: no engine computes in it")
+        used = {STORED_DTYPES.get(info.dtype, "float32") for info in stored.values() if info.dtype in READ_DTYPES}
         config = model_config_from_hf(raw, where, weights_dtype=used.pop() if len(used) == 1 else None)
         table = tensors_of(config)
     else:
@@ -354,9 +365,19 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False) -> WeightSource:
         shards = ["rank0.safetensors"]
         stored = checkpoint.read_tensors(path, shards)
         if config.quantization is None:
-            refuse_quantized(stored, path)
+            refuse_unexplained(stored, path)
         if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
             config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
         table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
     check_tensors(table, stored, config, path)
-    return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite)
+    if config.sliding_window is not None and config.sliding_window == config.longest:
+        notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: an engine's --max_seq_len ends there")
+    for note in notes:
+        (progress or Progress.silent()).note(f"note: {note}")
+    return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite, notes=tuple(notes))
+
+
+def ignored_notes(path: Path, shards: Sequence[str]) -> list[str]:
+    """A sentence about safetensors files that hold no part of the model; none without such files."""
+    names = checkpoint.ignored_files(path, shards)
+    return [f"not part of the model, and not read: {', '.join(shown(n, 80) for n in names[:20])}"] if names else []

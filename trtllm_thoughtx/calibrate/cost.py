@@ -49,9 +49,9 @@ def capacity(
         raise ThoughtxError("E001", "no engine can be asked here", where="--kv_cache_dtype fp8", why=why, fix=fix)
     lengths = [len(prompt_of(asked, need_text(text, model_dir))) for asked in questions]
     need = max(max(lengths) + max_new_tokens, PROMPT_LEN + NEW_TOKENS)
-    if need > config.max_position:
+    if need > config.longest:
         why = f"question {questions[lengths.index(max(lengths))].id} has {max(lengths)} tokens, and --max_new_tokens is {max_new_tokens}"
-        what = f"a question needs {need} tokens, the model has {config.max_position} positions"
+        what = f"a question needs {need} tokens, the model has {config.longest} positions"
         raise ThoughtxError("E122", what, where=str(model_dir), why=why, fix="lower --max_new_tokens, or ask shorter questions")
     return need
 

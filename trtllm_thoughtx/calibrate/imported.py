@@ -33,7 +33,7 @@ from trtllm_thoughtx.families.quantization import TOKEN_ACTIVATIONS, linear_modu
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tensor_check import HEAD
-from trtllm_thoughtx.weights import CARRIED, FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES
+from trtllm_thoughtx.weights import CARRIED, FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES, ignored_notes
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 QUANT_FILE = "hf_quant_config.json"
@@ -127,9 +127,11 @@ def _compressed(fields: Fields, where: str) -> Scheme:
     return Scheme("fp8", inputs=kind[1])
 
 
-def _unread(what: str, where: str) -> NoReturn:
+QUANTIZE = "use the original checkpoint, and quantize it with thoughtx-calibrate"
+
+
+def _unread(what: str, where: str, fix: str = QUANTIZE) -> NoReturn:
     why = "read are FP8 with scales per tensor, row or token (compressed-tensors, ModelOpt), and AWQ and GPTQ with 4 bits"
-    fix = "calibrate the original checkpoint with thoughtx-calibrate"
     raise ThoughtxError("E103", f"{what} is not read", where=where, why=why, fix=fix)
 
 
@@ -252,10 +254,12 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
     scheme = scheme_of(model_dir)
     raw = {key: value for key, value in files.read_json(model_dir, "config.json").items() if key != "quantization_config"}
     source = _Source(model_dir)
+    for note in (notes := ignored_notes(model_dir, source.shards)):
+        progress.note(f"note: {note}")
     kinds = {STORED_DTYPES[i.dtype] for n, i in source.infos.items() if i.dtype in STORED_DTYPES and n.endswith("norm.weight")}
     config = model_config_from_hf(raw, str(model_dir / "config.json"), weights_dtype=kinds.pop() if len(kinds) == 1 else None)
     if config.experts is not None:
-        _unread("a quantized mixture of experts", str(model_dir))
+        _unread("a quantized mixture of experts", str(model_dir), "use the original checkpoint: mixtures are built in float32 and 16 bits")
     files.check_output(output_dir, force=force, inputs=[model_dir])
     table = {tensor.name: tensor for tensor in tensors_of(config)}
     mark = ".weight_scale" if scheme.kind == "fp8" else ".qweight"
@@ -308,6 +312,7 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
         "num_quantized": len(covered),
         "has_zero_point": quant.zero_point,
         "has_input_order": quant.input_order,
+        "notes": notes,
         "up_to_date": False,
     }
 

@@ -76,7 +76,7 @@ def calibrate(
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     progress, load = progress or Progress.silent(), os.getloadavg()[0]
-    with open_weights(model_dir) as source:
+    with open_weights(model_dir, progress=progress) as source:
         config = source.config
         if accuracy_budget is not None and target_bits is not None:
             fix = "give one of the two"
@@ -91,7 +91,7 @@ def calibrate(
             text,
             vocab_size=config.vocab_size,
             num_samples=calib_size,
-            max_len=min(calib_seq_len, config.max_position),
+            max_len=min(calib_seq_len, config.longest),
             seed=seed,
             pad_id=text.pad_id if text else None,
             only_prompts=self_traces,
@@ -130,7 +130,7 @@ def calibrate(
         walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
         work = working_dir(output_dir, {**walked, "inputs": inputs, "version": __version__}, progress)
         if self_traces:
-            data = answered(data, model_dir, work, min(calib_seq_len, config.max_position), seed, progress)
+            data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
         from trtllm_thoughtx.calibrate.layers import Walk

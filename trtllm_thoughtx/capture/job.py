@@ -58,9 +58,9 @@ def chunk_report(
     files.check_output(output_dir, force=force, inputs=[model_dir])
     with open_weights(model_dir) as source:
         config = source.config
-    if context > config.max_position:
-        why = f"the model was made for {config.max_position} positions"
-        raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.max_position}")
+    if context > config.longest:
+        why = f"the model was made for {config.longest} positions"
+        raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")
     text = need_text(Text.load(model_dir), model_dir)
     sequences = sequences_of(text, calib_data, calib_size, context, seed)
     questions = questions_of(calib_data, eval_items, seed)

@@ -80,7 +80,7 @@ def calibrate_exits(
     files.check_output(output_dir, force=force, inputs=[model_dir])
     with tempfile.TemporaryDirectory(prefix="thoughtx-calibrate-") as folder:
         scratch = Path(folder)
-        length = min(config.max_position, 2048)
+        length = min(config.longest, 2048)
         options = {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": batch_size, "max_seq_len": length}
         build(model_dir, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)

@@ -7,6 +7,7 @@ before anything is computed or allocated from it. `null` counts as missing.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -35,13 +36,13 @@ class Fields:
             self.wrong(prefix.rstrip(".") or "the file", f"is {_kind(raw)}, wanted an object")
         self.raw: Mapping[str, Any] = raw
 
-    def wrong(self, key: str, why: str) -> NoReturn:
+    def wrong(self, key: str, why: str, fix: str = "") -> NoReturn:
         raise ThoughtxError(
             "E102",
             f"{self.prefix}{shown(key)} {why}",
             where=self.where,
             why="the value is missing, has the wrong type, or is out of range",
-            fix="restore config.json from the original checkpoint",
+            fix=fix or f"correct it in {os.path.basename(self.where)}, or download that file again if it was changed",
         )
 
     def unsupported(self, what: str, why: str, fix: str = "use a checkpoint without it") -> NoReturn:

@@ -15,15 +15,22 @@ from trtllm_thoughtx.families.family import Family
 from trtllm_thoughtx.families.fields import BOUNDS, Fields, check_experts
 from trtllm_thoughtx.families.rope import rope_from_hf
 
+SLIDING = "sliding_attention"
+IMPORTABLE = ("awq", "gptq", "compressed-tensors", "modelopt")  # quantization methods that thoughtx-convert reads
+
 
 def dtype_of(raw: Fields, fallback: str | None) -> str:
     """`dtype` (transformers 5) or `torch_dtype` (4); both have to agree."""
     given = {raw.text(key).removeprefix("torch.") for key in ("dtype", "torch_dtype") if raw.get(key) is not None}
     if len(given) > 1:
-        raw.wrong("dtype", f"and torch_dtype differ: {shown(' and '.join(sorted(given)))}")
+        fix = "remove one of the two from config.json: the one that is not the type of the weights"
+        raw.wrong("dtype", f"and torch_dtype differ: {shown(' and '.join(sorted(given)))}", fix)
     dtype = given.pop() if given else fallback
     if dtype is None:
-        raw.wrong("dtype", "is missing")
+        fix = f'add "torch_dtype" to config.json: "{DTYPES[0]}", "{DTYPES[1]}" or "{DTYPES[2]}"'
+        raw.wrong("dtype", "is missing, and the weights are of several types", fix)
+    if dtype == "float64":
+        return "float32"  # the nearest that engines compute in
     if dtype not in DTYPES:
         raw.unsupported(f"weights of type {shown(dtype)} are not supported", f"supported types are {', '.join(DTYPES)}")
     return dtype
@@ -39,11 +46,14 @@ def _refuse(raw: Fields, family: Family) -> None:
             why="code from a checkpoint is never run",
             fix="remove auto_map if the model is a plain Qwen2, Qwen3 or Llama; otherwise it cannot be used",
         )
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and (quantization := raw.table("quantization_config")):
+        method = quantization.get("quant_method", "modelopt")
         raw.unsupported(
-            "the checkpoint is already quantized",
+            f"the checkpoint is already quantized ({shown(method, 40)})",
             f"weights must be {', '.join(DTYPES)}",
-            "import it first: thoughtx-convert --model_dir THIS --output_dir CKPT",
+            "import it first: thoughtx-convert --model_dir THIS --output_dir CKPT"
+            if method in IMPORTABLE
+            else "this method is not read: use the original checkpoint, and quantize it with thoughtx-calibrate",
         )
     activation = raw.text("hidden_act", "silu")
     if activation != "silu":
@@ -59,14 +69,31 @@ def _refuse(raw: Fields, family: Family) -> None:
         raw.unsupported("qkv_bias is false", f"{family.model_type} models have biases on query, key and value")
     if raw.integer("decoder_sparse_step", 1, 1 << 16, 1) != 1 or raw.get("mlp_only_layers", []):
         raw.unsupported("some layers have experts and others a dense MLP", "every layer must be of the same kind")
-    if raw.boolean("use_sliding_window", False):
-        raw.unsupported("the model uses a sliding window", "every layer must attend to the full context", "set use_sliding_window to false")
     kinds = raw.get("layer_types", [])
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raw.wrong("layer_types", "is not a list of strings")
-    other = sorted({kind for kind in kinds if kind != "full_attention"})
+    other = sorted(set(kinds) - {"full_attention", SLIDING})
     if other:
-        raw.unsupported(f"layer_types has {shown(', '.join(other))}", "every layer must be full_attention")
+        raw.unsupported(f"layer_types has {shown(', '.join(other))}", f"every layer must be full_attention or {SLIDING}")
+
+
+def _sliding_window(raw: Fields, family: Family, num_layers: int) -> int | None:
+    """The positions that a sliding layer attends to; None when no layer slides.
+
+    `use_sliding_window` alone does not say. In Qwen2 and Qwen3 the layers from `max_window_layers` on slide, unless `layer_types` says
+    otherwise; in mixtures any may. A Llama config with `sliding_window` is that of a model trained so, though transformers ignores it.
+    """
+    default, kinds = family.defaults.get("sliding_window"), raw.get("layer_types", ())
+    slides = raw.boolean("use_sliding_window", default is None and raw.get("sliding_window") is not None)
+    if "max_window_layers" in family.defaults:
+        first = raw.integer("max_window_layers", 0, 1 << 16, family.defaults["max_window_layers"])
+        slides = SLIDING in kinds if kinds else slides and first < num_layers
+    if not slides and SLIDING not in kinds:
+        return None
+    is_null = "sliding_window" in raw.raw and raw.raw["sliding_window"] is None  # transformers then lets no layer slide
+    if is_null and SLIDING not in kinds:
+        return None
+    return raw.integer("sliding_window", 1, BOUNDS["context"], None if is_null else default)
 
 
 def _experts(fields: Fields, family: Family, num_layers: int) -> ExpertsConfig | None:
@@ -104,6 +131,7 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
     num_layers = fields.integer("num_hidden_layers", 1, BOUNDS["layers"])
     hidden_size = fields.integer("hidden_size", 1, BOUNDS["hidden"])
     num_heads = fields.integer("num_attention_heads", 1, BOUNDS["heads"])
+    sliding_window = _sliding_window(fields, family, num_layers)
     kinds = fields.get("layer_types")
     if kinds is not None and len(kinds) != num_layers:
         fields.wrong("layer_types", f"has {len(kinds)} entries for {num_layers} layers")
@@ -138,4 +166,5 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
         qk_norm=family.qk_norm,
         experts=_experts(fields, family, num_layers),
+        sliding_window=sliding_window,
     )

@@ -21,6 +21,6 @@ FAMILY = Family(
     qkv_bias=True,
     o_bias=False,
     qk_norm=False,
-    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
     trtllm={**QWEN_TRTLLM, "qwen_type": "qwen2"},
 )

@@ -12,7 +12,7 @@ FAMILY = Family(
     o_bias=False,
     qk_norm=False,
     defaults={
-        **{"num_key_value_heads": 16, "max_position_embeddings": 32768},
+        **{"num_key_value_heads": 16, "max_position_embeddings": 32768, "sliding_window": 4096},
         **{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     },
     layer=EXPERTS,

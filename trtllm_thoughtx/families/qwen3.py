@@ -11,6 +11,12 @@ FAMILY = Family(
     qkv_bias=None,
     o_bias=None,
     qk_norm=True,
-    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
     trtllm={**QWEN_TRTLLM, "qwen_type": "qwen3"},
 )

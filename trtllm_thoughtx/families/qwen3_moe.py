@@ -12,7 +12,7 @@ FAMILY = Family(
     o_bias=None,
     qk_norm=True,
     defaults={
-        **{"num_key_value_heads": 4, "max_position_embeddings": 32768},
+        **{"num_key_value_heads": 4, "max_position_embeddings": 32768, "sliding_window": 4096},
         **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "shared_expert_intermediate_size": 0},
     },
     layer=EXPERTS,

@@ -59,6 +59,7 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
         "embedding_sharding_dim": 0,
         **copy.deepcopy(dict(FAMILIES[config.family].trtllm)),
         **_experts_section(config.experts),
+        **({} if config.sliding_window is None else {"sliding_window": config.sliding_window}),
         "mapping": {
             "world_size": tp_size * pp_size,
             "gpus_per_node": 8,
@@ -183,6 +184,7 @@ def model_config_from_trtllm(raw: dict[str, Any], where: str) -> ModelConfig:
         qk_norm=family.qk_norm,
         quantization=quantization_of(fields),
         experts=experts,
+        sliding_window=None if fields.get("sliding_window") is None else fields.integer("sliding_window", 1, BOUNDS["context"]),
     )
     if experts is not None and config.quantization is not None:
         fields.unsupported("the experts are quantized", "mixtures of experts are read in float32, float16 or bfloat16")
