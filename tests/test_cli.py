@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from trtllm_thoughtx import cli, console
+from trtllm_thoughtx import cli, console, report
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
 ROOT = Path(__file__).parent.parent
@@ -601,6 +601,8 @@ def test_run_says_which_settings_it_does_not_apply(tmp_path, engine):
     shutil.copytree(engine, with_penalty)
     config = json.loads((with_penalty / "generation_config.json").read_text())
     (with_penalty / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.05}))
+    made = report.read_manifest(with_penalty)
+    report.write_manifest(with_penalty, command="x", inputs=made["inputs"], config={}, checks=[], environment={})
     done = run_requests(engine_dir=with_penalty, input_ids=(4, 5), max_new_tokens=2, top_p=0.5, temperature=0.0)
     assert done["not_applied"] == ["repetition_penalty", "--top_p"]
     assert run_requests(engine_dir=engine, input_ids=(4, 5), max_new_tokens=2)["not_applied"] == []

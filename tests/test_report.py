@@ -32,9 +32,9 @@ def made(tmp_path):
     return tmp_path
 
 
-def refused(code: str, root: Path, names=None) -> ThoughtxError:
+def refused(code: str, root: Path, *names) -> ThoughtxError:
     with pytest.raises(ThoughtxError) as caught:
-        report.verify_files(root, names)
+        report.verify_files(root, *names)
     assert caught.value.code == code
     assert all(caught.value.as_dict().values())
     return caught.value
@@ -79,7 +79,9 @@ def test_size_is_told_before_content(made):
 
 def test_an_unlisted_file_does_not_verify(made):
     (made / "c.bin").write_bytes(b"c")
-    assert "not listed" in refused("E120", made, ["c.bin"]).why
+    report.verify_files(made)
+    assert "c.bin: not listed" in refused("E120", made, ["c.bin"]).why
+    assert "c.bin: added" in refused("E120", made, [], ["c.bin"]).why
 
 
 def test_a_link_out_of_the_directory_does_not_verify(made, tmp_path_factory):

@@ -89,7 +89,7 @@ def _engine(path: Path, kind: str) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     try:
         manifest = report.read_manifest(path)
-        report.verify_files(path)
+        engine.verify()
     except ThoughtxError as refused:
         if refused.code not in ("E120", "E121"):
             raise

@@ -10,7 +10,8 @@
 The `thoughtx` section has a schema number. Older schemas are read: a setting that they lack has the value it had before it existed
 (`config.since`). Newer ones are refused with the version to install. tests/engines/ holds a directory of every released schema.
 
-Nothing here loads an engine; `verify` compares hashes and must pass before one is loaded, because a plan is a program.
+Nothing here loads an engine; `verify` compares all hashes and must pass before one is loaded: a plan is a program, and a tokenizer or
+a chat template that changed gives other answers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.exit_weights import is_threshold
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
+from trtllm_thoughtx.weights import CARRIED
 
 CONFIG = "config.json"
 SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
+# An engine that was built without one of these must not read one that was added later.
+READ_WHERE_PRESENT = tuple(name for name in CARRIED if not name.startswith(("LICENSE", "NOTICE")))
 PLAN_SUFFIX = {"tensorrt-rtx": ".engine", "tensorrt": ".trt.engine"}
 
 
@@ -108,9 +112,11 @@ class EngineDir:
         rank = self.build.draft_ranks[self.build.draft_layers.index(layer)]
         return (2 * rank + 2) * self.config.hidden_size
 
-    def verify(self, backend: str) -> None:
-        """Hash what `backend` would load, and config.json, against the manifest. E120 on any difference."""
-        report.verify_files(self.root, [CONFIG, *self.files_of(backend)])
+    def verify(self) -> None:
+        """Hash every file of the manifest, whichever of them are wanted; what `backends` would load must be among them, and what
+        would be read if it were there. E120 on any difference."""
+        needed = [CONFIG, *(name for backend in self.backends for name in self.files_of(backend))]
+        report.verify_files(self.root, needed, READ_WHERE_PRESENT)
 
 
 def config_json(config: ModelConfig, build: BuildConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:

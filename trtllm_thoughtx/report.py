@@ -148,23 +148,24 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(root: Path, names: Sequence[str] | None = None) -> None:
-    """Compare size and sha256 of `names` (None: all listed files) with the manifest of `root`. E120 lists every difference."""
+def verify_files(root: Path, needed: Sequence[str] = (), unwanted: Sequence[str] = ()) -> None:
+    """Compare size and sha256 of every listed file with the manifest of `root`. `needed` must be listed; `unwanted` must not be there
+    unless listed. E120 lists every difference."""
     manifest = read_manifest(root)
     rows = {row["name"]: row for row in manifest["outputs"]}
     wrong = []
-    for name in rows if names is None else names:
-        if name not in rows:
-            wrong.append(f"{shown(name)}: not listed in {MANIFEST}")
-        elif not os.path.lexists(root / name):
+    for name, row in rows.items():
+        if not os.path.lexists(root / name):
             wrong.append(f"{shown(name)}: missing")
-        else:
-            with open_inside(root, name) as file:
-                size = os.fstat(file.fileno()).st_size
-            if size != rows[name]["bytes"]:
-                wrong.append(f"{shown(name)}: {size} bytes, the manifest says {rows[name]['bytes']}")
-            elif sha256_of(root / name) != rows[name]["sha256"]:
-                wrong.append(f"{shown(name)}: its content changed (sha256 differs)")
+            continue
+        with open_inside(root, name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != row["bytes"]:
+            wrong.append(f"{shown(name)}: {size} bytes, the manifest says {row['bytes']}")
+        elif sha256_of(root / name) != row["sha256"]:
+            wrong.append(f"{shown(name)}: its content changed (sha256 differs)")
+    wrong += [f"{shown(name)}: not listed in {MANIFEST}" for name in dict.fromkeys(needed) if name not in rows]
+    wrong += [f"{name}: added, {MANIFEST} does not list it" for name in unwanted if name not in rows and os.path.lexists(root / name)]
     if wrong:
         again = manifest["command"] if manifest["command"].startswith("thoughtx-") else f"thoughtx-{manifest['command']}"
         raise ThoughtxError(

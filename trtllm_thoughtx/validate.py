@@ -106,16 +106,15 @@ def validate(
     _check_request(reference, golden, record)
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
-    files = _files_check(directory)
+    checks = [_files_check(directory)]
+    if checks[0].status == "failed":
+        why = "the files do not match their manifest, so nothing was loaded"
+        return Report((*checks, *(Check(f"{name}: runs", "skipped", why) for name in backends)), "nothing")
     expected = read_expected(directory, reference, golden, seed, progress)
     if record is not None:
         golden_file.write_golden(Path(record), expected)
-    checks = [files]
     for name in backends:
-        if files.status == "passed":
-            checks += _backend_checks(directory, name, expected, bisect, progress)
-        else:
-            checks.append(Check(f"{name}: runs", "skipped", "the files do not match their manifest, so nothing was loaded"))
+        checks += _backend_checks(directory, name, expected, bisect, progress)
     return Report(tuple(checks), expected.source)
 
 
@@ -216,7 +215,7 @@ def _check_same_model(directory: EngineDir, reference: Path) -> None:
 
 def _files_check(directory: EngineDir) -> Check:
     try:
-        report.verify_files(directory.root)
+        directory.verify()
     except ThoughtxError as error:
         return Check("files match the manifest", "failed", f"{error.what}: {error.why}")
     return Check("files match the manifest", "passed", evidence={"num_files": len(report.read_manifest(directory.root)["outputs"])})

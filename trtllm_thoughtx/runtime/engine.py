@@ -54,13 +54,13 @@ class Engine:
         tap_layers: bool = False,
         exact: bool = False,
     ) -> Engine:
-        """Check the files against the manifest, then load them. E120 when they differ, E201/E202 when the backend cannot run here.
+        """Check every file against the manifest, then load them. E120 when they differ, E201/E202 when the backend cannot run here.
 
         `exact`: a quantized graph runs on onnxruntime as it stands, not on that runtime's faster operators.
         """
         directory = EngineDir.open(Path(engine_dir))
         backend = directory.choose(backend)
-        directory.verify(backend)
+        directory.verify()
         text = Text.load(directory.root)
         if text is not None:
             text.check_vocab(directory.config.vocab_size)
