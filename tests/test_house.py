@@ -28,7 +28,7 @@ LAYERS = (
     ("files", "header"),
     ("checkpoint", "report"),
     ("families",),
-    ("tensor_check",),
+    ("tensor_check", "tensor_file"),
     ("weights", "exit_weights"),
     ("convert",),
     ("graph",),

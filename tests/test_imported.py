@@ -458,13 +458,13 @@ def test_biases_of_zeros_add_nothing(tmp_path):
     ],
 )
 def test_a_damaged_order_is_refused_by_name(tmp_path, change, code, word):
-    from trtllm_thoughtx.calibrate import stored
+    from trtllm_thoughtx import tensor_file
 
     four_bits(tmp_path / "q", "gptq", act_order=True)
     import_quantized(tmp_path / "q", tmp_path / "c")
-    tensors = stored.read_all(tmp_path / "c", "rank0.safetensors")
+    tensors = tensor_file.read_all(tmp_path / "c", "rank0.safetensors")
     found = tensors.pop("transformer.layers.1.mlp.gate.input_order")
-    stored.write_all(
+    tensor_file.write_all(
         tmp_path / "c" / "rank0.safetensors", tensors | ({"transformer.layers.1.mlp.gate.input_order": change(found)} if change else {})
     )
     with pytest.raises(ThoughtxError) as caught:

@@ -304,13 +304,13 @@ def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
 
 def damaged(path: Path, name: str, change) -> None:
     """Rewrite one tensor of a checkpoint."""
-    from trtllm_thoughtx.calibrate import stored
+    from trtllm_thoughtx import tensor_file
     from trtllm_thoughtx.checkpoint import read_tensors
 
     infos = read_tensors(path, ["rank0.safetensors"])
-    tensors = stored.read_all(path, "rank0.safetensors")
+    tensors = tensor_file.read_all(path, "rank0.safetensors")
     tensors[name] = change(tensors[name])
-    stored.write_all(path / "rank0.safetensors", {key: tensors[key] for key in infos if tensors[key] is not None})
+    tensor_file.write_all(path / "rank0.safetensors", {key: tensors[key] for key in infos if tensors[key] is not None})
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trtllm_thoughtx import files, report
+from trtllm_thoughtx import files, report, tensor_file
 from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor, stacked
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tensor_file import Entry
 from trtllm_thoughtx.weights import BLOCK_BYTES, NUMPY_DTYPES, STORED_DTYPES, Findings, WeightSource, open_weights
 
 __all__ = ["WeightSource", "convert", "open_weights", "rank_layers", "rank_shape"]
 
-_SAFETENSORS_DTYPES = {name: stored for stored, name in STORED_DTYPES.items()}
-Entry = tuple[str, tuple[int, ...], str]  # name, shape, dtype
+_STORED = {name: stored for stored, name in STORED_DTYPES.items()}
 NUM_BUFFERS = 6
 _CARRIED_LIMIT = 512 << 20
 _SPACE_FOR_REST = 64 << 20  # config, manifest and tokenizer files
@@ -113,18 +113,6 @@ def _finish(pending: list[Future[Any]]) -> None:
     pending.clear()
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape, dtype in entries:
-        end = offset + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-        table[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _check_parallel(config: ModelConfig, tp_size: int, pp_size: int) -> None:
     """E001 when the model cannot be split that way."""
     kv, experts = config.num_kv_heads, config.experts
@@ -179,7 +167,7 @@ def convert(
         files.check_output(output_dir, force=force, inputs=[model_dir])
         stages = [_stage_tensors(source, layers, stage, pp_size) for stage, layers in enumerate(rank_layers(config.num_layers, pp_size))]
         shapes = [[_entries(stage, rank, tp_size, config, target) for rank in range(tp_size)] for stage in stages]
-        num_bytes = sum(math.prod(shape) * NUMPY_DTYPES[kind].itemsize for stage in shapes for rank in stage for _, shape, kind in rank)
+        num_bytes = sum(tensor_file.num_bytes(rank) for stage in shapes for rank in stage)
         source_bytes = sum(
             math.prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype or target].itemsize for stage in stages for _, tensor in stage
         )
@@ -195,7 +183,7 @@ def convert(
                         outputs = [_RankFile(stack.enter_context((partial / name).open("xb"))) for name in names]
                         lanes = stack.enter_context(_Lanes())
                         for output, entries in zip(outputs, shapes[stage], strict=True):
-                            lanes.send(output, _header(entries))
+                            lanes.send(output, tensor_file.header(entries))
                         for _, tensor in tensors:
                             findings = _deal(source, tensor, outputs, tensor.dtype or target, lanes, step, keep=not found)
                             if findings:
@@ -261,7 +249,7 @@ def _stage_tensors(source: WeightSource, layers: range, stage: int, pp_size: int
 
 def _entries(tensors: Sequence[tuple[str, Tensor]], rank: int, tp_size: int, config: ModelConfig, dtype: str) -> list[Entry]:
     """What a rank's file holds."""
-    return [(name, rank_shape(tensor, rank, tp_size, config), tensor.dtype or dtype) for name, tensor in tensors]
+    return [(name, _STORED[tensor.dtype or dtype], rank_shape(tensor, rank, tp_size, config)) for name, tensor in tensors]
 
 
 def _deal(source: WeightSource, tensor: Tensor, outputs: list[_RankFile], dtype: str, lanes: _Lanes, step: Any, *, keep: bool) -> Findings:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx import tensor_file
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import open_inside, read_json
@@ -79,14 +80,6 @@ class ExitWeights:
 
 def write_exits(root: Path, exits: ExitWeights, config: ModelConfig) -> None:
     """Both files, into a directory that has neither."""
-    table, data, end = {}, [], 0
-    for name, array in exits.tensors().items():
-        raw = np.ascontiguousarray(array, np.float32).tobytes()
-        table[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [end, end + len(raw)]}
-        data.append(raw)
-        end += len(raw)
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
     body = {
         "schema": SCHEMA,
         "hidden_size": config.hidden_size,
@@ -95,8 +88,8 @@ def write_exits(root: Path, exits: ExitWeights, config: ModelConfig) -> None:
         "adapters": [{"layer": one.layer, "rank": int(one.down.shape[0]), "threshold": one.threshold} for one in exits.adapters],
         "report": exits.report,
     }
-    with (root / TENSOR_FILE).open("xb") as file:
-        file.write(len(header).to_bytes(8, "little") + header + b"".join(data))
+    tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in exits.tensors().items()}
+    tensor_file.write_all(root / TENSOR_FILE, tensors, metadata=None)
     with (root / JSON_FILE).open("xb") as file:
         file.write((json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
 
@@ -134,7 +127,7 @@ def read_exits(root: Path, config: ModelConfig) -> ExitWeights:
         arrays = {}
         for name, (_, shape, begin, end) in header.items():
             handle.seek(begin)
-            arrays[name] = np.frombuffer(handle.read(end - begin), np.float32).reshape(shape)
+            arrays[name] = np.frombuffer(tensor_file.exactly(handle, end - begin), np.float32).reshape(shape)
     bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if bad:
         raise _refuse("E108", "values of its exits are not finite numbers", place, listed(bad))

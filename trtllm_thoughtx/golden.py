@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx import tensor_file
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import atomic_file, read_named
 from trtllm_thoughtx.header import MAX_MARKS, parse_header
@@ -93,18 +93,10 @@ def write_golden(path: Path, expected: Expected) -> None:
         bands = [dataclasses.astuple(band) for band in (truth.logits_band, *truth.hidden_bands)]
         rows.append({**dataclasses.asdict(prompt), "bands": bands})
     story = {"schema": SCHEMA, "source": expected.source, "identity": expected.identity, "prompts": rows}
-    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(story, sort_keys=True, allow_nan=False)}}
-    offset = 0
-    for name in sorted(tensors):
-        size = tensors[name].nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    metadata = {KEY: json.dumps(story, sort_keys=True, allow_nan=False)}
+    ordered = {name: tensors[name] for name in sorted(tensors)}
     with atomic_file(path) as out:
-        out.write(struct.pack("<Q", len(head)) + head)
-        for name in sorted(tensors):
-            out.write(tensors[name].data)
+        tensor_file.write_to(out, tensor_file.entries_of(ordered), ordered.values(), metadata)
 
 
 def read_golden(path: Path, identity: dict[str, Any]) -> Expected:

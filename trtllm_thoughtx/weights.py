@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import ml_dtypes
 import numpy as np
 
 from trtllm_thoughtx import checkpoint, files
@@ -28,22 +27,13 @@ from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_unexplained
+from trtllm_thoughtx.tensor_file import DTYPES
 
-NUMPY_DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+NUMPY_DTYPES = {name: DTYPES[stored] for stored, name in STORED_DTYPES.items()}
 # What is read, by the type's name in a safetensors file; float64 is always rounded.
 READ_DTYPES = {stored: NUMPY_DTYPES[name] for stored, name in STORED_DTYPES.items()} | {"F64": np.dtype(np.float64)}
-# Types of quantized tensors, which are never cast. Two 4-bit numbers share a U8; I32 is an order of channels.
-FIXED_DTYPES: dict[str, np.dtype] = {
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "F32": np.dtype(np.float32),
-    "I32": np.dtype(np.int32),
-}
+# Types of quantized tensors, which are never cast.
+FIXED_DTYPES = {stored: DTYPES[stored] for stored in ("F8_E4M3", "I8", "U8", "F32", "I32")}
 BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
 CARRIED = (
     "tokenizer.json",

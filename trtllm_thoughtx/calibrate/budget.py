@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trtllm_thoughtx.calibrate import grid, stored
+from trtllm_thoughtx import tensor_file
+from trtllm_thoughtx.calibrate import grid
 from trtllm_thoughtx.calibrate.data import NUM_STORED
 from trtllm_thoughtx.calibrate.layers import STORED_LEN, Walk, add_stored, quantized
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, device, read
@@ -124,7 +125,7 @@ def _embedded(walk: Walk, rows: Sequence[Sequence[int]]) -> Streams:
 
 def _grids(walk: Walk, file: str) -> dict[str, Found]:
     """The quantized layers of one of the walk's files, by module."""
-    tensors = stored.read_all(walk.root, file)
+    tensors = tensor_file.read_all(walk.root, file)
     found = {}
     for name in tensors:
         if name.endswith(".weight"):

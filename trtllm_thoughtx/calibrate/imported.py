@@ -22,8 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from trtllm_thoughtx import checkpoint, files, report
-from trtllm_thoughtx.calibrate import stored
+from trtllm_thoughtx import checkpoint, files, report, tensor_file
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor, tensors_of
@@ -159,7 +158,7 @@ class _Source:
         dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]] if kind is None else FIXED_DTYPES[kind]
         with files.open_inside(self.root, info.file) as file:
             file.seek(info.offset)
-            data = stored.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
+            data = tensor_file.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
         return np.frombuffer(data, dtype).reshape(info.shape)
 
     def has(self, name: str) -> bool:
@@ -285,7 +284,7 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
 
         names = {kind: name for name, kind in STORED_DTYPES.items()}
         rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
-        hashes = {"rank0.safetensors": stored.write(partial / "rank0.safetensors", rows, values())}
+        hashes = {"rank0.safetensors": tensor_file.write(partial / "rank0.safetensors", rows, values())}
         unused = [n for n in source.infos if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
         unused = [n for n in unused if not _adds_nothing(source, n, scheme)]
         if unused:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx import __version__, files, report
-from trtllm_thoughtx.calibrate import cost, stored
+from trtllm_thoughtx import __version__, files, report, tensor_file
+from trtllm_thoughtx.calibrate import cost
 from trtllm_thoughtx.calibrate.data import read_data
 from trtllm_thoughtx.calibrate.page import report_html
 from trtllm_thoughtx.calibrate.traces import answered
@@ -324,7 +324,7 @@ def _write(
                     stage.advance(1)
                     yield value
 
-            hashes = {"rank0.safetensors": stored.write(partial / "rank0.safetensors", entries, values())}
+            hashes = {"rank0.safetensors": tensor_file.write(partial / "rank0.safetensors", entries, values())}
         body = json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n"
         (partial / "config.json").write_bytes(body.encode())
         for name, path in source.carried().items():
@@ -359,5 +359,5 @@ def _values(table: Sequence[Tensor], source: WeightSource, work: Path) -> Iterat
             continue
         file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else "head.safetensors"
         if file != name_held:
-            held, name_held = stored.read_all(work, file), file
+            held, name_held = tensor_file.read_all(work, file), file
         yield held[tensor.name]

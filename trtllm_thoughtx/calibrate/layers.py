@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trtllm_thoughtx import report
-from trtllm_thoughtx.calibrate import grid, kv, stored
+from trtllm_thoughtx import report, tensor_file
+from trtllm_thoughtx.calibrate import grid, kv
 from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.search import Found, Inputs, search
@@ -221,7 +221,7 @@ class Walk:
         if self.quant.kv_algo is None:
             return None
         name = f"{layer.name}.attention.kv_cache_scaling_factor"
-        scale = stored.read_all(self.root, f"layer.{layer.index}.safetensors")[name]
+        scale = tensor_file.read_all(self.root, f"layer.{layer.index}.safetensors")[name]
         return kv.on_grid(torch.from_numpy(scale.copy()), self.quant.kv_algo)
 
     def _state(self, layer: int, row: int) -> torch.Tensor:
@@ -248,7 +248,7 @@ class Walk:
                 tensors[f"{name}.activation_scaling_factor"] = one.input_scale.numpy(force=True)
             if one.factor is not None:
                 tensors[f"{name}.prequant_scaling_factor"] = one.factor.numpy(force=True)
-        stored.write_all(self.root / f"{file}.safetensors", tensors)
+        tensor_file.write_all(self.root / f"{file}.safetensors", tensors)
         with atomic_file(self.root / f"{file}.json") as out:
             out.write(report.to_json({"modules": facts, **more}).encode())
 
