@@ -24,7 +24,7 @@ LIMIT_LINES = 400
 # A file imports from its own row and the rows above it.
 LAYERS = (
     ("__init__", "errors", "config", "plugins"),
-    ("strictjson", "progress", "tasks"),
+    ("strictjson", "progress", "tasks", "host"),
     ("files", "header"),
     ("checkpoint", "report"),
     ("families",),
@@ -58,11 +58,11 @@ READERS = {
     "console.py": "writes the traceback of a bug; points stdout at the null device",
     "distill/loop.py": "appends to its own log",
     "distill/sample.py": "its own log and its own times",
-    "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process; the kernel's memory table",
+    "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process",
     "engines/trt_builder.py": "the kernel's account of its own memory use",
     "graph/external.py": "reads back the weights that this build wrote",
     "evaluate/memory.py": "the kernel's account of its own memory use",
-    "reference.py": "the kernel's memory table",
+    "host.py": "the kernel's memory table",
 }
 RUNTIMES = {
     "onnxruntime": "engines/",

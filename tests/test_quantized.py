@@ -121,20 +121,98 @@ def test_fused_operators_compute_the_same_products(tmp_path, qformat, tied):
     assert (error / size) ** 0.5 < (1e-2 if qformat == "int8_sq" else 3e-2)
 
 
-def test_every_quantized_product_is_fused(tmp_path):
+def fused_graph(engine: Path):
+    """(graph as it runs on a CPU, what was rewritten)."""
     import onnx
 
     from trtllm_thoughtx.engines.ort_fused import fuse
 
+    model = onnx.load(engine / "rank0.onnx", load_external_data=False)
+    with (engine / "rank0.data").open("rb") as data:
+        return model.graph, fuse(model, data)
+
+
+def test_every_quantized_product_is_fused(tmp_path):
     for qformat, name in (("int8_sq", "QGemm"), ("int8_wo", "MatMulNBits"), ("int4_awq", "MatMulNBits")):
         write_tiny(tmp_path / "m", **SIZES)
         calibrate(tmp_path / "m", tmp_path / qformat, qformat=qformat, calib_size=4, calib_seq_len=16, quant_lm_head=True)
         build(tmp_path / qformat, tmp_path / f"e-{qformat}", OPTIONS)
-        model = onnx.load(tmp_path / f"e-{qformat}" / "rank0.onnx", load_external_data=False)
-        with (tmp_path / f"e-{qformat}" / "rank0.data").open("rb") as data:
-            assert fuse(model, data).num_products == 11
-        kinds = [node.op_type for node in model.graph.node]
+        graph, found = fused_graph(tmp_path / f"e-{qformat}")
+        assert (found.num_products, found.num_rounding) == (11, 0 if name == "QGemm" else 11)
+        kinds = [node.op_type for node in graph.node]
         assert kinds.count(name) == 11 and "Gemm" not in kinds and "DequantizeLinear" not in kinds
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("num", [64, 40_000])
+def test_integer_products_are_exact_at_the_extremes(tmp_path, monkeypatch, signed, num):
+    """The graph's signed integers, run unsigned around 128, against NumPy: largest and smallest numbers, any number of rows; 40,000 inputs
+    pass what 32 bits hold of unsigned sums. Unsigned by signed only where the CPU's own largest products come out right."""
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    from trtllm_thoughtx.engines import ort_fused
+
+    if signed and not ort_fused.takes_signed_weights():
+        pytest.skip("this CPU saturates unsigned by signed products, so they are not used")
+    monkeypatch.setattr(ort_fused, "takes_signed_weights", lambda: signed)
+    weight = np.random.default_rng(0).integers(-128, 128, (8, num)).astype(np.int8)
+    weight[0], weight[1], weight[2] = 127, -128, np.where(np.arange(num) % 2, 127, -128)
+    (tmp_path / "data").write_bytes(weight.tobytes())
+    stored = TensorProto(name="w", data_type=TensorProto.INT8, dims=weight.shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "data"), ("offset", "0"), ("length", str(weight.nbytes))):
+        stored.external_data.add(key=key, value=value)
+    scalars = [onnx.numpy_helper.from_array(np.asarray(x), name) for x, name in ((np.float32(1), "one"), (np.int8(0), "zero"))]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "one"], ["matrix"]),
+        helper.make_node("Gemm", ["d", "matrix"], ["y"], transB=1),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", None]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [stored, *scalars])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with (tmp_path / "data").open("rb") as data:
+        arrays = ort_fused.fuse(model, data).arrays
+    (product,) = [node for node in model.graph.node if node.op_type == "QGemm"]
+    assert (product.input[3] == "w") == signed and [node.op_type for node in model.graph.node] == ["QuantizeLinear", "QGemm"]
+    options = ort.SessionOptions()
+    options.add_external_initializers(list(arrays), [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tmp_path))
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for rows in (1, 2, 5, 33):
+        x = np.random.default_rng(rows).integers(-200, 200, (rows, num)).astype(np.float32)
+        x[0], x[-1] = np.where(np.arange(num) % 2, 500, -500), (-500 if rows > 1 else 127)
+        wanted = np.clip(x, -128, 127).astype(np.int64) @ weight.T.astype(np.int64)
+        assert np.array_equal(session.run(None, {"x": x})[0], wanted.astype(np.float32)), rows
+
+
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_fp8_matrices_are_widened_once_where_memory_has_room(tmp_path, monkeypatch, room):
+    """What is widened when the engine is loaded is what the graph would widen in each step, bit for bit."""
+    from trtllm_thoughtx.engines import ort_fused
+
+    write_tiny(tmp_path / "m", **SIZES)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16, quant_lm_head=True)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    monkeypatch.setattr(ort_fused, "available_bytes", lambda: room)
+    graph, found = fused_graph(tmp_path / "e")
+    assert (found.num_wide, found.num_left, found.num_products) == ((11, 0, 0) if room else (0, 11, 0))
+    assert [node.op_type for node in graph.node].count("DequantizeLinear") == (11 if room else 22)  # the inputs', and the matrices'
+    mine, wanted = (Engine.load(tmp_path / "e", num_threads=1, exact=exact).forward(ROWS) for exact in (False, True))
+    assert all(np.array_equal(a, b) for a, b in zip(mine, wanted, strict=True))
+
+
+def test_odd_group_sizes_are_widened(tmp_path):
+    """`MatMulNBits` knows no groups of 24; nothing may be widened in every step."""
+    write_tiny(tmp_path / "m", **{**SIZES, "hidden_size": 96, "intermediate_size": 192})
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_wo", calib_size=4, calib_seq_len=16, group_size=24)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    assert fused_graph(tmp_path / "e")[1].num_wide == 10
+    mine, wanted = (Engine.load(tmp_path / "e", num_threads=1, exact=exact).forward(ROWS) for exact in (False, True))
+    for a, b in zip(mine, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])

@@ -154,7 +154,7 @@ def test_only_safetensors_and_only_known_models(tmp_path: Path, models: dict[str
 
 
 def test_a_model_larger_than_memory_is_refused_before_loading(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(reference, "available_bytes", lambda: 1 << 20)
     with pytest.raises(ThoughtxError) as caught:
         Reference(models["qwen2"], "float64")
     assert caught.value.code == "E204" and "--golden" in caught.value.fix

@@ -28,6 +28,7 @@ import numpy as np
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.golden import ChunkSpec
 from trtllm_thoughtx.graph.chunked_attention import visible
+from trtllm_thoughtx.host import available_bytes
 
 try:
     import torch
@@ -232,7 +233,7 @@ def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     need = sum(p.numel() for p in model.parameters()) * dtype.itemsize + SPARE_BYTES
-    free = _available_bytes()
+    free = available_bytes()
     if free is not None and need > free:
         raise ThoughtxError(
             "E204",
@@ -241,14 +242,3 @@ def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:
             why=f"{str(dtype).removeprefix('torch.')} needs about {need >> 20} MiB and {free >> 20} MiB are free",
             fix="record a golden file on a larger machine (--record FILE) and check against it here (--golden FILE)",
         )
-
-
-def _available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say (not Linux)."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return None

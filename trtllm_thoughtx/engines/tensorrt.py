@@ -27,6 +27,7 @@ from trtllm_thoughtx.engines.trt_module import load_module, num_gpus, targets
 from trtllm_thoughtx.engines.trt_runner import TensorRTRunner
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.graph import chunked_attention
+from trtllm_thoughtx.host import available_bytes
 from trtllm_thoughtx.progress import Progress
 
 __all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "load_module", "num_gpus", "targets"]
@@ -213,14 +214,9 @@ def _no_memory(what: str, why: str) -> ThoughtxError:
 
 def _require_memory(weight_bytes: int) -> None:
     """E204 now instead of being killed by the system in a minute."""
-    try:
-        with open("/proc/meminfo") as table:
-            sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in table}
-        free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
-    except (OSError, KeyError, ValueError, IndexError):
-        return
+    free = available_bytes(with_swap=True)
     needed = int(weight_bytes * BUILDER_FACTOR)
-    if needed > free:
+    if free is not None and needed > free:
         why = f"the builder needs about {files.human_bytes(needed)} beside the weights; {files.human_bytes(free)} are free"
         raise _no_memory("not enough memory for this build", why)
 

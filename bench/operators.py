@@ -1,0 +1,74 @@
+"""What onnxruntime's operators for weight-only products cost in answers, by their settings: KL beside the exact graph's.
+
+    python bench/operators.py FLOAT32_ENGINE ENGINE [ENGINE ...] --text FILE [FILE ...] [--settings 0:32,4:16,4:32,4:128] [--json]
+
+Engine directories of one model, from `thoughtx-build --backend onnxruntime --dtype float32`: the unquantized one, then quantized ones. A
+setting is ACCURACY_LEVEL:BLOCK of `MatMulNBits`; `exact` is the graph as it stands. Pieces of 256 tokens of the texts are prefilled; KL is
+of the unquantized engine's distribution from the other's, in nats, and `beyond exact` that of the exact graph's from the operators'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("engines", type=Path, nargs="+")
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--settings", default="4:16,4:32,4:64,4:128")
+    parser.add_argument("--pieces", type=int, default=4, help="pieces of each text")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from trtllm_thoughtx import Engine
+    from trtllm_thoughtx.divergence import Divergence
+    from trtllm_thoughtx.engines import ort_fused
+
+    def logits(path: Path, rows: list[list[int]], *, exact: bool) -> list[np.ndarray]:
+        engine = Engine.load(path, "onnxruntime", exact=exact)
+        found = [engine.forward([row])[0] for row in rows]
+        engine.close()
+        return found
+
+    first = Engine.load(args.engines[0], "onnxruntime")
+    assert first.text is not None, "the engines need a tokenizer"
+    rows = []
+    for path in args.text:
+        ids = first.text.encode(path.read_text(encoding="utf-8"))
+        rows += [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(args.pieces) if len(ids) >= (i + 1) * LENGTH]
+    first.close()
+    wanted = logits(args.engines[0], rows, exact=False)
+    table = []
+    for path in args.engines[1:]:
+        whole = logits(path, rows, exact=True)
+        for setting in ["exact", *args.settings.split(",")]:
+            if setting == "exact":
+                got = whole
+            else:
+                ort_fused.LEVEL, ort_fused.BLOCK = map(int, setting.split(":"))
+                got = logits(path, rows, exact=False)
+            seen, beyond = Divergence(), Divergence()
+            for row, a, b, c in zip(rows, wanted, got, whole, strict=True):
+                seen.add(a, b, [*row[1:], -1])
+                beyond.add(c, b)
+            told = seen.summary()
+            keep = {key: told[key] for key in ("kl", "top1_agreement", "perplexity_ratio", "num_positions")}
+            table.append({"engine": path.name, "setting": setting, **keep, "beyond_exact": beyond.summary()["kl"]})
+            if not args.json:
+                cells = (f"{table[-1][key]:>18.6f}" for key in ("kl", "beyond_exact", "top1_agreement", "perplexity_ratio"))
+                print(f"{path.name:<20}{setting:>10}", *cells, flush=True)
+    if args.json:
+        print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()
