@@ -46,7 +46,7 @@ def _requests(prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Pa
 def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
     if use_template or request.prompt is None or text is None:
         return prompt_ids(request, text)
-    return text.encode(request.prompt)
+    return text.raw(request.prompt)
 
 
 def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], None], Callable[[], None]]:

@@ -22,6 +22,7 @@ from typing import Any
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.runtime.chat import plain_messages
+from trtllm_thoughtx.runtime.opening import opened
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.strictjson import parse_json
 from trtllm_thoughtx.tasks import TASKS, draw
@@ -243,10 +244,10 @@ def _told(raw: dict[str, Any], text: Text) -> list[int]:
     answer = raw.get("answer", "")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not isinstance(answer, str):
         raise ValueError("steps must be a list of texts, thought and answer texts")
-    ids = text.chat(raw["prompt"]) if text.has_template else text.encode(raw["prompt"])
-    first, last = text.think_ids or ((), ())
-    if steps and first and tuple(ids[-len(first) :]) != first:
-        ids += first
+    ids: list[int] = text.chat(raw["prompt"])
+    last = text.think_ids[1] if text.think_ids else ()
+    if steps and text.think_ids:
+        ids = opened(text, ids)
     for step in steps:
         ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
     return [*ids, *(last if steps else ()), *(text.encode(answer, add_special=False) if answer else ())]

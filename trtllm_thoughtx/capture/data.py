@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trtllm_thoughtx.distill.traces import Trace, read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
+from trtllm_thoughtx.runtime.opening import opened
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks.item import BOUNDARY
 
@@ -32,11 +33,10 @@ def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, 
         told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
     else:
         told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]
-    first, last = text.think_ids or ((), ())
+    last = text.think_ids[1] if text.think_ids else ()
     found = []
     for prompt, steps, answer in told[:num_samples]:
-        ids = text.chat(prompt)
-        ids += () if first and tuple(ids[-len(first) :]) == first else first
+        ids = opened(text, text.chat(prompt)) if text.think_ids else list(text.chat(prompt))
         for step in steps:
             ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
         found.append([*ids, *last, *text.encode(answer, add_special=False)][:context])

@@ -16,9 +16,9 @@ from trtllm_thoughtx.evaluate.statistics import word_f1
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answer import split_ids
+from trtllm_thoughtx.runtime.opening import INSIDE, opened, state_of
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
-from trtllm_thoughtx.runtime.thinking import is_open
 from trtllm_thoughtx.tasks import item
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -67,13 +67,12 @@ def prompt_of(asked: Question, text: Text) -> list[int]:
     if text.think_ids is None:
         why = "its tokenizer and chat template have no thinking tags"
         raise ThoughtxError("E112", "a thought cannot be handed over", where="--cut_share", why=why, fix="leave --cut_share out")
-    first, last = text.think_ids
-    begun = ids if tuple(ids[-len(first) :]) == first else [*ids, *first]
-    return [*begun, *(text.encode(asked.thought, add_special=False) if asked.thought else ()), *last]
+    thought = text.encode(asked.thought, add_special=False) if asked.thought else ()
+    return [*opened(text, ids), *thought, *text.think_ids[1]]
 
 
 def judged(asked: Question, prompt: Sequence[int], written: Written, text: Text) -> Record:
-    reply = split_ids(text, written.ids, is_open=is_open(text, prompt) if written.is_open is None else written.is_open)
+    reply = split_ids(text, written.ids, is_open=state_of(text, prompt) == INSIDE if written.is_open is None else written.is_open)
     steps = item.steps_of(reply.reasoning or "")
     answer = confidence = None
     if reply.answer is not None and reply.answer_ids is not None:

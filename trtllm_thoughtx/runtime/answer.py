@@ -45,8 +45,7 @@ def split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool) -> Reply:
     said = text.decode(ids)
     thought, at = _cut(_marks(said, text.think_tags), len(said), is_open)
     if at is not None:  # a token may hold the end of a tag and what follows it: its text counts, it does not
-        num = bisect.bisect_left(range(len(ids)), at, key=lambda n: len(text.decode(ids[:n]))) if at else 0
-        answer_ids = ids[num:]
+        answer_ids = ids[num_tokens_until(text, ids, at, skip_special=True) :]
     return Reply(None if thought is None else said[thought], None if at is None else said[at:], None if at is None else answer_ids)
 
 
@@ -54,6 +53,11 @@ def split_text(said: str, tags: tuple[str, str], *, is_open: bool) -> tuple[str 
     """(reasoning, answer) of a text."""
     thought, at = _cut(_marks(said, tags), len(said), is_open)
     return None if thought is None else said[thought], None if at is None else said[at:]
+
+
+def num_tokens_until(text: Text, ids: Sequence[int], at: int, *, skip_special: bool = False) -> int:
+    """How many ids it takes to write the first `at` characters."""
+    return bisect.bisect_left(range(len(ids)), at, key=lambda num: len(text.decode(ids[:num], skip_special=skip_special)))
 
 
 def _marks(said: str, tags: tuple[str, str]) -> list[Mark]:

@@ -15,7 +15,7 @@ import numpy as np
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.exit_weights import READY
-from trtllm_thoughtx.runtime import probe, thinking
+from trtllm_thoughtx.runtime import opening, probe, thinking
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, Pace, Timer, check_policy
 from trtllm_thoughtx.runtime.probe import Trials
@@ -43,6 +43,7 @@ class Generation:
         chunk_size: int | str | None,
     ) -> None:
         self.engine, self.params, self.on_token, self.wants, self.first_row = engine, params, on_token, wants, first_row
+        self.prompts = prompts
         self.num_prompt = [len(prompt) for prompt in prompts]
         self._check()
         self.began = time.perf_counter()
@@ -138,18 +139,22 @@ class Generation:
         text = self.engine.text
         if text is None or text.think_ids is None:
             return None
-        choice, stop = self.choices[row], None
+        choice, stop, prompt = self.choices[row], None, self.prompts[row]
         if choice is not None and choice.single_step:
             stop = thinking.SINGLE_STEP
         elif self.params.thinks_nothing:
             stop = thinking.DEPTH if self.params.max_reasoning_depth == 0 else thinking.TOKENS
         if stop is not None:
-            closing = thinking.empty_thought(text, self.rows[row])
-            if len(self.rows[row]) + len(closing) < self.engine.build.max_seq_len:
-                self.rows[row] = [*self.rows[row], *closing]
+            closed = opening.closed(text, prompt)
+            if len(closed) < self.engine.build.max_seq_len:
+                prompt, self.rows[row] = closed, list(closed)
+                fed = self.batch.tokens[row]
+                same = next((i for i, pair in enumerate(zip(fed, closed, strict=False)) if pair[0] != pair[1]), len(fed))
+                self.engine.stats.num_read_again += len(fed) - same
+                self.batch.forget(row, same)
             elif self.params.thinks_nothing:
                 self.reasons[row] = "capacity"
-        followed = Thinking(text, self.rows[row], self.params)
+        followed = Thinking(text, prompt, self.params)
         if stop is not None and followed.state == thinking.BEFORE:
             followed.stop = stop
         return followed

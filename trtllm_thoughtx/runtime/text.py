@@ -10,19 +10,31 @@ generation_config.json E102.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.files import parse_json, read_inside, read_json
+from trtllm_thoughtx.files import read_inside, read_json
 from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages
+from trtllm_thoughtx.runtime.opening import BEFORE, SWITCH, ChatIds, marked_messages, state_behind_mark, state_of, state_of_text
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
 from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
 from trtllm_thoughtx.runtime.stream import TextStream
+from trtllm_thoughtx.runtime.tokenizer_files import (
+    CONFIG_BYTES,
+    add_tokens,
+    guarded,
+    mark_special,
+    read_object,
+    read_templates,
+    read_tokenizer,
+    refuse,
+    token_text,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,12 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["Prompt", "Text", "TextStream", "prompt_ids", "read_generation_config", "read_prompts"]
 
 TOKENIZER_BYTES = 64 << 20
-CONFIG_BYTES = 16 << 20
-TEMPLATE_BYTES = 1 << 20
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # How models mark the start and end of their thinking.
 THINK_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
-NO_LIMIT = b"1000000000000000019884624838656"  # int(1e30), which transformers writes as model_max_length; no JSON integer of ours
 
 
 class Text:
@@ -72,22 +81,22 @@ class Text:
         if not os.path.lexists(root / "tokenizer.json"):
             return None
         where = shown(str(root), 400)
-        tokenizer = _tokenizer(read_inside(root, "tokenizer.json", TOKENIZER_BYTES, code="E112"), f"{where}/tokenizer.json")
-        config = _object(root, "tokenizer_config.json")
+        tokenizer = read_tokenizer(read_inside(root, "tokenizer.json", TOKENIZER_BYTES, code="E112"), f"{where}/tokenizer.json")
+        config = read_object(root, "tokenizer_config.json")
         added = config.get("added_tokens_decoder")
         if added is None:  # otherwise transformers does not look at special_tokens_map.json either
-            config = {**config, **_object(root, "special_tokens_map.json")}
+            config = {**config, **read_object(root, "special_tokens_map.json")}
         else:
-            _add_tokens(tokenizer, added, where)
-        special = {name: text for name in NAMED if (text := _token(config.get(name), name, where)) is not None}
+            add_tokens(tokenizer, added, where)
+        special = {name: text for name in NAMED if (text := token_text(config.get(name), name, where)) is not None}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        texts = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else _refuse("extra_special_tokens", where)
-        _mark_special(tokenizer, [*special.values(), *(_token(text, "extra_special_tokens", where) or "" for text in texts)])
+        texts = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else refuse("extra_special_tokens", where)
+        mark_special(tokenizer, [*special.values(), *(token_text(text, "extra_special_tokens", where) or "" for text in texts)])
         return cls(
             tokenizer,
             where,
             special=special,
-            templates=_templates(root, config, where),
+            templates=read_templates(root, config, where),
             generation_config=read_generation_config(root),
             add_bos=config.get("add_bos_token") is True,
         )
@@ -100,7 +109,7 @@ class Text:
             text.encode()
         except UnicodeEncodeError as error:
             raise _bad_prompt("the text is not valid Unicode", f"half of a surrogate pair at character {error.start}") from None
-        with _guarded(self._where):
+        with guarded(self._where):
             ids = list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
         if add_special and self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)  # add_bos_token, where the tokenizer.json does not do it itself
@@ -108,7 +117,7 @@ class Text:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids, bytes that are no UTF-8 as U+FFFD. Ids that the tokenizer does not know (padding rows) give nothing."""
-        with _guarded(self._where):
+        with guarded(self._where):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, skip_special: bool = True) -> TextStream:
@@ -150,16 +159,35 @@ class Text:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[dict[str, Any]] | None = None,
-    ) -> list[int]:
+    ) -> ChatIds:
         """Token ids of a chat, ready for generation. A text is one user message.
 
         `enable_thinking` reaches the template only when it is not None (Qwen3 reads it). A checkpoint without a template: a text
         is encoded as it is, messages are E140. E140 also for an empty result.
         """
         if not self._templates and isinstance(prompt, str):
-            ids = self.encode(prompt)
-        else:
-            ids = self.encode(self.render(prompt, enable_thinking, add_generation_prompt, tools), add_special=False)
+            return self.raw(prompt)
+        rendered = self.render(prompt, enable_thinking, add_generation_prompt, tools)
+        ids = self._some(self.encode(rendered, add_special=False))
+        if self.think_tags is None:
+            return ChatIds(ids, BEFORE)
+        messages = marked_messages(_messages(prompt), self.think_tags)
+        try:
+            state = state_behind_mark(self, rendered, self.render(messages, enable_thinking, add_generation_prompt, tools))
+        except ThoughtxError:  # the template minds the mark
+            state = None
+        closed = functools.partial(self.chat, prompt, enable_thinking=False, add_generation_prompt=add_generation_prompt, tools=tools)
+        return ChatIds(ids, state or state_of(self, ids), closed if self.reads(SWITCH) else None)
+
+    def raw(self, prompt: str) -> ChatIds:
+        """Token ids of a text that goes in as it is."""
+        return ChatIds(self._some(self.encode(prompt)), state_of_text(self, prompt))
+
+    def reads(self, name: str) -> bool:
+        """Whether a chat template mentions a variable."""
+        return any(re.search(rf"\b{re.escape(name)}\b", template.source) for template in self._templates.values())
+
+    def _some(self, ids: list[int]) -> list[int]:
         if not ids:
             raise _bad_prompt("the prompt has no tokens", "nothing is left of it after the chat template and the tokenizer")
         return ids
@@ -172,7 +200,7 @@ class Text:
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
         """The text that `chat` tokenizes."""
-        messages = plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "the prompt")
+        messages = _messages(prompt)
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return self._template("tool_use" if tools and "tool_use" in self._templates else "default").render(
             **self.special,
@@ -182,6 +210,12 @@ class Text:
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
+
+    @functools.cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """Of the special tokens, the thinking tags left out."""
+        texts = (self._tokenizer.id_to_token(i) for i in self._hidden)
+        return tuple(text for text in texts if text and text not in (self.think_tags or ()))
 
     @functools.cached_property
     def think_tags(self) -> tuple[str, str] | None:
@@ -221,6 +255,10 @@ class Text:
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
+def _messages(prompt: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "the prompt")
+
+
 def prompt_ids(prompt: Prompt, text: Text | None, *, enable_thinking: bool | None = None) -> list[int]:
     """Token ids of a prompt in any of its forms. E140 when it needs a tokenizer and there is none."""
     if prompt.input_ids is not None:
@@ -239,123 +277,6 @@ def read_generation_config(root: Path) -> dict[str, Any]:
         where = shown(str(root / "generation_config.json"), 400)
         raise ThoughtxError("E102", "the file must hold a JSON object", where=where, why=f"it is {shown(raw, 40)}", fix="correct the file")
     return raw
-
-
-# --- the files of a tokenizer ------------------------------------------------------------------------------------------
-
-
-def _tokenizer(data: bytes, where: str) -> Tokenizer:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ThoughtxError(
-            "E201", "tokenizers is not installed", where=where, why="texts need it", fix="pip install tokenizers, or give --input_ids"
-        ) from None
-    with _guarded(where):
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start}") from None
-        if getattr(tokenizer.model, "dropout", None):
-            raise ValueError("the model has dropout, so that equal texts get different ids")
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    return tokenizer
-
-
-def _object(root: Path, name: str) -> dict[str, Any]:
-    """A JSON object, {} when the file is absent."""
-    if not os.path.lexists(root / name):
-        return {}
-    where = shown(str(root / name), 400)
-    raw = parse_json(read_inside(root, name, CONFIG_BYTES, code="E112").replace(NO_LIMIT, b"0"), where, "E112")
-    return raw if isinstance(raw, dict) else _refuse("the whole file", where)
-
-
-def _token(value: object, name: str, where: str) -> str | None:
-    """A token as config files write it: a text, or an object with its content."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if text is None or (isinstance(text, str) and len(text) <= 1000) else _refuse(name, where)
-
-
-def _add_tokens(tokenizer: Tokenizer, added: object, where: str) -> None:
-    """Tokens that only tokenizer_config.json lists. Their ids must come out as written there."""
-    from tokenizers import AddedToken
-
-    if not isinstance(added, dict) or not all(i.isascii() and i.isdigit() and len(i) < 10 for i in added):
-        _refuse("added_tokens_decoder", where)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for i, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        content = _token(entry, f"added_tokens_decoder.{i}", where)
-        if not content or not isinstance(entry, dict):
-            _refuse(f"added_tokens_decoder.{i}", where)
-        if content not in known:
-            flags = {key: entry.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word", "normalized")}
-            tokenizer.add_tokens([AddedToken(content, **flags)])
-        if tokenizer.token_to_id(content) != int(i):
-            raise ThoughtxError(
-                "E112",
-                f"the id of {shown(content)!r} is {i} in tokenizer_config.json and {tokenizer.token_to_id(content)} in tokenizer.json",
-                where=where,
-                why="the two files do not belong together",
-                fix="take both from the same checkpoint",
-            )
-
-
-def _mark_special(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Tokens that the config names as special and the vocabulary holds as plain ones become special, as in transformers."""
-    from tokenizers import AddedToken
-
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    plain = [text for text in dict.fromkeys(texts) if text and text not in known and tokenizer.token_to_id(text) is not None]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in plain])
-
-
-def _templates(root: Path, config: dict[str, Any], where: str) -> dict[str, ChatTemplate]:
-    """Name -> template: chat_template.jinja, or tokenizer_config.json's text or list of named ones."""
-    if os.path.lexists(root / "chat_template.jinja"):
-        path = f"{where}/chat_template.jinja"
-        try:
-            text = read_inside(root, "chat_template.jinja", TEMPLATE_BYTES, code="E112").decode()
-        except UnicodeDecodeError:
-            _refuse("chat_template.jinja", path)
-        return {"default": ChatTemplate(text.replace("\r\n", "\n").replace("\r", "\n"), path)}
-    raw = config.get("chat_template")
-    named = raw if isinstance(raw, list) else [] if raw is None else [{"name": "default", "template": raw}]
-    found: dict[str, ChatTemplate] = {}
-    for entry in named:
-        name, source = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(source, str) or len(source) > TEMPLATE_BYTES or len(found) == 64:
-            _refuse("chat_template", where)
-        found[name] = ChatTemplate(source, f"{where}/tokenizer_config.json")
-    return found
-
-
-@contextlib.contextmanager
-def _guarded(where: str) -> Iterator[None]:
-    """The tokenizer library says what is wrong in plain exceptions, and in panics, which are no `Exception`."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, ThoughtxError):
-        raise
-    except BaseException as error:
-        raise ThoughtxError(
-            "E112",
-            f"the tokenizer does not work: {shown(str(error))}",
-            where=where,
-            why="tokenizer.json is malformed, or of a kind that the tokenizers library does not know",
-            fix="download tokenizer.json again; an older checkpoint may need saving anew with AutoTokenizer",
-        ) from None
-
-
-def _refuse(field: str, where: str) -> NoReturn:
-    raise ThoughtxError(
-        "E112",
-        f"{shown(field)} has a wrong type or size",
-        where=where,
-        why="the tokenizer's configuration is not what Hugging Face writes",
-        fix="download the tokenizer files again",
-    )
 
 
 def _bad_prompt(what: str, why: str) -> ThoughtxError:

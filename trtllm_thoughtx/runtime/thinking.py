@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.opening import BEFORE, BEHIND, INSIDE, state_of
 
 if TYPE_CHECKING:
+    from trtllm_thoughtx.runtime.sampling import GenerationParams
     from trtllm_thoughtx.runtime.text import Text
 
-BEFORE, INSIDE, BEHIND = "before", "inside", "behind"
 END, DEPTH, TOKENS, HEAD, PROBE, SINGLE_STEP, CUT = "end", "depth", "tokens", "head", "probe", "single_step", "cut"
 WINDOW = 32  # tokens that are decoded again with each new one; a tag has at most that many
 STEP_BOUNDARY = "\n\n"
@@ -44,7 +44,7 @@ class Thinking:
         self._carry = ""  # text behind a boundary that the boundary's own token holds
         self._has_text = False  # the current step holds more than blanks
         self._num_begun = 0  # tokens of the end tag that were written before `closing`
-        self.state = INSIDE if self._is_open(prompt) else BEFORE
+        self.state = INSIDE if state_of(text, prompt) == INSIDE else BEFORE
         self.was_open = self.state == INSIDE
         self.is_step_end = self.state == INSIDE  # the last token ended a step, or the first step comes next
 
@@ -120,13 +120,6 @@ class Thinking:
         if self.state == INSIDE and self.stop is None:
             self.stop = CUT
 
-    def _is_open(self, prompt: Sequence[int]) -> bool:
-        if self._single(0) is not None:
-            places = [max((i for i, token in enumerate(prompt) if token == self._single(k)), default=-1) for k in (0, 1)]
-            return places[0] > places[1]
-        seen = self.text.decode(prompt, skip_special=False)
-        return seen.rfind(self.words[0]) > seen.rfind(self.words[1])
-
     def _single(self, which: int) -> int | None:
         return self.tags[which][0] if len(self.tags[which]) == 1 else None
 
@@ -172,17 +165,3 @@ class Thinking:
         self.num_ended, self._has_text, self.is_step_end = self.num_steps, False, False
         self._enter(BEHIND)
         self.stop = why
-
-
-def is_open(text: Text | None, prompt: Sequence[int]) -> bool:
-    """Whether an answer to `prompt` begins inside the thinking."""
-    return text is not None and text.think_ids is not None and Thinking(text, prompt, GenerationParams()).state == INSIDE
-
-
-def empty_thought(text: Text | None, row: Sequence[int]) -> list[int]:
-    """Ids behind a prompt that end its thinking before it begins; none without tags."""
-    tags = text.think_ids if text else None
-    if tags is None:
-        return []
-    first, last = tags
-    return [*(() if tuple(row[-len(first) :]) == first else first), *last]
