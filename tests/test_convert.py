@@ -374,7 +374,8 @@ def test_a_base_model_is_named_as_one(tmp_path: Path) -> None:
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
     write_tiny(tmp_path / "hf", tensors={"model.layers.0.mlp.up_proj.weight": np.ones((96, 64), ml_dtypes.float8_e4m3fn)})
-    assert "already quantized" in refused("E103", open_weights, tmp_path / "hf").what
+    error = refused("E103", open_weights, tmp_path / "hf")
+    assert "does not say how they are quantized" in error.what and "quantization_config" in error.fix
 
 
 def test_sharded_and_wrong_inputs(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,106 @@ def test_a_tilde_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert console.run(cli.COMMANDS["convert"], "thoughtx-convert", ["--model_dir=~/m/", "--output_dir=~/out", "-q"]) == 0
     assert (tmp_path / "out" / "rank0.safetensors").is_file()
     capsys.readouterr()
+
+
+# --- what messages name exists ----------------------------------------------------------------------------------------
+
+PACKAGE = Path(cli.__file__).parent
+RUNNING = ("run", "eval", "bench", "validate", "calibrate")
+# module -> the commands whose user reads its messages; a folder holds for its files, the longest entry counts
+READERS = {
+    "": tuple(cli.COMMANDS),
+    "bench.py": ("bench",),
+    "build.py": ("build",),
+    "build_options.py": ("build",),
+    "calibrate/": ("calibrate",),
+    "calibrate/imported.py": ("convert",),
+    "capture/": ("calibrate",),
+    "convert.py": ("convert",),
+    "distill/": ("distill",),
+    "engines/ort": RUNNING,
+    "engines/onnxruntime.py": RUNNING,
+    "engines/tensorrt.py": ("build",),
+    "engines/trt_builder.py": ("build",),
+    "engines/trt_module.py": ("build",),
+    "engines/trt_runner.py": ("run", "eval", "bench", "validate"),
+    "engine_dir.py": ("run", "eval", "bench", "validate"),
+    "evaluate/": ("eval",),
+    "exits/": ("calibrate",),
+    "files.py": ("convert", "build", "calibrate", "distill"),
+    "golden.py": ("validate",),
+    "requests.py": ("run",),
+    "runtime/": ("run", "eval"),
+    "validate.py": ("validate",),
+    "weights.py": ("convert", "build"),
+}
+NO_ADVICE = ("cli", "command.py", "demo.py", "distill/plan.py", "distill/sample.py")  # flags' own help, scripts, accelerate's flags
+NOT_COMMANDS = {"tiny", "bug", "weights", "windows", "harness"}  # the sample's name; directories in the system's temporary place
+FLAGS = {
+    name: {option.lstrip("-").replace("-", "_") for param in command.params for option in (*param.opts, *param.secondary_opts)} | {"help"}
+    for name, command in cli.COMMANDS.items()
+}
+
+
+def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """String literals of a module but its docstrings; what an f-string fills in is X."""
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+            skipped.add(id(node.body[0].value))  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            skipped.update(id(part) for part in ast.walk(node))
+            yield node.lineno, "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+    yield from (
+        (n.lineno, n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in skipped
+    )
+
+
+def unknown_flags(text: str, commands: tuple[str, ...]) -> list[str]:
+    """Flags in a message that the command lacks: the one named before them in the message, else each of `commands`."""
+    wrong, named = [], commands
+    for command, flag in re.findall(r"thoughtx-([a-z]+)|(?<![\w-])--(?!upgrade)([a-z]\w*)", text):
+        if command and command not in NOT_COMMANDS:
+            named = (command,)
+            wrong += [] if command in FLAGS else [f"thoughtx-{command}"]
+        elif flag:
+            wrong += [f"thoughtx-{one} --{flag}" for one in named if flag not in FLAGS.get(one, {flag})]
+    return wrong
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "tree"), [pytest.param(*pair, id=pair[0]) for pair in modules()])
+def test_messages_name_flags_and_commands_that_exist(name: str, tree: ast.Module) -> None:
+    if name.startswith(NO_ADVICE):
+        return
+    commands = READERS[max((prefix for prefix in READERS if name.startswith(prefix)), key=len)]
+    wrong = [f"line {line}: {what} in {text!r}" for line, text in messages(tree) for what in unknown_flags(text, commands) if " " in text]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_walk_sees_what_it_must() -> None:
+    assert unknown_flags("give --input_ids", ("run", "eval")) == ["thoughtx-eval --input_ids"]
+    assert unknown_flags("thoughtx-run --input_ids, or thoughtx-run --tp_size", ("eval",)) == ["thoughtx-run --tp_size"]
+    assert unknown_flags("thoughtx-make it", ("eval",)) == ["thoughtx-make"]
+    assert READERS.keys() - {""} == {prefix for prefix in READERS if prefix and any(name.startswith(prefix) for name, _ in modules())}
+    assert [text for _, text in messages(ast.parse('"""doc"""\nx = f"a {b} c"\ny = "d"'))] == ["a X c", "d"]
+
+
+def test_extras_that_are_advised_exist() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(
+        re.findall(r"^(\w+) = \[", text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")], re.MULTILINE)
+    )
+    named = {extra for _, tree in modules() for _, text in messages(tree) for extra in re.findall(r"trtllm-thoughtx\[(\w+)\]", text)}
+    assert named - {"X"} and named - {"X"} <= extras
+
+
+def test_advice_says_how() -> None:
+    """Advice that only repeats that something is wrong."""
+    vague = {"correct the file", "correct the value", "correct the flag", "use another model", "check the path"}
+    assert not [f"{name} line {line}: {text}" for name, tree in modules() for line, text in messages(tree) if text in vague]

@@ -76,17 +76,17 @@ def bench(
     engine = Engine.load(engine_dir, backend, num_threads)
     load_seconds = time.perf_counter() - began
     limits = [
-        ("batch_size", batch_size, engine.build.max_batch_size),
-        ("prompt_len + max_new_tokens", prompt_len + max_new_tokens, engine.build.max_seq_len),
+        ("batch_size", batch_size, engine.build.max_batch_size, "max_batch_size"),
+        ("prompt_len + max_new_tokens", prompt_len + max_new_tokens, engine.build.max_seq_len, "max_seq_len"),
     ]
-    for name, wanted, most in limits:
+    for name, wanted, most, limit in limits:
         if wanted > most:
             raise ThoughtxError(
                 "E122",
                 f"{name} is {wanted}, the engine takes {most}",
                 where=str(engine_dir),
                 why="the engine was built for less",
-                fix="ask for less, or build again with a larger --max_batch_size or --max_seq_len",
+                fix=f"ask for at most {most}, or build again with more: thoughtx-build --{limit} {wanted}",
             )
     prompts = np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch_size, prompt_len)).tolist()
     params = GenerationParams(max_new_tokens=max_new_tokens, temperature=0.0, ignore_eos=True)

@@ -195,10 +195,10 @@ def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
     where = f"--backend {','.join(backends)}"
     if kv_algo == "INT8":
         why = "TensorRT's cache update takes float32, float16 and bfloat16 only"
-        fix = "use --backend onnxruntime, or calibrate without --kv_cache_dtype"
+        fix = "use --backend onnxruntime, or quantize without thoughtx-calibrate --kv_cache_dtype"
     else:
         why = "onnxruntime cannot slice FP8 tensors and TensorRT's cache update does not take them; trtllm-build 1.2 reads this checkpoint"
-        fix = "calibrate with --kv_cache_dtype int8 for onnxruntime, or without one"
+        fix = "for onnxruntime quantize with thoughtx-calibrate --kv_cache_dtype int8, or leave that flag out"
     raise ThoughtxError("E103", f"no engine of these backends has an {kv_algo} KV cache", where=where, why=why, fix=fix)
 
 

@@ -157,7 +157,8 @@ def kind_of(path: Path) -> str:
             raise _unwanted("this is neither a directory nor a regular file", path, "a broken link, FIFO or device", wanted)
         is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
         hub = "if it is a name on the Hugging Face Hub, download the model first and give its local directory"
-        fix = hub if is_hub else "check the path"
+        there = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
+        fix = hub if is_hub else f"correct the path: of it {shown(str(there), 300)} exists"
         raise _unwanted("the path does not exist", path, "nothing is there, and nothing is downloaded", fix)
     present = _names(path)
     if "config.json" not in present:

@@ -243,7 +243,8 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
         return int(Exit.INTERRUPTED)
     except MemoryError as error:
         need = shown(str(error)) or "the system gave no more"
-        fix = "use a smaller --max_batch_size or --max_seq_len, build in stages (--early_exit_layers), or use a larger machine"
+        smaller = {"build": "use thoughtx-build with a smaller --max_batch_size or --max_seq_len, or in stages (--num_stages)"}
+        fix = f"{smaller.get(prog.removeprefix('thoughtx-'), 'end other programs')}, or use a machine with more memory"
         return _report(ThoughtxError("E204", "not enough memory", where=prog, why=need, fix=fix), as_json, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not complain either

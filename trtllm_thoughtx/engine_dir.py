@@ -57,7 +57,7 @@ class EngineDir:
                 "not an engine directory",
                 where=shown(str(root)),
                 why="it has no config.json" if root.is_dir() else "there is no such directory",
-                fix="give the --output_dir of thoughtx-build",
+                fix="give a directory that thoughtx-build wrote (its --output_dir)",
             )
         raw = read_json(root, CONFIG, code="E121")
         if not isinstance(raw, dict) or "thoughtx" not in raw:
@@ -66,7 +66,7 @@ class EngineDir:
                 "not an engine directory of this package",
                 where=where,
                 why="its config.json has no `thoughtx` section: it looks like a checkpoint, or like another tool's engine",
-                fix="build an engine from it first: thoughtx-build --checkpoint_dir ... --output_dir ...",
+                fix="build an engine from its checkpoint: thoughtx-build --checkpoint_dir CKPT --output_dir ENGINE",
             )
         mine = _table(raw, "thoughtx", where)
         schema = _schema(mine, raw.get("version"), where)
@@ -103,7 +103,7 @@ class EngineDir:
                 f"this directory holds no {shown(backend)} engine",
                 where=str(self.root),
                 why=f"it was built for {', '.join(self.backends)}",
-                fix=f"choose one of those with --backend, or build again with --backend {shown(backend)}",
+                fix=f"choose one of those with --backend, or build again with it: thoughtx-build --backend {shown(backend)}",
             )
         return backend
 

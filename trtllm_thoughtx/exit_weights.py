@@ -203,4 +203,10 @@ def _shapes(body: Mapping[str, Any], config: ModelConfig) -> dict[str, tuple[int
 
 
 def _refuse(code: str, what: str, where: str, why: str) -> ThoughtxError:
-    return ThoughtxError(code, what, where=where, why=why, fix="fit them again: thoughtx-calibrate --fit_exit_head")
+    return ThoughtxError(
+        code,
+        what,
+        where=where,
+        why=why,
+        fix="fit them again (thoughtx-calibrate --fit_exit_head, --exit_layers), or remove exits.json and exits.safetensors",
+    )

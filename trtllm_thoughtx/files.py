@@ -199,9 +199,11 @@ def check_output(target: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
     held = {entry.name for entry in os.scandir(real)}
     if not held:
         return
+    is_ours = "manifest.json" in held and not any(real in (place, *place.parents) for place in (Path.cwd(), Path.home()))
     if not force:
-        refuse("the output directory exists and is not empty", f"it holds {len(held)} entries", "remove it, or pass --force to replace it")
-    if "manifest.json" not in held or any(real in (place, *place.parents) for place in (Path.cwd(), Path.home())):
+        fix = "remove it, or pass --force to replace it" if is_ours else elsewhere
+        refuse("the output directory exists and is not empty", f"it holds {len(held)} entries", fix)
+    if not is_ours:
         why = "--force replaces only what this tool wrote: a directory with a manifest.json, and not where you stand or your home"
         refuse("the output directory is not replaced", why, elsewhere)
 

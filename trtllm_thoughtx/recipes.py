@@ -122,7 +122,7 @@ def read_recipe(path: Path, command: click.Command, ctx: click.Context, others: 
             bool in types or not any(isinstance(item, (bool, list, dict)) or item is None for item in items)
         )
         if not is_right:
-            raise _refuse(path, line, f"{key} must be {words}", f"it is {shown(repr(value))} ({type(value).__name__})", "correct the value")
+            raise _refuse(path, line, f"{key} must be {words}", f"it is {shown(repr(value))} ({type(value).__name__})", f"give {words}")
         try:
             params[key].type.convert(value, params[key], ctx)
         except click.BadParameter as error:

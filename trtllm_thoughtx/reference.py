@@ -40,7 +40,7 @@ except ImportError as error:
         "the reference needs torch and transformers",
         where=f"import of {shown(error.name or 'torch')}",
         why="they are not installed here",
-        fix='pip install "trtllm-thoughtx[reference]", or check against a recorded file with --golden FILE',
+        fix='pip install "trtllm-thoughtx[reference]"; engines are checked without them too: thoughtx-validate --golden FILE',
     ) from error
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -225,7 +225,7 @@ def _check_directory(path: Path) -> None:
             "the reference must be a Hugging Face directory",
             where=shown(str(path)),
             why=f"this is a {kind} checkpoint, which transformers does not read",
-            fix="give the directory that was converted",
+            fix="give the Hugging Face directory that it was converted from",
         )
 
 
@@ -240,5 +240,6 @@ def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:
             "the reference model does not fit in memory",
             where=shown(str(path)),
             why=f"{str(dtype).removeprefix('torch.')} needs about {need >> 20} MiB and {free >> 20} MiB are free",
-            fix="record a golden file on a larger machine (--record FILE) and check against it here (--golden FILE)",
+            fix="use a machine with more memory; to check an engine here, record the reference there with thoughtx-validate --record FILE, "
+            "and compare with thoughtx-validate --golden FILE",
         )

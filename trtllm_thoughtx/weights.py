@@ -183,7 +183,7 @@ class WeightSource:
                     f"{tensor.name}: {np.count_nonzero(~good)} values cannot be used",
                     where=str(self.path),
                     why="a scale must be a positive number, and a weight a finite one",
-                    fix="calibrate the original checkpoint again",
+                    fix="copy the checkpoint again, or make it again from the original (thoughtx-calibrate or thoughtx-convert)",
                 )
         if tensor.stored == "I32" and not np.array_equal(np.sort(out), np.arange(out.size)):
             raise ThoughtxError(
@@ -191,7 +191,7 @@ class WeightSource:
                 f"{tensor.name} is not an order of the layer's inputs",
                 where=str(self.path),
                 why=f"it must name each of the channels 0 to {out.size - 1} once",
-                fix="import the original checkpoint again",
+                fix="copy the checkpoint again, or make it again from the original: thoughtx-convert --force",
             )
         return out
 
@@ -240,7 +240,8 @@ class WeightSource:
                 "the model is tied, but its stored lm_head.weight is not the embedding",
                 where=str(self.path),
                 why="tie_word_embeddings is true, so transformers would ignore the stored head",
-                fix="set tie_word_embeddings to false if the head is meant, or delete the tensor if it is not",
+                fix="set tie_word_embeddings to false in config.json if the stored head is meant; if it is not, load and save the model "
+                "with transformers, which drops it",
             )
         lines = []
         for name, f in found.items():
@@ -255,9 +256,10 @@ class WeightSource:
                 f"{len(found)} tensor(s) hold values that cannot be used",
                 where=str(self.path),
                 why=listed(lines),
-                fix="choose a dtype with more range, such as bfloat16"
+                fix="give a --dtype with more range: bfloat16 or float32"
                 if overflows
-                else "get an intact checkpoint, or pass --allow_nonfinite to keep the values as they are",
+                else "download the checkpoint again, or ask its authors: such weights are damage. thoughtx-convert --allow_nonfinite "
+                "keeps them as they are, for tensorrt-llm; no engine is built from them here",
             )
 
     def carried(self) -> dict[str, Path]:
@@ -326,7 +328,7 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
             f"{shown(path.name)} is not a checkpoint (it looks like: {kind})",
             where=str(path),
             why="a Hugging Face directory or a TensorRT-LLM checkpoint is needed",
-            fix="pass the directory that holds config.json and the safetensors files",
+            fix="give the checkpoint that it was built from" if kind == "engine" else "give a checkpoint's directory",
         )
     where = str(path / "config.json")
     raw = files.read_json(path, "config.json")
@@ -349,7 +351,7 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
                 f"the checkpoint is split for {tp * pp * cp} ranks",
                 where=where,
                 why=f"tp_size {tp}, pp_size {pp}, cp_size {cp}; only TensorRT-LLM runs sharded checkpoints",
-                fix="convert the original model with tp_size 1 and pp_size 1",
+                fix="convert the original model in one piece: thoughtx-convert --tp_size 1 --pp_size 1, which are the defaults",
             )
         config = model_config_from_trtllm(raw, where)
         shards = ["rank0.safetensors"]
@@ -361,7 +363,7 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
         table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
     check_tensors(table, stored, config, path)
     if config.sliding_window is not None and config.sliding_window == config.longest:
-        notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: an engine's --max_seq_len ends there")
+        notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
     for note in notes:
         (progress or Progress.silent()).note(f"note: {note}")
     return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite, notes=tuple(notes))

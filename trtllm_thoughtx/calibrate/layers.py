@@ -361,5 +361,6 @@ def not_finite(module: str) -> ThoughtxError:
         f"the numbers that {module} computes with are not finite",
         where=module,
         why="NaN or infinity in its inputs or outputs: the weights overflow float32 on this data, or are damaged",
-        fix="validate the original checkpoint first; nothing was written",
+        fix="download the checkpoint again, or calibrate on other data (--calib_data): these inputs drive the original model itself to "
+        "infinity. Nothing was written.",
     )

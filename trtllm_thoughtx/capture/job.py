@@ -186,7 +186,7 @@ def _ask(
                 asker, fitting, judging, window, max_loss, lambda: stage.advance(1), has_tags=has_tags
             )
         if not has_tags:
-            found["skipped"].append("single-step answers (--threshold_low): the model has no thinking tags")
+            found["skipped"].append("single-step answers (thoughtx-build --threshold_low): the model has no thinking tags")
 
 
 def _accuracy(records: Sequence[Record], full: Sequence[Record]) -> dict[str, Any]:

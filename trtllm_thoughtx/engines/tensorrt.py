@@ -208,7 +208,7 @@ def _append(job: int, data: memoryview) -> int:
 
 
 def _no_memory(what: str, why: str) -> ThoughtxError:
-    fix = "build in more stages, each needs memory only for itself (--early_exit_layers 7,14,21 makes four), or on a host with more memory"
+    fix = "build in more stages, each needs memory only for itself (--num_stages 4), or on a host with more memory"
     return ThoughtxError("E204", what, where="host memory", why=why, fix=fix)
 
 

@@ -44,7 +44,7 @@ class Device:
             text = self.api.cudaGetErrorString(status)[1]
             why = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
             full = status == self.api.cudaError_t.cudaErrorMemoryAllocation
-            fix = "use a smaller max_batch_size or max_seq_len" if full else VALIDATE_ON_CPU
+            fix = "build with smaller limits: thoughtx-build --max_batch_size and --max_seq_len" if full else VALIDATE_ON_CPU
             raise ThoughtxError("E204" if full else "E202", f"{name} failed", where="CUDA", why=why, fix=fix)
         return values[0] if values else None
 
@@ -118,7 +118,7 @@ class TensorRTRunner:
             engine = self.runtime.deserialize_cuda_engine(plan)
         if engine is None:
             why = listed(self.errors) or f"no message from {self.trt.__name__} {self.trt.__version__}"
-            fix = f"build with this version and for this GPU (--compute_capabilities), or {VALIDATE_ON_CPU}"
+            fix = f"build with this version and for this GPU (thoughtx-build --compute_capabilities); else {VALIDATE_ON_CPU}"
             raise ThoughtxError("E202", "the plan does not load on this GPU", where=str(root / file), why=why, fix=fix)
         return Part(engine, self.trt, self.device)
 

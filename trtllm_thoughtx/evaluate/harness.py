@@ -104,7 +104,9 @@ def _check_request(names: list[str], num_fewshot: int | None, limit: int | None)
     problem = next((what for what, is_true in problems.items() if is_true), None)
     if problem:
         why = f"the tasks are {', '.join(TASKS)}; num_fewshot is at least 0 and limit at least 1"
-        raise ThoughtxError("E001", problem, where="--harness", why=why, fix="correct the flag")
+        raise ThoughtxError(
+            "E001", problem, where="--harness", why=why, fix="name tasks of that list, parted by commas, and numbers in those ranges"
+        )
 
 
 def _read_task(data_dir: Path, name: str, num_fewshot: int | None) -> dict[str, list[dict[str, Any]]]:

@@ -34,7 +34,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
     if len(prompts[longest]) > room:
         need = len(prompts[longest]) + params.max_new_tokens
         why = f"question {questions[longest].id} has {len(prompts[longest])} tokens, and --max_new_tokens is {params.max_new_tokens}"
-        fix = f"lower --max_new_tokens or --lengths, or build an engine with --max_seq_len {need}"
+        fix = f"lower --max_new_tokens or --lengths, or build an engine with more room: thoughtx-build --max_seq_len {need}"
         what = f"a question needs {need} tokens, the system takes {system.max_length}"
         raise ThoughtxError("E122", what, where=system.description["path"], why=why, fix=fix)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else list(range(len(prompts)))

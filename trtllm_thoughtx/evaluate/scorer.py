@@ -132,7 +132,11 @@ class Scorer:
         if source.text is None:
             why = "there is no tokenizer.json beside the model"
             raise ThoughtxError(
-                "E140", "texts need a tokenizer", where="the harness", why=why, fix="build the engine from a model with one"
+                "E140",
+                "texts need a tokenizer",
+                where="the harness",
+                why=why,
+                fix="copy the model's tokenizer.json into its directory, and build again",
             )
         self.source, self.text, self.is_chat, self.max_new_tokens = source, source.text, is_chat, max_new_tokens
         tags = self.text.think_tags if think_tags == "auto" else think_tags
@@ -148,7 +152,13 @@ class Scorer:
         found = [i for i in (self.text.bos_id, *self.text.eos_ids) if i is not None]
         if not found:
             why = "an empty prompt needs one of them in its place"
-            raise ThoughtxError("E112", "neither BOS nor EOS", where="the tokenizer", why=why, fix="name one in tokenizer_config.json")
+            raise ThoughtxError(
+                "E112",
+                "neither BOS nor EOS",
+                where="the tokenizer",
+                why=why,
+                fix='name one in the model\'s tokenizer_config.json ("eos_token"), and build again',
+            )
         return found[0]
 
     def encode(self, text: str, add_special: bool | None = None) -> list[int]:
@@ -165,7 +175,7 @@ class Scorer:
         for index, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
                 why = "the tokenizer drops it, or joins it to the last word before it"
-                fix = "use a model whose tokenizer knows the words of this task, or leave the chat template out"
+                fix = "use a model whose tokenizer knows the words of this task, or leave out --chat_template if it was given"
                 raise ThoughtxError("E140", "a text to be scored has no tokens", where=f"request {index}", why=why, fix=fix)
             if len(continuation) > room:
                 raise _too_long(f"a continuation of {len(continuation)} tokens", room)
@@ -259,7 +269,7 @@ def _log_likelihood(logits: np.ndarray, ids: Sequence[int]) -> tuple[float, bool
     values = np.asarray(logits, np.float64)
     if not np.isfinite(values).all():
         why = "the numbers left the range of the engine's type, or the weights are damaged"
-        fix = "build with --dtype bfloat16 or float32, and run thoughtx-validate on the engine"
+        fix = "build the engine with more range (thoughtx-build --dtype float32) and compare it with its checkpoint (thoughtx-validate)"
         raise ThoughtxError("E123", "logits are not finite", where="a text to be scored", why=why, fix=fix)
     shifted = values - values.max(axis=1, keepdims=True)
     log_probs = shifted[np.arange(len(ids)), list(ids)] - np.log(np.exp(shifted).sum(axis=1))
@@ -267,5 +277,5 @@ def _log_likelihood(logits: np.ndarray, ids: Sequence[int]) -> tuple[float, bool
 
 
 def _too_long(what: str, room: int) -> ThoughtxError:
-    fix = "ask for fewer new tokens, or build an engine with a larger --max_seq_len"
+    fix = "ask for fewer new tokens, or build an engine with more room: thoughtx-build --max_seq_len"
     return ThoughtxError("E122", f"{what} do not fit", where="the harness", why=f"the model takes {room} tokens in all", fix=fix)

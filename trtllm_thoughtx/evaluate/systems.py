@@ -64,7 +64,7 @@ class EngineSystem:
         self.max_length, self.batch_size = build.max_seq_len, min(batch_size or 1, build.max_batch_size)
         if batch_size is not None and batch_size > build.max_batch_size:
             why = f"the engine was built for {build.max_batch_size} sequences in one call"
-            fix = "ask for less, or build again with a larger --max_batch_size"
+            fix = f"ask for at most {build.max_batch_size}, or build again with more: thoughtx-build --max_batch_size {batch_size}"
             raise ThoughtxError("E122", f"--batch_size {batch_size}", where=str(path), why=why, fix=fix)
         self.description: dict[str, Any] = {
             "name": path.name,
@@ -103,7 +103,7 @@ class EngineSystem:
 
 def need_text(text: Text | None, path: Path) -> Text:
     if text is None:
-        fix = "build the engine from a checkpoint with a tokenizer.json"
+        fix = "copy the model's tokenizer.json into the checkpoint, and build again"
         raise ThoughtxError("E112", "questions need a tokenizer", where=str(path), why="there is none beside the model", fix=fix)
     return text
 

@@ -145,7 +145,13 @@ def measure(
     traces = collect(engine, questions, max_new_tokens, progress, with_stops=with_stops)
     if with_stops and not any(trace.stops for trace in traces):
         why = "none of its answers has a step between its thinking tags"
-        raise ThoughtxError("E112", "the model does not think in steps", where=str(engine.directory.root), why=why, fix="use another model")
+        raise ThoughtxError(
+            "E112",
+            "the model does not think in steps",
+            where=str(engine.directory.root),
+            why=why,
+            fix="fit --exit_layers, which need no steps, or use a model that parts its thoughts by blank lines",
+        )
     return TracedSet(traces, hidden_states(engine, traces, gain, engine.config.norm_eps, layers))
 
 

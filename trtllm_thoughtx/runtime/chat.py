@@ -88,7 +88,7 @@ class ChatTemplate:
             f"the chat template cannot be rendered: {what}",
             where=self.where,
             why="templates run in a sandbox, with bounds on time, memory and output",
-            fix="correct the template, or give token ids (--input_ids)",
+            fix="correct the template, or give token ids, which need none: thoughtx-run --input_ids",
         )
 
 
@@ -137,7 +137,7 @@ def _start() -> subprocess.Popen[bytes]:
             f"chat templates cannot be rendered: {shown(str(error))}",
             where=shown(sys.executable or "no Python executable"),
             why="templates are rendered with jinja2 by a Python process of their own",
-            fix="pip install jinja2, or give token ids (--input_ids)",
+            fix="pip install jinja2, or give token ids, which need none: thoughtx-run --input_ids",
         ) from None
 
 

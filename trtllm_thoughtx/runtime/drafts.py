@@ -74,7 +74,7 @@ def check_policy(engine: Engine, policy: str) -> None:
     """E122 when the policy needs drafts and the engine has none. `auto` then is `off`."""
     if policy in (VERIFY, TRUST) and not engine.build.draft_layers:
         why = "no stage of it ends at a layer for which its checkpoint carries an exit adapter"
-        fix = "fit one (thoughtx-calibrate --exit_layers N), and build with --early_exit_layers N"
+        fix = "fit an adapter (thoughtx-calibrate --exit_layers N), and build with it: thoughtx-build --early_exit_layers N"
         raise ThoughtxError("E122", f"--exit_policy {policy} needs drafts", where=str(engine.directory.root), why=why, fix=fix)
 
 

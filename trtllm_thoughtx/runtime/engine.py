@@ -169,8 +169,8 @@ class Engine:
             batch = self._start(prompts, chunk_size)
             return batch, rows, [None] * len(rows) if batch.chunk_size is None else [Choice(int(size)) for size in batch.chunk_size]
         if not self.build.base_size:
-            why = "the engine was built without --base_size, so it cannot choose"
-            fix = "name a chunk size, or build with --chunk_size auto and the settings that thoughtx-calibrate --chunk_report writes"
+            why = "the engine was built without tokens of chunk per nat (thoughtx-build --base_size), so it cannot choose"
+            fix = "name a chunk size, or build with the settings that thoughtx-calibrate --chunk_report writes (build.yaml)"
             raise ThoughtxError("E122", "no chunk size can be chosen", where=str(self.directory.root), why=why, fix=fix)
         batch = self._start(prompts, self.build.max_chunk_size)
         assert batch.chunk_size is not None
@@ -215,7 +215,7 @@ class Engine:
         elif chunk_size is not None and chunk_size < 1:
             problem = f"chunk size {chunk_size}; it must be at least 1"
         elif chunk_size is not None and build.is_bounded and chunk_size > build.max_chunk_size:
-            problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size} (--max_chunk_size)"
+            problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size}"
         for index, row in enumerate(rows):
             if problem:
                 break

@@ -118,7 +118,7 @@ class Generation:
             raise ThoughtxError("E122", f"{what} needs thinking tags", where=where, why=why, fix=fix)
         if self.params.exit_threshold is not None and not engine.build.exit_head:
             why = "its checkpoint carried no exit head when it was built"
-            fix = "fit one (thoughtx-calibrate --fit_exit_head) and build again, or use --exit_probe, which needs none"
+            fix = "use --exit_probe, which needs none, or fit one (thoughtx-calibrate --fit_exit_head) and build again"
             raise ThoughtxError("E122", "--exit_threshold needs an exit head, and this engine has none", where=where, why=why, fix=fix)
         check_policy(engine, self.params.exit_policy)
         if self.params.exit_probe is not None and text is not None and text.think_ids is not None:

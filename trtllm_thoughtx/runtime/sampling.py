@@ -281,7 +281,7 @@ def _nonfinite(row: int, step: int, values: np.ndarray) -> ThoughtxError:
         f"row {row}: {len(bad)} of {values.size} logits are not finite (first: id {bad[0]} is {values[bad[0]]})",
         where=f"row {row}, new token {step}",
         why="the numbers left the range of the engine's type (float16 ends at 65504), or the weights are damaged",
-        fix="build with --dtype bfloat16 or float32, and run thoughtx-validate on the engine",
+        fix="build the engine with more range (thoughtx-build --dtype float32) and compare it with its checkpoint (thoughtx-validate)",
     )
 
 
@@ -291,7 +291,7 @@ def _malformed(where: str, key: str, value: object, wanted: str) -> ThoughtxErro
         f"{key} must be {wanted}, not {shown(value, 60)}",
         where=where,
         why="the sampling settings come from this file unless flags replace them",
-        fix="correct the file",
+        fix="correct it or remove it in generation_config.json, or give the flag",
     )
 
 

@@ -275,9 +275,15 @@ def read_generation_config(root: Path) -> dict[str, Any]:
     raw = read_json(root, "generation_config.json", limit=CONFIG_BYTES)
     if not isinstance(raw, dict):
         where = shown(str(root / "generation_config.json"), 400)
-        raise ThoughtxError("E102", "the file must hold a JSON object", where=where, why=f"it is {shown(raw, 40)}", fix="correct the file")
+        raise ThoughtxError(
+            "E102",
+            "the file must hold a JSON object",
+            where=where,
+            why=f"it is {shown(raw, 40)}",
+            fix="download it again, or remove it: it is optional",
+        )
     return raw
 
 
 def _bad_prompt(what: str, why: str) -> ThoughtxError:
-    return ThoughtxError("E140", what, where="the prompt", why=why, fix="correct the prompt, or give token ids (--input_ids)")
+    return ThoughtxError("E140", what, where="the prompt", why=why, fix="correct the prompt, or give token ids: thoughtx-run --input_ids")

@@ -25,7 +25,11 @@ def read_tokenizer(data: bytes, where: str) -> Tokenizer:
         import tokenizers
     except ImportError:
         raise ThoughtxError(
-            "E201", "tokenizers is not installed", where=where, why="texts need it", fix="pip install tokenizers, or give --input_ids"
+            "E201",
+            "tokenizers is not installed",
+            where=where,
+            why="texts need it",
+            fix="pip install tokenizers; token ids need none: thoughtx-run --input_ids",
         ) from None
     with guarded(where):
         try:
@@ -120,7 +124,8 @@ def guarded(where: str) -> Iterator[None]:
             f"the tokenizer does not work: {shown(str(error))}",
             where=where,
             why="tokenizer.json is malformed, or of a kind that the tokenizers library does not know",
-            fix="download tokenizer.json again; an older checkpoint may need saving anew with AutoTokenizer",
+            fix="download tokenizer.json again; if it is as published, write it anew with a current transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         ) from None
 
 
