@@ -330,13 +330,13 @@ def test_kind_of_a_file(tmp_path: Path) -> None:
         ("notes.txt", "checkpoint"),
         ("fifo", "FIFO"),
         ("loop", "broken link"),
-        ("missing", "check the path"),
-        ("x" * 5000, "check the path"),
-        ("a\0b", "check the path"),
+        ("missing", "correct the path"),
+        ("x" * 5000, "correct the path"),
+        ("a\0b", "correct the path"),
         ("empty", "empty"),
         ("adapter", "LoRA"),
         ("other", "7 entries"),
-        ("new\nline", "check the path"),
+        ("new\nline", "correct the path"),
     ],
 )
 def test_kind_of_something_else(tmp_path: Path, name: str, hint: str) -> None:
