@@ -196,13 +196,12 @@ def check_output(target: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
         return
     if not real.is_dir():
         refuse("the output path is a file", "a directory is written here", elsewhere)
-    held = {entry.name for entry in os.scandir(real)}
-    if not held:
+    if not (held := {entry.name for entry in os.scandir(real)}):
         return
     is_ours = "manifest.json" in held and not any(real in (place, *place.parents) for place in (Path.cwd(), Path.home()))
     if not force:
-        fix = "remove it, or pass --force to replace it" if is_ours else elsewhere
-        refuse("the output directory exists and is not empty", f"it holds {len(held)} entries", fix)
+        elsewhere = "remove it, or pass --force to replace it" if is_ours else elsewhere
+        refuse("the output directory exists and is not empty", f"it holds {len(held)} entries", elsewhere)
     if not is_ours:
         why = "--force replaces only what this tool wrote: a directory with a manifest.json, and not where you stand or your home"
         refuse("the output directory is not replaced", why, elsewhere)
