@@ -263,3 +263,25 @@ def test_draft_thresholds_that_cannot_be_are_refused_by_name(value):
     with pytest.raises(ThoughtxError, match="--exit_policy"):
         GenerationParams(exit_policy=str(value))
     assert BuildConfig().draft_layers == ()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_each_prompt_of_a_batch_may_have_its_own_settings(engines, cache):
+    """Sampling, budgets, probes and draft policies side by side: every row is what it is alone, whichever way it drafts."""
+    engine = engines[cache]
+    base = {"max_new_tokens": 60, "stop_ids": engine.text.eos_ids}
+    settings = [
+        GenerationParams(**base, exit_policy="off"),
+        GenerationParams(**base, exit_policy="verify", draft_threshold=0.0, temperature=1.2, seed=4),
+        GenerationParams(**base, exit_policy="verify", exit_probe=0.5, probe_tokens=3),
+        GenerationParams(**base, exit_policy="verify", draft_threshold=0.3, exit_probe=0.5, probe_tokens=5, max_reasoning_depth=3),
+        GenerationParams(max_new_tokens=17, ignore_eos=True, exit_policy="auto", max_thinking_tokens=9),
+        GenerationParams(**base, temperature=0.8, top_k=5, exit_threshold=0.9, exit_policy="off"),
+    ]
+    prompts = chains(engine, random.Random(3), len(settings))
+    together = engine.generate(prompts, settings, return_logits=True)
+    alone = [engine.generate([prompts[i]], [settings[i]], streams=[i], return_logits=True)[0] for i in range(len(settings))]
+    same(together, alone)
+    assert len({len(one.output_ids) for one in together}) > 2
+    with pytest.raises(ValueError, match="2 settings for 6 prompts"):
+        engine.generate(prompts, settings[:2])

@@ -79,12 +79,12 @@ def check_policy(engine: Engine, policy: str) -> None:
 
 
 class Drafter:
-    """Drafts and checks of one batch. `threshold` None: the engine's."""
+    """Drafts and checks of one batch. `thresholds`: how confident the drafts of each row must be."""
 
-    def __init__(self, engine: Engine, batch: Batch, threshold: float | None) -> None:
+    def __init__(self, engine: Engine, batch: Batch, thresholds: Sequence[float]) -> None:
         self.engine, self.batch = engine, batch
         self.layer = engine.build.draft_layers[0]
-        self.threshold = engine.build.draft_thresholds[0] if threshold is None else threshold
+        self.thresholds = list(thresholds)
         self.num_first = engine.build.stages.index(self.layer) + 1  # parts that draft
         self.num_parts = len(engine.directory.parts)
 
@@ -111,7 +111,9 @@ class Drafter:
             out = engine.run_parts(batch, feeds, 0, self.num_first, [len(row) for row in feeding], [0] * len(new))
             states.append(out["hidden_states_out"][:, -1])
             hope *= out["draft_confidence"][:, -1]
-            goes_on = [bool(fed) and bool(hope[row] >= self.threshold) and len(drafts[row]) < room[row] for row, fed in enumerate(feeding)]
+            goes_on = [
+                bool(fed) and bool(hope[row] >= self.thresholds[row]) and len(drafts[row]) < room[row] for row, fed in enumerate(feeding)
+            ]
             feeding = [[] for _ in new]
             if any(goes_on):
                 rows = np.zeros((len(new), 1), np.int64)

@@ -134,7 +134,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: GenerationParams | None = None,
+        params: GenerationParams | Sequence[GenerationParams] | None = None,
         on_token: OnToken | None = None,
         *,
         return_logits: bool = False,
@@ -142,13 +142,18 @@ class Engine:
         chunk_size: int | str | None = None,
         streams: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Complete every prompt, at most max_batch_size at a time. `params` None: the checkpoint's generation_config, or greedy.
+        """Complete every prompt, at most max_batch_size at a time. `params`: for all, or one for each prompt; None: the checkpoint's
+        generation_config, or greedy.
         `chunk_size`: tokens, "auto" (each prompt gets one from its complexity), or None: as the engine was built.
 
         Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on how prompts share
         a batch.
         """
-        params = params or (self.text.default_params() if self.text else GenerationParams())
+        if params is None:
+            params = self.text.default_params() if self.text else GenerationParams()
+        each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(each)} settings for {len(prompts)} prompts")
         self.stats = Stats()
         size = self.build.max_batch_size
         done: list[Completion] = []
@@ -156,7 +161,7 @@ class Engine:
         wants = (return_logits, return_logprobs)
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            done += Generation(self, prompts[part], start, numbers[part], params, on_token, wants, chunk_size).run()
+            done += Generation(self, prompts[part], start, numbers[part], each[part], on_token, wants, chunk_size).run()
         return done
 
     def choose(

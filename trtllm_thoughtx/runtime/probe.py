@@ -47,7 +47,7 @@ def check_room(engine: Engine, num_tokens: int) -> None:
     build = engine.build
     if build.is_bounded and num_tokens >= build.max_chunk_size:
         why = f"a trial takes {num_tokens} tokens, and the cache can only take back tokens of a chunk of at most {build.max_chunk_size}"
-        fix = "lower --probe_tokens, or build with thoughtx-build --max_chunk_size {num_tokens + 1} or more"
+        fix = f"lower --probe_tokens, or build with thoughtx-build --max_chunk_size {num_tokens + 1} or more"
         raise ThoughtxError("E122", "--exit_probe cannot be used", where=str(engine.directory.root), why=why, fix=fix)
 
 

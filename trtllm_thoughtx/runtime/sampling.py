@@ -164,12 +164,12 @@ def unused_settings(raw: Mapping[str, Any]) -> tuple[str, ...]:
 class Sampler:
     """Picks the next token of each row and counts the steps of each.
 
-    `streams` names each row's random stream (default 0 .. num_rows - 1). When a request is cut into several batches, give each
-    row its number in the request: then the cutting does not change the answer.
+    `params`: for all rows, or one for each. `streams` names each row's random stream (default 0 .. num_rows - 1). When a request is
+    cut into several batches, give each row its number in the request: then the cutting does not change the answer.
     """
 
-    def __init__(self, params: GenerationParams, num_rows: int, streams: Sequence[int] | None = None) -> None:
-        self.params = params
+    def __init__(self, params: GenerationParams | Sequence[GenerationParams], num_rows: int, streams: Sequence[int] | None = None) -> None:
+        self.params = [params] * num_rows if isinstance(params, GenerationParams) else list(params)
         self.streams = tuple(range(num_rows) if streams is None else streams)
         assert len(self.streams) == num_rows, (len(self.streams), num_rows)
         self._steps = [0] * num_rows
@@ -185,24 +185,24 @@ class Sampler:
         for row, values in zip(rows, logits, strict=True):
             if not np.isfinite(values).all():
                 raise _nonfinite(row, self._steps[row], values)
-        if self.params.is_greedy:
-            chosen = logits.argmax(axis=1).astype(np.int64)
-        else:
-            chosen = np.array([self._draw(row, values) for row, values in zip(rows, logits, strict=True)], np.int64)
+        chosen = np.array([self._choose(row, values) for row, values in zip(rows, logits, strict=True)], np.int64)
         for row in rows:
             self._steps[row] += 1
         return chosen
 
     def guess(self, row: int, num_ahead: int, logits: np.ndarray) -> int:
         """What `pick` would give for float[V] after `num_ahead` more steps of the row. Nothing advances; any values are taken."""
-        if self.params.is_greedy or not np.isfinite(logits).all():
+        if not np.isfinite(logits).all():
             return int(logits.argmax())
-        return self._draw(row, np.asarray(logits, np.float32), num_ahead)
+        return self._choose(row, np.asarray(logits, np.float32), num_ahead)
 
-    def _draw(self, row: int, logits: np.ndarray, num_ahead: int = 0) -> int:
-        ids, probs = distribution(logits, self.params)
+    def _choose(self, row: int, logits: np.ndarray, num_ahead: int = 0) -> int:
+        params = self.params[row]
+        if params.is_greedy:
+            return int(logits.argmax())
+        ids, probs = distribution(logits, params)
         sums = probs.cumsum()
-        number = uniform(self.params.seed, self.streams[row], self._steps[row] + num_ahead)
+        number = uniform(params.seed, self.streams[row], self._steps[row] + num_ahead)
         place = sums.searchsorted(number * sums[-1], side="right")
         return int(ids[min(int(place), len(ids) - 1)])
 
