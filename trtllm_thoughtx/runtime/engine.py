@@ -164,15 +164,13 @@ class Engine:
             done += Generation(self, prompts[part], start, numbers[part], each[part], on_token, wants, chunk_size).run()
         return done
 
-    def choose(
-        self, prompts: Sequence[Sequence[int]], chunk_size: int | str | None
-    ) -> tuple[Batch, list[list[int]], Sequence[Choice | None]]:
-        """The batch, what it is to be fed, and the chunks of each row (None: full attention)."""
+    def choose(self, prompts: Sequence[Sequence[int]], chunk_size: int | str | None) -> tuple[Batch, Sequence[Choice | None]]:
+        """The batch, and the chunks of each row (None: full attention)."""
         rows = [list(row) for row in prompts]
         if chunk_size != AUTO and (chunk_size is not None or not self.build.adaptive_chunks):
             assert not isinstance(chunk_size, str)
             batch = self._start(prompts, chunk_size)
-            return batch, rows, [None] * len(rows) if batch.chunk_size is None else [Choice(int(size)) for size in batch.chunk_size]
+            return batch, [None] * len(rows) if batch.chunk_size is None else [Choice(int(size)) for size in batch.chunk_size]
         if not self.build.base_size:
             why = "the engine was built without tokens of chunk per nat (thoughtx-build --base_size), so it cannot choose"
             fix = "name a chunk size, or build with the settings that thoughtx-calibrate --chunk_report writes (build.yaml)"
@@ -185,7 +183,7 @@ class Engine:
             self.stats.num_read_again += len(batch.tokens[row]) - kept
             batch.chunk_size[row] = choice.chunk_size
             batch.forget(row, kept)
-        return batch, rows, choices
+        return batch, choices
 
     def _complexity(self, batch: Batch, rows: list[list[int]]) -> list[float]:
         """Feed the first chunk of each row at most; the mean entropy, in nats, of what the model expects after its tokens."""

@@ -47,7 +47,7 @@ class Generation:
         for one in dict.fromkeys(params):
             check(engine, one)
         self.began = time.perf_counter()
-        self.batch, _, choices = engine.choose(prompts, chunk_size)
+        self.batch, choices = engine.choose(prompts, chunk_size)
         asked = zip(params, prompts, choices, strict=True)
         self.rows = [self._row(index, *one) for index, one in enumerate(asked)]
         self.sampler = Sampler(params, len(prompts), streams=streams)
