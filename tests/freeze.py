@@ -28,7 +28,7 @@ SAMPLE = ROOT / "trtllm_thoughtx" / "samples" / "thoughtx-tiny"
 COMMANDS = ("convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect", "distill")
 TIMES = re.compile(r"seconds|per_second|created|time|_ms|ms_|speed|rss|memory|load|elapsed|version|eta|threads")
 FAMILIES = ("qwen2", "qwen3", "llama", "qwen2_moe", "qwen3_moe")
-QFORMATS = ("fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo")
+QFORMATS = ("fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo", "int8_wo,kv")
 SHORT = ("--max_seq_len", "128", "--max_input_len", "32", "--backend", "onnxruntime")
 CHUNKS = ("--use_chunked_attention", "--chunk_size", "16", "--max_chunk_size", "32")
 BUILDS: dict[str, tuple[str, ...]] = {
@@ -41,7 +41,6 @@ BUILDS: dict[str, tuple[str, ...]] = {
     "auto": ("--use_chunked_attention", "--chunk_size", "auto", "--max_chunk_size", "32", "--base_size", "16", "--threshold_low", "0.1"),
     "stages": ("--early_exit_layers", "1,2"),
     "staged-chunks": ("--early_exit_layers", "2", *CHUNKS),
-    "int8-kv": ("--kv_cache_dtype", "int8"),
     "batch": ("--max_batch_size", "4"),
 }
 
@@ -97,6 +96,7 @@ def inputs(work: Path) -> None:
     """Checkpoints that the entries start from: all families, dtypes and shards; a chat model's tokenizer; quantized ones."""
     import hf_models
     from test_imported import four_bits, fp8
+
     for family in FAMILIES:
         hf_models.save(work / family, family)
     for dtype in ("float16", "bfloat16"):
@@ -112,19 +112,26 @@ def inputs(work: Path) -> None:
     (work / "prompts.jsonl").write_text('{"prompt": "x1 = 38 x2 = 75 ?"}\n{"id": "b", "prompt": "x1 = 3 x2 = 5 ?"}\n')
 
 
+def of_format(qformat: str) -> tuple[str, ...]:
+    name, _, kv = qformat.partition(",")
+    return ("--qformat", name, *(("--kv_cache_dtype", "int8") if kv else ()))
+
+
 def jobs(freeze: Freeze) -> Iterator[list[tuple[str, tuple[str, ...], Path | None]]]:
     """Rounds of commands; those of one round need nothing of one another."""
     work, sample = freeze.work, str(SAMPLE)
     checkpoints = sorted(path.name for path in work.iterdir() if (path / "config.json").exists())
     yield [(f"help {name}", (name, "--help"), None) for name in COMMANDS] + [("help", ("--help",), None)]
-    convert = [(f"convert {c}", ("convert", "--model_dir", c, "--output_dir", f"{c}-ckpt", "--json"), work / f"{c}-ckpt") for c in checkpoints]
+    convert = [
+        (f"convert {c}", ("convert", "--model_dir", c, "--output_dir", f"{c}-ckpt", "--json"), work / f"{c}-ckpt") for c in checkpoints
+    ]
     split = ("convert", "--model_dir", "qwen3", "--output_dir", "qwen3-tp2", "--tp_size", "2", "--json")
     half = ("convert", "--model_dir", "llama", "--output_dir", "llama-half", "--dtype", "float16", "--json")
     yield [*convert, ("convert tp 2", split, work / "qwen3-tp2"), ("convert float16", half, work / "llama-half")]
     yield [
         (
             f"calibrate {q}",
-            ("calibrate", "--model_dir", sample, "--output_dir", f"sample-{q}", "--qformat", q, "--calib_size", "8", "--json"),
+            ("calibrate", "--model_dir", sample, "--output_dir", f"sample-{q}", "--calib_size", "8", "--json", *of_format(q)),
             work / f"sample-{q}",
         )
         for q in QFORMATS
@@ -132,7 +139,9 @@ def jobs(freeze: Freeze) -> Iterator[list[tuple[str, tuple[str, ...], Path | Non
     builds = []
     for name, flags in BUILDS.items():
         out = f"engine-{name}"
-        builds.append((f"build {name}", ("build", "--checkpoint_dir", "qwen3-ckpt", "--output_dir", out, *SHORT, *flags, "--json"), work / out))
+        builds.append(
+            (f"build {name}", ("build", "--checkpoint_dir", "qwen3-ckpt", "--output_dir", out, *SHORT, *flags, "--json"), work / out)
+        )
     for source in (*FAMILIES, "awq", "gptq", "fp8"):
         out = f"engine-of-{source}"
         flags = ("build", "--checkpoint_dir", f"{source}-ckpt", "--output_dir", out, *SHORT, "--json")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -226,9 +225,7 @@ def test_many_tensors_are_fine() -> None:
         f'"model.layers.{i}.mlp.up_proj.weight":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}'
         for i in range(MAX_TENSORS)
     )
-    start = time.perf_counter()
     assert len(parse(packed(b"{" + entries.encode() + b"}", bytes(4 * MAX_TENSORS)))) == MAX_TENSORS
-    assert time.perf_counter() - start < 10
 
 
 # --- directories -----------------------------------------------------------------------------------------------------
