@@ -61,6 +61,7 @@ def bench(
     max_new_tokens: int = 32,
     batch_size: int = 1,
     num_threads: int | None = None,
+    exact: bool = False,
     repeats: int = 5,
     warmup: int = 1,
     seed: int = 0,
@@ -73,7 +74,7 @@ def bench(
     progress = progress or Progress.silent()
     load = os.getloadavg()[0]
     began = time.perf_counter()
-    engine = Engine.load(engine_dir, backend, num_threads)
+    engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
     load_seconds = time.perf_counter() - began
     limits = [
         ("batch_size", batch_size, engine.build.max_batch_size, "max_batch_size"),
@@ -108,7 +109,7 @@ def bench(
                 prefill.append(batch_size * prompt_len / engine.stats.prefill_seconds)
                 decode.append(engine.stats.num_decoded / engine.stats.decode_seconds)
             stage.advance(1)
-    system = engine.backend
+    system = f"{engine.backend}, exact" if exact else engine.backend
     engine.close()
     peak = _peak_rss()
     rows = [

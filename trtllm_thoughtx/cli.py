@@ -17,7 +17,7 @@ from trtllm_thoughtx import __version__
 from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
-from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command, thinking_options
+from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command, exact_option, thinking_options
 from trtllm_thoughtx.config import BACKENDS, DTYPES, PLUGINS, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
@@ -115,6 +115,7 @@ def build(
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
 @click.option("--backend", type=OneOf(BACKENDS), help="Judge this backend's part of the engine.  [default: all that it holds]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
+@exact_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
 @click.option("--strict", is_flag=True, help="A skipped check counts as failed.")
 @click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
@@ -165,6 +166,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
 @thinking_options
+@exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
 def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
@@ -188,6 +190,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 @click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
 @click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@exact_option
 @click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
 @click.option("--warmup", type=Count(0, 1000), default=1, help="Untimed runs before.")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, thinking_options
+from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, exact_option, thinking_options
 from trtllm_thoughtx.config import BACKENDS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.errors import ThoughtxError
@@ -46,6 +46,7 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 @click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
 @thinking_options
+@exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0 not.  [default: 2048 with --compare, else 0]")
 @click.option("--output", type=PATH, help="Keep every answer in this JSON file, for a later --compare.")

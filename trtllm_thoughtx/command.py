@@ -56,6 +56,12 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.
     return wrap
 
 
+def exact_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that keeps a CPU's own operators out of a quantized engine, or one with experts."""
+    text = "On a CPU, run quantized products and experts as the graph has them, not on faster operators that round a little more."
+    return click.option("--exact", is_flag=True, help=text)(function)
+
+
 def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
     """The flags that end a chain of thought early; `run` and `eval` share them."""
     for option in reversed((

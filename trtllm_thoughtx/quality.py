@@ -26,6 +26,9 @@ from trtllm_thoughtx.files import read_json
 from trtllm_thoughtx.golden import ChunkSpec, Expected, Prompt
 
 FILE = "calibration.json"
+# Ways to run a quantized engine: its graph as it stands, as plans do; or onnxruntime's operators on a CPU, where they round more.
+EXACT, ORT = "exact", "onnxruntime"
+OLD = "calibration.json, which states the exact graph's loss alone: calibrate again, or run with --exact"
 NUM_DECODED = 24  # tokens of a prompt that are decoded one at a time
 PIECES = (1, 7, 16)
 MAX_STORED, MAX_LENGTH = 64, 4096
@@ -61,10 +64,10 @@ def applies(directory: EngineDir) -> bool:
     return config.quantization is not None or (config.experts is not None and directory.build.dtype != "float32")
 
 
-def limits_of(directory: EngineDir, expected: Expected) -> Limits:
+def limits_of(directory: EngineDir, expected: Expected, *, is_exact: bool = True) -> Limits:
     """Those of the calibration, or of the reference's own rounding: logits that are off by e nats have a KL of about e^2 / 2."""
     if directory.config.quantization is not None:
-        return read_limits(directory)[0]
+        return read_limits(directory, EXACT if is_exact else ORT)[0]
     num = sum(len(truth.logits) for truth in expected.truths.values())
     own = sum(len(truth.logits) * truth.logits_band.rms**2 for truth in expected.truths.values()) / 2 / num
     source = f"the reference in {directory.build.dtype}, which is off by a KL of about {own:.2g}"
@@ -84,13 +87,16 @@ class Subject(Protocol):
     ) -> list[np.ndarray]: ...
 
 
-def read_limits(directory: EngineDir) -> tuple[Limits, list[list[int]]]:
-    """The limits and the sequences that came with the checkpoint; defaults and no sequences where there is no calibration.json."""
+def read_limits(directory: EngineDir, way: str = EXACT) -> tuple[Limits, list[list[int]]]:
+    """The limits of a way to run, and the sequences that came with the checkpoint; defaults and no sequences where there is no
+    calibration.json. Files that state one way alone are read as well."""
     if not os.path.lexists(directory.root / FILE):
         return Limits(), []
     where = str(directory.root / FILE)
     fields = Fields(read_json(directory.root, FILE), where)
-    table, rows = fields.table("limits"), fields.get("validation", [])
+    ways, rows = fields.table("backends"), fields.get("validation", [])
+    stated = ways.table(way) if ways is not None else None
+    table = fields.table("limits") if ways is None else stated.table("limits") if stated is not None else None
     vocab = directory.config.vocab_size
     if table is None or not isinstance(rows, list) or len(rows) > MAX_STORED or not all(_is_row(row, vocab) for row in rows):
         raise ThoughtxError(
@@ -102,7 +108,8 @@ def read_limits(directory: EngineDir) -> tuple[Limits, list[list[int]]]:
         )
     names = ("max_kl", "min_top1_agreement", "max_perplexity_ratio")
     kl, agreement, ratio = (table.number(name, 0.0, 1e6) for name in names)
-    return Limits(kl, agreement, ratio, "calibration.json"), rows
+    source = f"calibration.json, {way}" if ways is not None else "calibration.json" if way == EXACT else OLD
+    return Limits(kl, agreement, ratio, source), rows
 
 
 def _is_row(row: object, vocab: int) -> bool:

@@ -103,6 +103,7 @@ def run_requests(
     backend: str | None = None,
     chunk_size: int | str | None = None,
     num_threads: int | None = None,
+    exact: bool = False,
     output_logits_npy: Path | None = None,
     stream: TextIO | None = None,
     progress: Progress | None = None,
@@ -117,7 +118,7 @@ def run_requests(
         raise _usage("--output_logits_npy takes one request", f"there are {len(requests)}", "run the requests one by one")
     if output_logits_npy is not None:
         report.check_file_output(output_logits_npy)
-    engine = Engine.load(engine_dir, backend, num_threads)
+    engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
     try:
         rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}

@@ -95,10 +95,12 @@ def validate(
     bisect: bool = False,
     backend: str | None = None,
     seed: int = 0,
+    exact: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
 
+    `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
     Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
     """
@@ -114,7 +116,7 @@ def validate(
     if record is not None:
         golden_file.write_golden(Path(record), expected)
     for name in backends:
-        checks += _backend_checks(directory, name, expected, bisect, progress)
+        checks += _backend_checks(directory, name, expected, bisect, exact and name == "onnxruntime", progress)
     return Report(tuple(checks), expected.source)
 
 
@@ -221,28 +223,28 @@ def _files_check(directory: EngineDir) -> Check:
     return Check("files match the manifest", "passed", evidence={"num_files": len(report.read_manifest(directory.root)["outputs"])})
 
 
-def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, progress: Progress) -> list[Check]:
+def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
     from trtllm_thoughtx.runtime.engine import Engine
 
     checks = [] if backend == "onnxruntime" else [_plan_check(directory, backend)]
     if any(check.status == "failed" for check in checks):
         return [*checks, Check(f"{backend}: runs", "skipped", "the plan belongs to another graph")]
     try:
-        engine = Engine.load(directory.root, backend)
+        engine = Engine.load(directory.root, backend, exact=exact)
     except ThoughtxError as error:
         if error.code not in ("E201", "E202"):
             raise
         return [*checks, Check(f"{backend}: runs", "skipped", f"{error.what}: {error.why}")]
     if quality.applies(directory):
         with contextlib.closing(engine), progress.stage(f"{backend} against the reference"):
-            found = quality.checks(engine, backend, expected, quality.limits_of(directory, expected))
+            found = quality.checks(engine, backend, expected, quality.limits_of(directory, expected, is_exact=engine.is_exact))
             return [*checks, *(Check(name, "failed" if wrong else "passed", wrong, evidence) for name, wrong, evidence in found)]
     with progress.stage(f"{backend} against the reference", 2 * len(expected.prompts), "steps") as stage:
         checks += logits_checks(engine, backend, expected, lambda: stage.advance(1))
         engine.close()
     if backend != "onnxruntime":
         return [*checks, Check(f"{backend}: layers", "skipped", "a plan has no outputs for hidden states")]
-    tapped = Engine.load(directory.root, backend, tap_layers=True)
+    tapped = Engine.load(directory.root, backend, tap_layers=True, exact=exact)
     checks += layers_checks(tapped, backend, expected, bisect)
     tapped.close()
     return checks

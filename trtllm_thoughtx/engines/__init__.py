@@ -22,6 +22,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 class Runner(Protocol):
     """A loaded engine: all parts of one model and their KV cache. Shapes as in `graph.decoder`."""
 
+    is_exact: bool  # quantized products are computed as the graph has them, with no rounding of a faster operator's own
     max_logit_rows: int  # how many rows of logits one step can return for a sequence
 
     def start(self, batch_size: int) -> None:

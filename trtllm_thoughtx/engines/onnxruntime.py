@@ -58,6 +58,7 @@ class OnnxRuntimeRunner:
             self.kv_dtype = np.int8
         self.tapped: dict[int, np.ndarray] = {}
         self.cache: dict[str, ort.OrtValue] = {}
+        self.is_exact = True
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
         self.bindings = [session.io_binding() for session in self.sessions]
 
@@ -76,7 +77,9 @@ class OnnxRuntimeRunner:
             rewriters = self._rewriters()
             if rewriters:
                 with files.open_inside(root, part["data"]) as data:
-                    arrays = {name: array for rewrite in rewriters for name, array in rewrite(model, data).arrays.items()}
+                    found = [rewrite(model, data) for rewrite in rewriters]
+                arrays = {name: array for one in found for name, array in one.arrays.items()}
+                self.is_exact = self.is_exact and not any(one.num_rounding for one in found)
                 values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                 options.add_external_initializers(list(arrays), values)
             if tap_layers:

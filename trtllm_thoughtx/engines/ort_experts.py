@@ -41,7 +41,7 @@ def fuse_experts(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         nodes.append(helper.make_node("MoE", inputs, list(node.output), name=node.name, domain=DOMAIN, **swiglu))
     if arrays:
         rewrite(model, nodes, arrays, unused=("Cast",))
-    return Fused(arrays, len(arrays))
+    return Fused(arrays, len(arrays), num_rounding=0)
 
 
 def _in_turn(fc: onnx.TensorProto, data: BinaryIO) -> np.ndarray:

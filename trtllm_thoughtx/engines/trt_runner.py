@@ -88,6 +88,8 @@ class Part:
 class TensorRTRunner:
     """`Runner` over one plan per part. Hidden states stay on the GPU between parts; past and present of a KV tensor are one buffer."""
 
+    is_exact = True  # a plan is the graph
+
     def __init__(self, root: Path, parts: list[dict[str, Any]], backend: str, config: ModelConfig, build: BuildConfig) -> None:
         self.config, self.build, self.backend = config, build, backend
         self.trt = load_module(backend)

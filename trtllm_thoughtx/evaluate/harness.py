@@ -44,6 +44,7 @@ def run_harness(
     think_tags: tuple[str, str] | str | None = "auto",
     max_new_tokens: int | None = None,
     temperature: float | None = None,
+    exact: bool = False,
     return_samples: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def run_harness(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
         loaded = {name: _load_task(name, rows.get(name), num_fewshot, folder) for name in names}
-        model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack)
+        model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact)
         for name, one in loaded.items():
             given = {
                 "max_gen_toks": max_new_tokens,
@@ -171,7 +172,7 @@ def _stock_tasks() -> Any:
 
 
 def _model(
-    system: Any, use_chat_template: bool, think_tags: Any, max_new_tokens: int | None, stack: contextlib.ExitStack
+    system: Any, use_chat_template: bool, think_tags: Any, max_new_tokens: int | None, stack: contextlib.ExitStack, *, exact: bool
 ) -> tuple[Any, Scorer | None]:
     """An lm-eval model, and its scorer where it is one of ours. What is opened here is closed with `stack`."""
     from lm_eval.api.model import LM
@@ -182,7 +183,7 @@ def _model(
     system = getattr(system, "engine", system) if not isinstance(system, (EngineSource, Engine)) else system
     if isinstance(system, (str, Path)):
         if kind_of(Path(system)) == "engine":
-            engine = Engine.load(system)
+            engine = Engine.load(system, exact=exact)
             stack.callback(engine.close)
             source = EngineSource(engine)
         else:

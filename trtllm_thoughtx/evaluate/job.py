@@ -9,6 +9,7 @@ from typing import Any
 from trtllm_thoughtx import plot as pictures
 from trtllm_thoughtx import report
 from trtllm_thoughtx.bench import BUSY
+from trtllm_thoughtx.checkpoint import kind_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
@@ -40,6 +41,7 @@ def evaluation(
     batch_size: int | None = None,
     backend: str | None = None,
     num_threads: int | None = None,
+    exact: bool = False,
     chunk_size: int | str | None = None,
     memory_context: int | None = None,
     output: Path | None = None,
@@ -76,6 +78,7 @@ def evaluation(
             use_chat_template=chat_template,
             max_new_tokens=max_new_tokens,
             temperature=temperature or None,
+            exact=exact,
             progress=progress,
         )
         return {"path": str(path), "summary": None, "comparison": None, "harness": found}
@@ -90,8 +93,9 @@ def evaluation(
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
     params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **thinking)
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
+    options = {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size}
     results = [
-        _ask(one, asked, params, context, progress, backend=backend, num_threads=num_threads, batch_size=batch_size, chunk_size=chunk_size)
+        _ask(one, asked, params, context, progress, exact=exact and (one is path or kind_of(one) == "engine"), **options)
         for one in (path, *((compare,) if compare is not None and earlier is None else ()))
     ]
     if output is not None:
@@ -118,16 +122,24 @@ def _refuse_unused(flags: dict[str, Any]) -> None:
 
 
 def _ask(
-    path: Path, asked: list[Question], params: GenerationParams, context: int, progress: Progress, *, backend: str | None, **options: Any
+    path: Path,
+    asked: list[Question],
+    params: GenerationParams,
+    context: int,
+    progress: Progress,
+    *,
+    backend: Any,
+    exact: bool,
+    **options: Any,
 ) -> Result:
-    system = open_system(path, backend=backend, **options)
+    system = open_system(path, backend=backend, exact=exact, **options)
     try:
         result = evaluate(system, asked, params, progress)
     finally:
         system.close()
     if context:
         progress.note(f"measuring the memory of {path.name} at {context} tokens")
-        result.conditions["memory"] = memory.measure(path, context, backend)
+        result.conditions["memory"] = memory.measure(path, context, backend, exact=exact)
     return result
 
 

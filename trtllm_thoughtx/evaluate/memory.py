@@ -1,6 +1,6 @@
 """Most memory that a system needs for one context, measured in a process of its own.
 
-    python -m trtllm_thoughtx.evaluate.memory PATH LENGTH    prints {"loaded_bytes", "peak_bytes", "length"}
+    python -m trtllm_thoughtx.evaluate.memory PATH LENGTH BACKEND [exact]    prints {"loaded_bytes", "peak_bytes", "length"}
 
 Resident memory counts: weights, runtime and libraries with it. On a GPU it says nothing about the device's memory.
 """
@@ -30,14 +30,22 @@ def resident(field: str = "VmRSS") -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def measure(path: Path, length: int, backend: str | None = None) -> dict[str, Any]:
+def measure(path: Path, length: int, backend: str | None = None, *, exact: bool = False) -> dict[str, Any]:
     """Memory of loading the system of `path` and answering one prompt, `length` tokens of context in all.
 
     {"skipped": why} where it cannot be measured: the system takes fewer tokens, or the machine does not say.
     """
     if not Path("/proc/self/status").is_file():
         return {"length": length, "skipped": "this machine does not say what a process holds"}
-    command = [sys.executable, "-m", "trtllm_thoughtx.evaluate.memory", str(path), str(length), *([backend] if backend else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "trtllm_thoughtx.evaluate.memory",
+        str(path),
+        str(length),
+        backend or "",
+        *(["exact"] if exact else []),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -49,8 +57,8 @@ def measure(path: Path, length: int, backend: str | None = None) -> dict[str, An
     return measured
 
 
-def main(path: Path, length: int, backend: str | None) -> dict[str, Any]:
-    system = open_system(path, backend=backend, batch_size=1)
+def main(path: Path, length: int, backend: str | None, exact: bool) -> dict[str, Any]:
+    system = open_system(path, backend=backend, batch_size=1, exact=exact)
     if system.max_length < length:
         return {"length": length, "skipped": f"the system takes {system.max_length} tokens"}
     loaded = resident()
@@ -61,6 +69,6 @@ def main(path: Path, length: int, backend: str | None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)))
+        print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] or None, "exact" in sys.argv[4:])))
     except ThoughtxError as error:
         print(json.dumps({"length": int(sys.argv[2]), "skipped": error.what}))

@@ -56,9 +56,16 @@ class EngineSystem:
     """An engine; rows end one by one, and each keeps the time of its own last token."""
 
     def __init__(
-        self, path: Path, backend: str | None, num_threads: int | None, batch_size: int | None, chunk_size: int | str | None = None
+        self,
+        path: Path,
+        backend: str | None,
+        num_threads: int | None,
+        batch_size: int | None,
+        chunk_size: int | str | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
-        self.engine, self.chunk_size = Engine.load(path, backend, num_threads), chunk_size
+        self.engine, self.chunk_size = Engine.load(path, backend, num_threads, exact=exact), chunk_size
         build = self.engine.build
         self.text = need_text(self.engine.text, path)
         self.max_length, self.batch_size = build.max_seq_len, min(batch_size or 1, build.max_batch_size)
@@ -73,6 +80,8 @@ class EngineSystem:
             "backend": self.engine.backend,
             "dtype": build.dtype,
         }
+        if exact:
+            self.description["exact"] = True
         if chunk_size is not None:
             self.description["chunk_size"] = chunk_size
 
@@ -115,13 +124,14 @@ def open_system(
     num_threads: int | None = None,
     batch_size: int | None = None,
     chunk_size: int | str | None = None,
+    exact: bool = False,
 ) -> System:
     """The system of a directory. E101 for one that is neither an engine nor a Hugging Face model."""
     kind = kind_of(path)
     if kind == "engine":
-        return EngineSystem(path, backend, num_threads, batch_size, chunk_size)
+        return EngineSystem(path, backend, num_threads, batch_size, chunk_size, exact=exact)
     if kind == "huggingface":
-        for flag, value in (("--backend", backend), ("--chunk_size", chunk_size)):
+        for flag, value in (("--backend", backend), ("--chunk_size", chunk_size), ("--exact", exact or None)):
             if value is None:
                 continue
             fix = f"leave {flag} out, or give an engine directory"

@@ -84,6 +84,11 @@ class Engine:
     def build(self) -> BuildConfig:
         return self.directory.build
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether quantized products are the graph's own, or a faster operator's that rounds a little more."""
+        return self.runner.is_exact
+
     @functools.cached_property
     def part_bytes(self) -> list[int]:
         """Of the matrices of each part of the graph, as `Work.weight_bytes` counts them."""
