@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import trtllm_thoughtx  # noqa: F401  # before any test imports onnxruntime: it turns the telemetry off
+
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads this when it is imported, which other packages may do
 
 HANGS_AFTER = 1800  # seconds; far above what any test takes on a busy machine, so that only a test that waits for ever meets it

@@ -23,7 +23,7 @@ LIMIT_LINES = 400
 
 # A file imports from its own row and the rows above it.
 LAYERS = (
-    ("__init__", "errors", "config", "plugins"),
+    ("__init__", "outside", "errors", "config", "plugins"),
     ("strictjson", "progress", "tasks", "host"),
     ("files", "header"),
     ("checkpoint", "report"),

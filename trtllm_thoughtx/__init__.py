@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trtllm_thoughtx.outside import keep_in
+
+keep_in()
 __version__ = "0.1.0"
 __all__ = ["Engine", "__version__"]
 

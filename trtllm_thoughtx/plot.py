@@ -8,6 +8,7 @@ from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file
+from trtllm_thoughtx.outside import own_caches
 
 FORMATS = ("png", "svg", "pdf")
 SIZE_NAMES = {"chain": "operands", "lookup": "hops", "story": "operations", "loan": "rules"}
@@ -21,6 +22,7 @@ def check_format(path: Path) -> None:
 
 
 def _figure(num_columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Sequence[Any]]:
+    own_caches()
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

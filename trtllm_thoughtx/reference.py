@@ -29,7 +29,9 @@ from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.golden import ChunkSpec
 from trtllm_thoughtx.graph.chunked_attention import visible
 from trtllm_thoughtx.host import available_bytes
+from trtllm_thoughtx.outside import own_caches
 
+own_caches()
 try:
     import torch
     import transformers

@@ -90,9 +90,11 @@ def compile_kernel(spec: Spec) -> Artifact:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "ptx_version": PTX_VERSION}
-    made = triton.compile(source, target=GPUTarget("cuda", spec.cc, 32), options=options)
-    num_params = sum(kind != "constexpr" for kind in signature.values())
-    ptx = strip_scratch(made.asm["ptx"], made.metadata.name, num_params)
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache  # nothing in the user's home
+        made = triton.compile(source, target=GPUTarget("cuda", spec.cc, 32), options=options)
+        num_params = sum(kind != "constexpr" for kind in signature.values())
+        ptx = strip_scratch(made.asm["ptx"], made.metadata.name, num_params)
     registers, spills = resources(ptx)
     shared = int(made.metadata.shared)
     if shared > SHARED_LIMIT[spec.cc] << 10:
