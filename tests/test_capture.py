@@ -211,7 +211,7 @@ def test_a_target_that_no_window_reaches_writes_no_recipe_and_says_so(tmp_path):
     flags = ["--calib_size", 4, "--context", 128, "--eval_items", 0, "--target_capture", 1]
     ran = command("--model_dir", SAMPLE, "--output_dir", tmp_path / "out", "--chunk_report", *flags)
     assert ran.exit_code == 0 and "no window below 128 tokens reaches the targets" in ran.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["chunks.json", "chunks.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["chunks.json", "chunks.png", "manifest.json"]
 
 
 @pytest.mark.parametrize(

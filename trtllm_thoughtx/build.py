@@ -12,8 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.metadata
-import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_thoughtx import engine_dir, files, report
-from trtllm_thoughtx.build_options import CHUNKS, refuse, resolve
-from trtllm_thoughtx.config import AUTO, PLUGIN_LIBRARY, BuildConfig
+from trtllm_thoughtx.build_options import refuse, resolve
+from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.exit_weights import ExitWeights, exit_files, read_exits
+from trtllm_thoughtx.exit_weights import ExitWeights
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.weights import WeightSource, open_weights
 
 if TYPE_CHECKING:
@@ -57,50 +57,49 @@ def build(
 
     Returns a summary. Raises ThoughtxError; then nothing is left behind.
     """
+    command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **(options or {})})
     progress = progress or Progress.silent()
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     began = time.monotonic()
     with open_weights(checkpoint_dir, progress=progress) as source:
-        config = source.config
+        config, exits = source.config, source.exits
         given = dict(options or {})
         library = given.pop("plugin_library", None)
-        exits = read_exits(checkpoint_dir, config)
         settings = _with_exits(resolve(config, given), exits)
         _check_library(settings, library)
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
+        for note in _unused_exits(settings, exits):
+            plan["notes"].append(note)
+            progress.note(f"note: {note}")
         if dry_run:
             return {**plan, "dry_run": True}
         recorded = {"build": settings.as_dict(), "model": report.plain(config)}
-        pool = concurrent.futures.ThreadPoolExecutor(1, "hash-inputs")
-        inputs = pool.submit(report.manifest_inputs, [*source.inputs(), *exit_files(checkpoint_dir)])
-        try:
-            if not force and report.is_current(output_dir, recorded, inputs.result):
-                return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
-            files.check_output(output_dir, force=force, inputs=[checkpoint_dir])
-            files.require_space(output_dir.parent, plan["disk_bytes"])
-            _load_backends(settings)
-            with files.atomic_dir(output_dir, force=force) as partial:
-                if library is not None:
-                    (partial / PLUGIN_LIBRARY).write_bytes(files.read_named(library, LIBRARY_BYTES))
-                parts, checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
-                _copy(source.carried(), partial)
-                _write_json(partial / engine_dir.CONFIG, engine_dir.config_json(config, settings, parts))
-                source.verify_unchanged()
-                report.write_manifest(
-                    partial,
-                    command=_command(checkpoint_dir, output_dir, settings),
-                    inputs=inputs.result(),
-                    config=recorded,
-                    checks=checks,
-                    environment=_environment(),
-                    hashes=_hashes(parts),
-                )
-                made = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": checks}
+        more = [] if library is None else [Path(library)]
+        output = Output(output_dir, source.members, recorded, command=command, more=more, force=force, progress=progress)
+        if output.is_current():
+            return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
+        output.prepare(plan["disk_bytes"])
+        _load_backends(settings)
+        with output.writing() as partial:
+            if library is not None:
+                output.write(PLUGIN_LIBRARY, files.read_named(library, LIBRARY_BYTES))
+            parts, output.checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
+            output.carry(*source.members.carried)
+            output.write(engine_dir.CONFIG, report.to_json(engine_dir.config_json(config, settings, parts)))
+            output.hashes |= _hashes(parts)
+        made = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
+    return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": output.checks}
+
+
+def _unused_exits(settings: BuildConfig, exits: ExitWeights) -> list[str]:
+    """A sentence about exit adapters of layers at which the engine is not cut; none where all are used."""
+    unused = [str(one.layer) for one in exits.adapters if one.layer not in settings.draft_layers]
+    if not unused:
+        return []
+    layers, cut = ", ".join(unused), ",".join(str(one.layer) for one in exits.adapters)
+    return [f"exit adapters before layers {layers} are left out: the engine is not cut there (--early_exit_layers {cut} uses all)"]
 
 
 def _check_library(settings: BuildConfig, library: Path | None) -> None:
@@ -325,43 +324,3 @@ def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:
             shapes[value.name] = (tuple(d[0] for d in dims), tuple(d[1] for d in dims), tuple(d[2] for d in dims))
         profiles.append(shapes)
     return profiles
-
-
-def _copy(carried: Mapping[str, Path], partial: Path) -> None:
-    for name, path in carried.items():
-        with files.open_inside(path.parent, name) as handle:
-            (partial / name).write_bytes(handle.read())
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_bytes(report.to_json(value).encode())
-
-
-def _environment() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system(), **versions}
-
-
-def _command(checkpoint_dir: Path, output_dir: Path, settings: BuildConfig) -> str:
-    """The command that makes the same engine again, with names instead of this machine's paths."""
-    words = ["thoughtx-build", "--checkpoint_dir", checkpoint_dir.name, "--output_dir", output_dir.name, "--dtype", settings.dtype]
-    for backend in settings.backends:
-        words += ["--backend", backend]
-    for name in ("max_batch_size", "max_input_len", "max_seq_len"):
-        words += [f"--{name}", str(getattr(settings, name))]
-    if settings.use_chunked_attention:
-        words.append("--use_chunked_attention")
-        given = {"chunk_size": AUTO} if settings.adaptive_chunks else {}
-        for name in CHUNKS:
-            value = given.get(name, getattr(settings, name))
-            words += [f"--{name}", str(value)] if value or type(value) is int else []
-    if settings.plugin != "function":
-        words += ["--plugin", settings.plugin]
-    if settings.stages:
-        words += ["--early_exit_layers", ",".join(map(str, settings.stages))]
-    return " ".join(words)

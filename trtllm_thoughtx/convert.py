@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trtllm_thoughtx import files, report, tensor_file
+from trtllm_thoughtx import tensor_file
 from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor, stacked
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.tensor_file import Entry
 from trtllm_thoughtx.weights import BLOCK_BYTES, NUMPY_DTYPES, STORED_DTYPES, Findings, WeightSource, open_weights
 
@@ -33,8 +35,6 @@ __all__ = ["WeightSource", "convert", "open_weights", "rank_layers", "rank_shape
 
 _STORED = {name: stored for stored, name in STORED_DTYPES.items()}
 NUM_BUFFERS = 6
-_CARRIED_LIMIT = 512 << 20
-_SPACE_FOR_REST = 64 << 20  # config, manifest and tokenizer files
 
 
 def rank_layers(num_layers: int, pp_size: int) -> list[range]:
@@ -151,6 +151,7 @@ def convert(
 
     `dtype` auto keeps the checkpoint's. E108 lists every tensor with values that are not finite or do not fit `dtype`.
     """
+    command = command_line("thoughtx-convert", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     progress = progress or Progress.silent()
     if dtype not in ("auto", *DTYPES):
@@ -159,80 +160,58 @@ def convert(
         )
     with open_weights(model_dir, allow_nonfinite=allow_nonfinite, progress=progress) as source:
         config = source.config
+        _check_plain(source)
         target = config.dtype if dtype == "auto" else dtype
         _check_parallel(config, tp_size, pp_size)
         settings = {"dtype": target, "tp_size": tp_size, "pp_size": pp_size, "allow_nonfinite": allow_nonfinite}
-        if not force and report.is_current(output_dir, settings, lambda: report.manifest_inputs(source.inputs(), progress)):
-            return {"output_dir": str(output_dir), "model_type": config.family, **settings, "up_to_date": True}
-        files.check_output(output_dir, force=force, inputs=[model_dir])
+        summary = {"output_dir": str(output_dir), "model_type": config.family, **settings}
+        output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+        if output.is_current():
+            return {**summary, "up_to_date": True}
         stages = [_stage_tensors(source, layers, stage, pp_size) for stage, layers in enumerate(rank_layers(config.num_layers, pp_size))]
         shapes = [[_entries(stage, rank, tp_size, config, target) for rank in range(tp_size)] for stage in stages]
         num_bytes = sum(tensor_file.num_bytes(rank) for stage in shapes for rank in stage)
         source_bytes = sum(
             math.prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype or target].itemsize for stage in stages for _, tensor in stage
         )
-        files.require_space(output_dir.absolute().parent, num_bytes + _SPACE_FOR_REST)
-        hashes: dict[str, str] = {}
+        output.prepare(num_bytes)
         found: dict[str, Findings] = {}
-        # The source is hashed in file order while it is read in model order; each finds the other's pages in memory.
-        with files.atomic_dir(output_dir, force=force) as partial, _InputHashes(source.inputs()) as inputs:
+        with output.writing() as partial:
             with progress.stage("convert", source_bytes, "bytes") as step:
                 for stage, tensors in enumerate(stages):
                     names = [f"rank{stage * tp_size + rank}.safetensors" for rank in range(tp_size)]
                     with ExitStack() as stack:
-                        outputs = [_RankFile(stack.enter_context((partial / name).open("xb"))) for name in names]
+                        ranks = [_RankFile(stack.enter_context((partial / name).open("xb"))) for name in names]
                         lanes = stack.enter_context(_Lanes())
-                        for output, entries in zip(outputs, shapes[stage], strict=True):
-                            lanes.send(output, tensor_file.header(entries))
+                        for rank, entries in zip(ranks, shapes[stage], strict=True):
+                            lanes.send(rank, tensor_file.header(entries))
                         for _, tensor in tensors:
-                            findings = _deal(source, tensor, outputs, tensor.dtype or target, lanes, step, keep=not found)
+                            findings = _deal(source, tensor, ranks, tensor.dtype or target, lanes, step, keep=not found)
                             if findings:
                                 found[tensor.name] = findings
                         lanes.drain()
-                    hashes |= {name: output.digest.hexdigest() for name, output in zip(names, outputs, strict=True)}
+                    output.hashes |= {name: rank.digest.hexdigest() for name, rank in zip(names, ranks, strict=True)}
             source.refuse(found, target)
-            text = json.dumps(trtllm_config(config, dtype=target, tp_size=tp_size, pp_size=pp_size), indent=2) + "\n"
-            hashes["config.json"] = _write(partial / "config.json", text.encode())
-            for name in source.carried():
-                hashes[name] = _write(partial / name, files.read_inside(model_dir, name, _CARRIED_LIMIT))
-            rows = inputs.rows()
-            source.verify_unchanged()
-            report.write_manifest(
-                partial,
-                command=_command(model_dir, output_dir, settings),
-                inputs=rows,
-                config=settings,
-                checks=[],
-                environment={},
-                hashes=hashes,
-            )
+            output.write("config.json", json.dumps(trtllm_config(config, dtype=target, tp_size=tp_size, pp_size=pp_size), indent=2) + "\n")
+            output.carry(*source.members.carried, *source.members.exits)
     return {
-        "output_dir": str(output_dir),
-        "model_type": config.family,
-        **settings,
+        **summary,
         "up_to_date": False,
         "notes": list(source.notes),
+        "exits": str(source.exits) if source.exits else None,
         "num_tensors": sum(len(stage) for stage in stages),
         "num_bytes": num_bytes,
-        "files": dict(sorted(hashes.items())),
+        "files": dict(sorted(output.hashes.items())),
     }
 
 
-class _InputHashes:
-    """The manifest's rows about the inputs, computed by a thread of its own."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._rows = [self._pool.submit(report.manifest_inputs, [path]) for path in paths]
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [row for future in self._rows for row in future.result()]
-
-    def __enter__(self) -> _InputHashes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+def _check_plain(source: WeightSource) -> None:
+    """E103 for a TensorRT-LLM checkpoint with quantized layers; E102 and its kin for exits that cannot be used."""
+    if source.config.quantization is not None:
+        why = "it is a TensorRT-LLM checkpoint with quantized layers, whose numbers are kept as they are"
+        fix = "use it as it is: thoughtx-build and trtllm-build read it"
+        raise ThoughtxError("E103", "the checkpoint is already quantized", where=str(source.path), why=why, fix=fix)
+    _ = source.exits
 
 
 def _stage_tensors(source: WeightSource, layers: range, stage: int, pp_size: int) -> list[tuple[str, Tensor]]:
@@ -272,16 +251,3 @@ def _deal(source: WeightSource, tensor: Tensor, outputs: list[_RankFile], dtype:
             if num_zero_rows:
                 lanes.send(outputs[rank], bytes(num_zero_rows * math.prod(part.shape[1:]) * kind.itemsize))
     return found
-
-
-def _command(model_dir: Path, output_dir: Path, settings: dict[str, Any]) -> str:
-    """The command that makes the same checkpoint again, with names instead of this machine's paths."""
-    flags = " ".join(f"--{name} {value}" for name, value in settings.items() if name != "allow_nonfinite")
-    words = f"thoughtx-convert --model_dir {model_dir.name} --output_dir {output_dir.name} {flags}"
-    return words + (" --allow_nonfinite" if settings["allow_nonfinite"] else "")
-
-
-def _write(path: Path, data: bytes) -> str:
-    with path.open("xb") as handle:
-        handle.write(data)
-    return hashlib.sha256(data).hexdigest()

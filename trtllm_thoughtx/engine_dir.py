@@ -27,7 +27,7 @@ from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.exit_weights import is_threshold
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
-from trtllm_thoughtx.weights import CARRIED
+from trtllm_thoughtx.members import CARRIED
 
 CONFIG = "config.json"
 SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number

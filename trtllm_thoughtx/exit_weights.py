@@ -27,8 +27,8 @@ from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import open_inside, read_json
 from trtllm_thoughtx.header import read_header
+from trtllm_thoughtx.members import EXIT_JSON, EXIT_TENSORS, EXITS
 
-JSON_FILE, TENSOR_FILE = "exits.json", "exits.safetensors"
 SCHEMA = "thoughtx.exits/1"
 READY, BOUNDARY = 0, 1  # the exit head's rows
 
@@ -63,6 +63,15 @@ class ExitWeights:
     adapters: tuple[ExitAdapter, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return self.head is not None or bool(self.adapters)
+
+    def __str__(self) -> str:
+        """What there is, in words."""
+        layers = ", ".join(str(one.layer) for one in self.adapters)
+        parts = ["an exit head"] * (self.head is not None) + [f"exit adapters before layers {layers}"] * bool(layers)
+        return " and ".join(parts) or "no exits"
+
     def adapter(self, layer: int) -> ExitAdapter | None:
         return next((one for one in self.adapters if one.layer == layer), None)
 
@@ -89,31 +98,26 @@ def write_exits(root: Path, exits: ExitWeights, config: ModelConfig) -> None:
         "report": exits.report,
     }
     tensors = {name: np.ascontiguousarray(array, np.float32) for name, array in exits.tensors().items()}
-    tensor_file.write_all(root / TENSOR_FILE, tensors, metadata=None)
-    with (root / JSON_FILE).open("xb") as file:
+    tensor_file.write_all(root / EXIT_TENSORS, tensors, metadata=None)
+    with (root / EXIT_JSON).open("xb") as file:
         file.write((json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
-
-
-def exit_files(root: Path) -> list[Path]:
-    """The files that `read_exits` reads, none where the checkpoint has no exits."""
-    return [Path(root) / name for name in (JSON_FILE, TENSOR_FILE) if os.path.lexists(Path(root) / name)]
 
 
 def read_exits(root: Path, config: ModelConfig) -> ExitWeights:
     """What the checkpoint in `root` carries; nothing (all None) where it has neither file."""
-    found = exit_files(root)
+    found = [name for name in EXITS if os.path.lexists(Path(root) / name)]
     if not found:
         return ExitWeights()
-    where = shown(str(Path(root) / JSON_FILE), 400)
+    where = shown(str(Path(root) / EXIT_JSON), 400)
     if len(found) == 1:
-        raise _refuse("E106", "one of the two files of its exits is missing", where, f"there is only {found[0].name}")
-    body = read_json(root, JSON_FILE)
+        raise _refuse("E106", "one of the two files of its exits is missing", where, f"there is only {found[0]}")
+    body = read_json(root, EXIT_JSON)
     problems = _json_problems(body, config)
     if problems:
         raise _refuse("E102", "the description of its exits cannot be used", where, listed(problems))
     wanted = _shapes(body, config)
-    place = shown(str(Path(root) / TENSOR_FILE), 400)
-    with open_inside(root, TENSOR_FILE) as handle:
+    place = shown(str(Path(root) / EXIT_TENSORS), 400)
+    with open_inside(root, EXIT_TENSORS) as handle:
         header = read_header(handle, place)
         wrong = [f"{shown(name)}: not a tensor of these exits" for name in header if name not in wanted]
         wrong += [f"{name}: missing" for name in wanted if name not in header]

@@ -173,7 +173,7 @@ def verify_files(root: Path, needed: Sequence[str] = (), unwanted: Sequence[str]
             "the files do not match their manifest",
             where=shown(str(root)),
             why=listed(wrong),
-            fix=f"copy the directory again, or make it again: {shown(again, 400)}. Nothing was loaded.",
+            fix=f"copy the directory again, or make it again: {shown(again, 4000)} --force. Nothing was loaded.",
         )
 
 

@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,10 +21,12 @@ import numpy as np
 from trtllm_thoughtx import checkpoint, files
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.exit_weights import ExitWeights, read_exits
 from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+from trtllm_thoughtx.members import Members, changed
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_unexplained
 from trtllm_thoughtx.tensor_file import DTYPES
@@ -35,23 +37,6 @@ READ_DTYPES = {stored: NUMPY_DTYPES[name] for stored, name in STORED_DTYPES.item
 # Types of quantized tensors, which are never cast.
 FIXED_DTYPES = {stored: DTYPES[stored] for stored in ("F8_E4M3", "I8", "U8", "F32", "I32")}
 BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "calibration.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-)
 _CAST_ELEMENTS = 1 << 16  # a piece whose temporaries stay in the processor's cache
 
 
@@ -113,7 +98,7 @@ class WeightSource:
         config: ModelConfig,
         table: tuple[Tensor, ...],
         stored: dict[str, checkpoint.TensorInfo],
-        shards: list[str],
+        members: Members,
         *,
         allow_nonfinite: bool,
         notes: tuple[str, ...] = (),
@@ -121,17 +106,15 @@ class WeightSource:
         self.path, self.kind, self.config = path, kind, config
         self.notes = notes  # what a person should know about how this checkpoint was read
         self.allow_nonfinite = allow_nonfinite
-        self.shards = shards
+        self.members = members
         self._tensors = {t.name: t for t in table}
         self._stored = stored
         self._handles: dict[str, BinaryIO] = {}
-        self._stamps: dict[str, tuple[int, int, int]] = {}
         self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
         self._twin = HEAD if config.tied and not config.has_head and HEAD in stored else None
-        for name in shards:
+        for name in members.weights:
             self._handles[name] = files.open_inside(path, name)
-            self._stamps[name] = _stamp(self._handles[name])
 
     def names(self) -> tuple[str, ...]:
         """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`, unless that is quantized."""
@@ -228,7 +211,7 @@ class WeightSource:
             num_read = os.preadv(fd, [view], offset)
             if num_read <= 0:
                 self.verify_unchanged()
-                raise _changed(self.path / info.file)
+                raise changed(self.path / info.file)
             view, offset = view[num_read:], offset + num_read
 
     def refuse(self, found: dict[str, Findings], dtype: str) -> None:
@@ -262,27 +245,13 @@ class WeightSource:
                 "keeps them as they are, for tensorrt-llm; no engine is built from them here",
             )
 
-    def carried(self) -> dict[str, Path]:
-        """Files that belong to the model beside its weights and travel with it: tokenizer, chat template, licence."""
-        found = {}
-        for name in CARRIED:
-            if os.path.lexists(self.path / name):
-                files.open_inside(self.path, name).close()
-                found[name] = self.path / name
-        return found
-
-    def inputs(self) -> list[Path]:
-        """Every file that determines the result."""
-        index = self.path / "model.safetensors.index.json"
-        has_index = self.kind == "huggingface" and index.is_file()
-        return [self.path / "config.json", *([index] if has_index else []), *(self.path / s for s in self.shards), *self.carried().values()]
+    @functools.cached_property
+    def exits(self) -> ExitWeights:
+        """The early exits that the checkpoint carries, checked; none (all None) where it has no such files."""
+        return read_exits(self.path, self.config)
 
     def verify_unchanged(self) -> None:
-        """E111 when a weight file is no longer the one that was opened."""
-        for name, handle in self._handles.items():
-            with files.open_inside(self.path, name) as now:
-                if not _stamp(now) == _stamp(handle) == self._stamps[name]:
-                    raise _changed(self.path / name)
+        self.members.verify_unchanged()
 
     def close(self) -> None:
         for handle in self._handles.values():
@@ -298,21 +267,6 @@ class WeightSource:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.itemsize}"))
-
-
-def _stamp(handle: BinaryIO) -> tuple[int, int, int]:
-    status = os.fstat(handle.fileno())
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _changed(path: Path) -> ThoughtxError:
-    return ThoughtxError(
-        "E111",
-        f"{shown(path.name)} changed while it was read",
-        where=str(path),
-        why="its size, time or identity is no longer what it was when the run began",
-        fix="let whatever writes the checkpoint finish, then run again",
-    )
 
 
 def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
@@ -336,7 +290,8 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
         model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
         shards = checkpoint.shard_files(path)
         stored = checkpoint.read_tensors(path, shards)
-        notes = ignored_notes(path, shards)
+        members = Members(path, kind, shards)
+        notes = members.notes()
         refuse_unexplained(stored, path)
         if any(info.dtype == "F64" for info in stored.values()):
             notes.append("weights in float64 are rounded: no engine computes in it")
@@ -356,6 +311,7 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
         config = model_config_from_trtllm(raw, where)
         shards = ["rank0.safetensors"]
         stored = checkpoint.read_tensors(path, shards)
+        members = Members(path, kind, shards)
         if config.quantization is None:
             refuse_unexplained(stored, path)
         if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
@@ -366,10 +322,4 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
         notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
     for note in notes:
         (progress or Progress.silent()).note(f"note: {note}")
-    return WeightSource(path, kind, config, table, stored, shards, allow_nonfinite=allow_nonfinite, notes=tuple(notes))
-
-
-def ignored_notes(path: Path, shards: Sequence[str]) -> list[str]:
-    """A sentence about safetensors files that hold no part of the model; none without such files."""
-    names = checkpoint.ignored_files(path, shards)
-    return [f"not part of the model, and not read: {', '.join(shown(n, 80) for n in names[:20])}"] if names else []
+    return WeightSource(path, kind, config, table, stored, members, allow_nonfinite=allow_nonfinite, notes=tuple(notes))

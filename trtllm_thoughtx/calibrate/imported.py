@@ -22,20 +22,23 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from trtllm_thoughtx import checkpoint, files, report, tensor_file
+from trtllm_thoughtx import checkpoint, files, tensor_file
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.exit_weights import read_exits
 from trtllm_thoughtx.families import Tensor, tensors_of
 from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import TOKEN_ACTIVATIONS, linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.members import QUANT_FILE, Members
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.tensor_check import HEAD
-from trtllm_thoughtx.weights import CARRIED, FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES, ignored_notes
+from trtllm_thoughtx.weights import FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-QUANT_FILE = "hf_quant_config.json"
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|k_scale|v_scale)")
 Made = dict[str, np.ndarray]  # suffix -> tensor
 
@@ -143,8 +146,9 @@ class _Source:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.shards = checkpoint.shard_files(root)
-        self.infos = checkpoint.read_tensors(root, self.shards)
+        shards = checkpoint.shard_files(root)
+        self.members = Members(root, "huggingface", shards)
+        self.infos = checkpoint.read_tensors(root, shards)
         self.used: set[str] = set()
 
     def read(self, name: str, wanted: tuple[int, ...] | None = None, kind: str | None = None) -> np.ndarray:
@@ -248,18 +252,19 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
 
 def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Write a quantized Hugging Face checkpoint as a TensorRT-LLM one, number for number; returns a summary."""
+    command = command_line("thoughtx-convert", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     progress = progress or Progress.silent()
     scheme = scheme_of(model_dir)
     raw = {key: value for key, value in files.read_json(model_dir, "config.json").items() if key != "quantization_config"}
     source = _Source(model_dir)
-    for note in (notes := ignored_notes(model_dir, source.shards)):
+    for note in (notes := source.members.notes()):
         progress.note(f"note: {note}")
     kinds = {STORED_DTYPES[i.dtype] for n, i in source.infos.items() if i.dtype in STORED_DTYPES and n.endswith("norm.weight")}
     config = model_config_from_hf(raw, str(model_dir / "config.json"), weights_dtype=kinds.pop() if len(kinds) == 1 else None)
     if config.experts is not None:
         _unread("a quantized mixture of experts", str(model_dir), "use the original checkpoint: mixtures are built in float32 and 16 bits")
-    files.check_output(output_dir, force=force, inputs=[model_dir])
+    exits = read_exits(model_dir, config)
     table = {tensor.name: tensor for tensor in tensors_of(config)}
     mark = ".weight_scale" if scheme.kind == "fp8" else ".qweight"
     covered: dict[str, Tensor] = {}
@@ -274,36 +279,9 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
     quant = made.quant_config([module for module in linear_modules(config) if module not in covered])
     config = replace(config, quantization=quant)
     entries = with_quantization(list(table.values()), config)
-    inputs = [model_dir / name for name in ("config.json", *source.shards, QUANT_FILE) if os.path.lexists(model_dir / name)]
-    with files.atomic_dir(output_dir, force=force) as partial, progress.stage("import", len(entries)) as stage:
-
-        def values() -> Iterator[np.ndarray]:
-            for tensor in entries:
-                stage.advance(1)
-                yield made.value(tensor) if tensor.stored else _plain(source, tensor, config.dtype)
-
-        names = {kind: name for name, kind in STORED_DTYPES.items()}
-        rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
-        hashes = {"rank0.safetensors": tensor_file.write(partial / "rank0.safetensors", rows, values())}
-        unused = [n for n in source.infos if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
-        unused = [n for n in unused if not _adds_nothing(source, n, scheme)]
-        if unused:
-            why = listed([shown(name) for name in unused])
-            fix = "use the config.json that belongs to these weights"
-            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(model_dir), why=why, fix=fix)
-        (partial / "config.json").write_text(json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
-        for name in (n for n in CARRIED if os.path.lexists(model_dir / n)):
-            (partial / name).write_bytes(files.read_inside(model_dir, name, 512 << 20))
-        report.write_manifest(
-            partial,
-            command=f"thoughtx-convert --model_dir {model_dir.name} --output_dir {output_dir.name}",
-            inputs=report.manifest_inputs(inputs),
-            config={"scheme": scheme.kind, "dtype": config.dtype},
-            checks=[],
-            environment={},
-            hashes=hashes,
-        )
-    return {
+    names = {kind: name for name, kind in STORED_DTYPES.items()}
+    rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
+    summary = {
         "output_dir": str(output_dir),
         "model_type": config.family,
         "dtype": config.dtype,
@@ -311,9 +289,29 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
         "num_quantized": len(covered),
         "has_zero_point": quant.zero_point,
         "has_input_order": quant.input_order,
-        "notes": notes,
-        "up_to_date": False,
     }
+    settings = {"scheme": scheme.kind, "dtype": config.dtype}
+    output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+    if output.is_current():
+        return {**summary, "up_to_date": True}
+    output.prepare(tensor_file.num_bytes(rows))
+    with output.writing() as partial, progress.stage("import", len(entries)) as stage:
+
+        def values() -> Iterator[np.ndarray]:
+            for tensor in entries:
+                stage.advance(1)
+                yield made.value(tensor) if tensor.stored else _plain(source, tensor, config.dtype)
+
+        output.hashes["rank0.safetensors"] = tensor_file.write(partial / "rank0.safetensors", rows, values())
+        unused = [n for n in source.infos if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
+        unused = [n for n in unused if not _adds_nothing(source, n, scheme)]
+        if unused:
+            why = listed([shown(name) for name in unused])
+            fix = "use the config.json that belongs to these weights"
+            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(model_dir), why=why, fix=fix)
+        output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
+        output.carry(*source.members.carried, *source.members.exits)
+    return {**summary, "up_to_date": False, "notes": notes, "exits": str(exits) if exits else None}
 
 
 class _Made:

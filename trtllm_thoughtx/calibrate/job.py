@@ -26,17 +26,23 @@ from trtllm_thoughtx.calibrate.page import report_html
 from trtllm_thoughtx.calibrate.traces import answered
 from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.evaluate.questions import sha256_of_questions
 from trtllm_thoughtx.families import Tensor
 from trtllm_thoughtx.families.quantization import STORED, linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.members import CALIBRATION, CALIBRATION_PAGE
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.weights import STORED_DTYPES, WeightSource, open_weights
 
 SMOOTHED = ("int8_sq", "int4_awq")
 GROUPS = (128, 64, 32, 16)
-CALIBRATION = "calibration.json"
-SPACE_FOR_REST = 64 << 20
+EXITS_CARRIED = (
+    "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
+    "to calibrate them on the quantized model, fit them again from this output"
+)
 AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
 NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
 
@@ -74,6 +80,7 @@ def calibrate(
     `eval_items` questions of each task, or those of `dataset`, are put to engines of both checkpoints, with `max_new_tokens` at most.
     E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
     """
+    command = command_line("thoughtx-calibrate", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     progress, load = progress or Progress.silent(), os.getloadavg()[0]
     with open_weights(model_dir, progress=progress) as source:
@@ -114,21 +121,20 @@ def calibrate(
             "data": data.facts["tokens_sha256"],
             "self_traces": self_traces,
             "private_data": private_data,
-            "questions": hashlib.sha256(json.dumps([[q.id, q.prompt, q.expected] for q in questions]).encode()).hexdigest(),
+            "questions": sha256_of_questions(questions),
             "max_new_tokens": max_new_tokens,
         }
-        inputs = report.manifest_inputs(source.inputs(), progress)
-        if not force and report.is_current(output_dir, settings, lambda: inputs):
+        output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+        if output.is_current():
             return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
-        files.check_output(output_dir, force=force, inputs=[model_dir])
+        carried_exits = [EXITS_CARRIED.format(source.exits)] if source.exits else []
         _check_target(config, quant, target_bits)
         num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging, *data.judging]]
         num_states = 3 * sum(num_tokens) * config.hidden_size * 4
         num_engines = 2 if questions else int(self_traces)  # in float32, at most twice the source
-        needed = 2 * (1 + num_engines) * source_bytes(source) + num_states + SPACE_FOR_REST
-        files.require_space(output_dir.absolute().parent, needed)
+        output.prepare(2 * (1 + num_engines) * source_bytes(source) + num_states)
         walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
-        work = working_dir(output_dir, {**walked, "inputs": inputs, "version": __version__}, progress)
+        work = working_dir(output_dir, {**walked, "inputs": output.inputs(), "version": __version__}, progress)
         if self_traces:
             data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
@@ -166,13 +172,13 @@ def calibrate(
             "limits": limits_of(on_stored),
             "size": sizes(config, final, modules),
             "modules": modules,
-            "warnings": [*data.warnings, *_warnings(modules)],
+            "warnings": [*data.warnings, *carried_exits, *_warnings(modules)],
             "answers": None,
             "speed": None,
             "skipped": [] if questions else [NOT_ASKED],
             "validation": walk.stored_rows(),
         }
-        for warning in _warnings(modules):
+        for warning in [*carried_exits, *_warnings(modules)]:
             progress.note(f"warning: {warning}")
 
         def ask(made: Path) -> None:
@@ -180,7 +186,7 @@ def calibrate(
                 found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress)
                 found["speed"]["conditions"]["load_before"] = load  # of others: later it is this calibration's own
 
-        _write(output_dir, source, replace(config, quantization=final), work, found, settings, inputs, ask, force=force, progress=progress)
+        _write(output, source, replace(config, quantization=final), work, found, ask, progress)
         shutil.rmtree(work, ignore_errors=True)
     return {**found, "output_dir": str(output_dir), "up_to_date": False}
 
@@ -302,21 +308,17 @@ def working_dir(output_dir: Path, key: Mapping[str, Any], progress: Progress) ->
 
 
 def _write(
-    output_dir: Path,
+    output: Output,
     source: WeightSource,
     config: ModelConfig,
     work: Path,
     found: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    inputs: list[dict[str, Any]],
     ask: Callable[[Path], None],
-    *,
-    force: bool,
     progress: Progress,
 ) -> None:
     table = with_quantization(source.tensors(), config)
     entries = [(t.name, t.stored or _stored_name(config.dtype), t.shape) for t in table]
-    with files.atomic_dir(output_dir, force=force) as partial:
+    with output.writing() as partial:
         with progress.stage("write", len(table)) as stage:
 
             def values() -> Iterator[np.ndarray]:
@@ -324,25 +326,12 @@ def _write(
                     stage.advance(1)
                     yield value
 
-            hashes = {"rank0.safetensors": tensor_file.write(partial / "rank0.safetensors", entries, values())}
-        body = json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n"
-        (partial / "config.json").write_bytes(body.encode())
-        for name, path in source.carried().items():
-            if name != CALIBRATION:
-                (partial / name).write_bytes(files.read_inside(path.parent, name, 512 << 20))
+            output.hashes["rank0.safetensors"] = tensor_file.write(partial / "rank0.safetensors", entries, values())
+        output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
+        output.carry(*(name for name in source.members.carried if name != CALIBRATION), *source.members.exits)
         ask(partial)
-        (partial / CALIBRATION).write_bytes(report.to_json(found).encode())
-        (partial / "report.html").write_bytes(report_html(found).encode())
-        source.verify_unchanged()
-        report.write_manifest(
-            partial,
-            command=f"thoughtx-calibrate --model_dir {source.path.name} --output_dir {output_dir.name} --qformat {found['qformat']}",
-            inputs=inputs,
-            config=settings,
-            checks=[],
-            environment={},
-            hashes=hashes,
-        )
+        output.write(CALIBRATION, report.to_json(found))
+        output.write(CALIBRATION_PAGE, report_html(found))
 
 
 def _stored_name(dtype: str) -> str:

@@ -6,6 +6,8 @@ build.yaml    flags for thoughtx-build: the smallest cache that keeps what was a
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,19 @@ from trtllm_thoughtx.capture.recall import Recall, masks_of
 from trtllm_thoughtx.capture.windows import candidates, name_of, num_slots
 from trtllm_thoughtx.checkpoint import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.evaluate.questions import Question
+from trtllm_thoughtx.evaluate.questions import Question, sha256_of_questions
 from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.statistics import mcnemar, mean_interval
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.golden import ChunkSpec
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.weights import open_weights
 
 SCHEMA = "thoughtx.chunks/1"
+CHUNKS = "chunks.json"
 DISTANCES = (64, 128, 256, 512, 1024)  # upper ends of the bins of a needed fact's distance, in words
 NUM_SMALLER = 3  # windows below the chosen one that questions are asked with
 
@@ -51,19 +56,30 @@ def chunk_report(
 ) -> dict[str, Any]:
     """Look at `calib_size` whole traces and ask `eval_items` questions of each task (0: none). `target_capture` and
     `max_task_loss` are shares in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
+    command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
     if kind_of(model_dir) != "huggingface":
         fix = "give the Hugging Face directory that the engine is to be built from"
         raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)
-    files.check_output(output_dir, force=force, inputs=[model_dir])
     with open_weights(model_dir) as source:
-        config = source.config
+        config, members = source.config, source.members
     if context > config.longest:
         why = f"the model was made for {config.longest} positions"
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")
     text = need_text(Text.load(model_dir), model_dir)
     sequences = sequences_of(text, calib_data, calib_size, context, seed)
     questions = questions_of(calib_data, eval_items, seed)
+    settings = {
+        "context": context,
+        "target_capture": target_capture,
+        "max_task_loss": max_task_loss,
+        "sequences": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
+        "questions": sha256_of_questions(questions),
+    }
+    output = Output(output_dir, members, settings, command=command, force=force, progress=progress)
+    if output.is_current():
+        return {**files.read_json(output_dir, CHUNKS), "model_dir": str(model_dir), "up_to_date": True}
+    output.prepare(0)
     windows = candidates(context)
     recall, outputs = _look(model_dir, sequences, windows, config.num_layers, progress)
     rows = [
@@ -94,12 +110,12 @@ def chunk_report(
         found["skipped"].append(f"build.yaml: no window below {context} tokens reaches the targets")
     else:
         found["output_error"] = outputs(windows[found["chosen"]])
-    with files.atomic_dir(output_dir, force=force) as root:
-        (root / "chunks.json").write_text(report.to_json({"schema": SCHEMA, **found}))
+    with output.writing() as root:
+        output.write(CHUNKS, report.to_json({"schema": SCHEMA, **found, "model_dir": Path(model_dir).name}))
         plot.capture_plot(root / "chunks.png", found)
         if found["chosen"] is not None:
-            (root / "build.yaml").write_text(_recipe(found, windows[found["chosen"]]))
-    return found
+            output.write("build.yaml", _recipe(found, windows[found["chosen"]]))
+    return {**found, "up_to_date": False}
 
 
 def _look(

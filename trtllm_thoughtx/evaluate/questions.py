@@ -6,6 +6,8 @@ answer. Systems that are to be compared must be asked the same, so an id says ev
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +40,11 @@ class Question:
     @property
     def mode(self) -> str:
         return FREE if self.thought is None else CUT
+
+
+def sha256_of_questions(questions: Sequence[Question]) -> str:
+    """Of what is asked and expected: the setting that decides what was measured."""
+    return hashlib.sha256(json.dumps([[asked.id, asked.prompt, asked.expected] for asked in questions]).encode()).hexdigest()
 
 
 def generated(

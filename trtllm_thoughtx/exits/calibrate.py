@@ -6,8 +6,6 @@ appears whole or not at all; nothing in it changes but the two files of `exit_we
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx import files, report
 from trtllm_thoughtx.build import build
 from trtllm_thoughtx.checkpoint import kind_of
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.convert import convert
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
-from trtllm_thoughtx.exit_weights import BOUNDARY, ExitAdapter, ExitHead, ExitWeights, exit_files, read_exits, write_exits
+from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, sha256_of_questions
+from trtllm_thoughtx.exit_weights import BOUNDARY, ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
 from trtllm_thoughtx.exits import rule
 from trtllm_thoughtx.exits.fit import logistic, low_rank
 from trtllm_thoughtx.exits.traces import Trace, collect, hidden_states, normed, text_for
+from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.runtime.completion import head_in_layers
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.text import Text
@@ -68,6 +67,7 @@ def calibrate_exits(
     what was measured. E001 for settings that cannot be, E112 for a model without the thinking tags that an exit head needs, E140 for too
     few questions.
     """
+    command = command_line("thoughtx-calibrate", locals())
     progress = progress or Progress.silent()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     with open_weights(model_dir) as source:
@@ -75,9 +75,23 @@ def calibrate_exits(
         _check(config, fit_exit_head, exit_layers, adapter_rank, max_accuracy_loss)
         gain = source.read("transformer.ln_f.weight", "float32")
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
+        held, num_bytes = source.exits, sum(source.num_bytes(name) for name in source.names())
     text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
     asked = _questions(tasks, dataset, num_items, seed)
-    files.check_output(output_dir, force=force, inputs=[model_dir])
+    settings = {
+        "fit_exit_head": fit_exit_head,
+        "exit_layers": list(exit_layers),
+        "adapter_rank": adapter_rank,
+        "max_new_tokens": max_new_tokens,
+        "max_accuracy_loss": max_accuracy_loss,
+        "batch_size": batch_size,
+        "seed": seed,
+        "questions": [sha256_of_questions(questions) for questions in asked],
+    }
+    output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+    if output.is_current():
+        return {"output_dir": str(output_dir), "up_to_date": True, **read_exits(output_dir, config).report}
+    output.prepare(num_bytes)
     with tempfile.TemporaryDirectory(prefix="thoughtx-calibrate-") as folder:
         scratch = Path(folder)
         length = min(config.longest, 2048)
@@ -92,14 +106,13 @@ def calibrate_exits(
             engine.close()
         head, found = (None, {}) if not fit_exit_head else _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps)
         adapters, of_drafts = _fit_adapters(sets, exit_layers, adapter_rank, config, gain, matrix)
-        held = read_exits(model_dir, config)
         made = ExitWeights(head or held.head, adapters or held.adapters, {**held.report, **found, **of_drafts})
         checkpoint = model_dir
         if kind_of(model_dir) == "huggingface":
             checkpoint = scratch / "checkpoint"
             convert(model_dir, checkpoint, progress=progress)
-        _write(checkpoint, model_dir, output_dir, made, config, force=force, seed=seed)
-    return {"output_dir": str(output_dir), **made.report}
+        _write(output, checkpoint, made, config)
+    return {"output_dir": str(output_dir), "up_to_date": False, **made.report}
 
 
 def _check(config: ModelConfig, fit_exit_head: bool, exit_layers: Sequence[int], rank: int, max_loss: float) -> None:
@@ -235,18 +248,9 @@ def _generated(one: TracedSet, place: int) -> np.ndarray:
     ]
 
 
-def _write(checkpoint: Path, model_dir: Path, output_dir: Path, exits: ExitWeights, config: ModelConfig, *, force: bool, seed: int) -> None:
-    own = {report.MANIFEST, *(path.name for path in exit_files(checkpoint))}
-    with files.atomic_dir(output_dir, force=force) as partial:
-        for path in sorted(checkpoint.iterdir()):
-            if path.name not in own and path.is_file():
-                with files.open_inside(checkpoint, path.name) as handle, (partial / path.name).open("xb") as out:
-                    shutil.copyfileobj(handle, out, 1 << 22)
+def _write(output: Output, checkpoint: Path, exits: ExitWeights, config: ModelConfig) -> None:
+    """`checkpoint` is TensorRT-LLM's: the input, or what it was converted to. Its own exits give way to these."""
+    with open_weights(checkpoint) as source, output.writing() as partial:
+        held = source.members
+        output.carry(*held.model, *held.carried, *held.pages, root=held.root)
         write_exits(partial, exits, config)
-        inputs = []
-        with contextlib.closing(open_weights(model_dir)) as source:
-            inputs = report.manifest_inputs([*source.inputs(), *exit_files(model_dir)])
-        layers = f" --exit_layers {','.join(str(one.layer) for one in exits.adapters)}" if exits.adapters else ""
-        head = " --fit_exit_head" if exits.head else ""
-        command = f"thoughtx-calibrate --model_dir {model_dir.name} --output_dir {output_dir.name}{head}{layers} --seed {seed}"
-        report.write_manifest(partial, command=command, inputs=inputs, config=report.plain(exits.report), checks=[], environment={})
