@@ -5,168 +5,66 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from advice import ROWS, Row
 
 from trtllm_thoughtx import cli, console
 from trtllm_thoughtx.errors import CODES
 from trtllm_thoughtx.weights import open_weights
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FIRST = "model-00001-of-00002.safetensors"
-Make = Callable[[Path], object]
-CONVERT = ("convert", "--model_dir", "m", "--output_dir", "out")
-BUILD = ("build", "--checkpoint_dir", "m", "--output_dir", "out", "--backend", "onnxruntime")
+CONVERT = "convert --model_dir @m --output_dir @out"
+BUILD = "build --checkpoint_dir @m --output_dir @out --backend onnxruntime"
 
 
-def run(root: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
-    """Status and JSON document of a command; words that name something in `root` are paths there."""
-    made = [str(root / word) if word in ("m", "out") or "/" in word else word for word in words]
-    status = console.run(cli.COMMANDS[words[0]], f"thoughtx-{words[0]}", [*made[1:], "--json", "-q"])
+def run(root: Path, line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """Status and JSON document of a command; @NAME is a path in `root`."""
+    name, *words = [str(root / word[1:]) if word.startswith("@") else word for word in shlex.split(line)]
+    capsys.readouterr()
+    status = console.run(cli.COMMANDS[name], f"thoughtx-{name}", [*words, "--json", "-q"])
     return status, json.loads(capsys.readouterr().out)
 
 
-def tiny_model(**kwargs: Any) -> Make:
-    return lambda root: tiny.write_tiny(root / "m", **kwargs)
-
-
-def edited(file: str, **fields: Any) -> Make:
-    """Fields of a JSON file in the model set; None removes one."""
-
-    def change(root: Path) -> None:
-        path = root / "m" / file
-        raw = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
-
-    return change
-
-
-def both(*steps: Make) -> Make:
-    return lambda root: [step(root) for step in steps]
-
-
-def removed(name: str) -> Make:
-    return lambda root: (root / "m" / name).unlink()
-
-
-def rewritten(**kwargs: Any) -> Make:
-    """The model again, made otherwise: what "download it again" comes to."""
-    return lambda root: (shutil.rmtree(root / "m"), tiny.write_tiny(root / "m", **kwargs))
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    make: Make
-    code: str
-    fix: str  # a pattern that the advice must match; a group in it is the path to give instead of m
-    follow: Make = field(default=lambda root: None)
-    command: tuple[str, ...] = CONVERT
-    then: tuple[str, ...] | None = None  # the command that the advice leads to; None: the same again
-
-
-def cached(root: Path) -> None:
-    """An entry of the Hugging Face cache: relative links from a snapshot into blobs."""
-    blobs = root / "hub" / "models--a--b" / "blobs"
-    snapshot = blobs.parent / "snapshots" / "0123abcd"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    tiny.write_tiny(root / "plain")
-    for k, path in enumerate(sorted((root / "plain").iterdir())):
-        path.rename(blobs / f"{k:040x}")
-        (snapshot / path.name).symlink_to(f"../../blobs/{k:040x}")
-
-
-def as_pickle(root: Path) -> None:
-    torch = pytest.importorskip("torch")
-    tensors = tiny.write_tiny(root / "m")
-    torch.save({name: torch.from_numpy(np.array(values)) for name, values in tensors.items()}, root / "m" / "pytorch_model.bin")
-    (root / "m" / SINGLE).unlink()
-
-
-def saved_again(root: Path) -> None:
-    """The Python that the advice names."""
-    transformers = pytest.importorskip("transformers")
-    transformers.AutoModelForCausalLM.from_pretrained(root / "m").save_pretrained(root / "new")
-
-
-ROWS = [
-    Row(
-        "missing shard", both(tiny_model(shards=2), removed(FIRST)), "E106", f"download into this directory: {FIRST}", tiny_model(shards=2)
-    ),
-    Row("shards without index", both(tiny_model(shards=2), removed(INDEX)), "E106", f"download {INDEX} as well", tiny_model(shards=2)),
-    Row(
-        "one file of another name",
-        both(tiny_model(), lambda root: (root / "m" / SINGLE).rename(root / "m" / "weights.safetensors")),
-        "E106",
-        "rename weights.safetensors to model.safetensors",
-        lambda root: (root / "m" / "weights.safetensors").rename(root / "m" / SINGLE),
-    ),
-    Row("two sets of weights", both(tiny_model(shards=2), tiny_model()), "E106", f"remove {SINGLE}, or {INDEX}", removed(SINGLE)),
-    Row("two sets of weights, the other way", both(tiny_model(shards=2), tiny_model()), "E106", f"remove .*{INDEX}", removed(INDEX)),
-    Row(
-        "a weight file for a directory",
-        tiny_model(),
-        "E101",
-        "give the directory that holds it: (.*/m)$",
-        command=(*CONVERT[:2], f"m/{SINGLE}", *CONVERT[3:]),
-    ),
-    Row(
-        "one level too high",
-        both(tiny_model(), lambda root: (root / "up").mkdir(), lambda root: (root / "m").rename(root / "up" / "x")),
-        "E101",
-        "give (.*/up/x)$",
-        command=(*CONVERT[:2], "./up", *CONVERT[3:]),
-    ),
-    Row(
-        "entry of the hub's cache",
-        cached,
-        "E101",
-        "give (.*/snapshots/0123abcd)$",
-        command=(*CONVERT[:2], "hub/models--a--b", *CONVERT[3:]),
-    ),
-    Row(
-        "a GGUF file",
-        both(tiny_model(), lambda root: (root / "model.gguf").write_bytes(b"GGUF" + bytes(64))),
-        "E109",
-        "safetensors checkpoint that it was made from",
-        command=(*CONVERT[:2], "./model.gguf", *CONVERT[3:]),
-        then=CONVERT,
-    ),
-    Row(
-        "pickles",
-        as_pickle,
-        "E109",
-        r"from_pretrained\(DIR\)\.save_pretrained\(NEW_DIR\)",
-        saved_again,
-        then=(*CONVERT[:2], "./new", *CONVERT[3:]),
-    ),
-]
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines that rows are asked for things that they cannot do: e (plain), c (chunked)."""
+    root = tmp_path_factory.mktemp("engines")
+    tiny.write_tiny(root / "m", tokenizer=True)
+    common = ["--checkpoint_dir", str(root / "m"), "--backend", "onnxruntime", "--max_batch_size", "2", "--max_seq_len", "64", "-q"]
+    for name, flags in (("e", ()), ("c", ("--use_chunked_attention", "--chunk_size", "16"))):
+        assert console.run(cli.build, "thoughtx-build", [*common, *flags, "--output_dir", str(root / name)]) == 0
+    return root
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name.replace(" ", "-") for row in ROWS])
-def test_the_advice_works(row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_advice_works(row: Row, engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in re.findall(r"@([ec])\b", row.command):
+        shutil.copytree(engines / name, tmp_path / name)
     row.make(tmp_path)
-    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
     status, document = run(tmp_path, row.command, capsys)
-    error = document["error"]
+    error = document.get("error") or pytest.fail(f"not refused: {document}")
     assert (error["code"], status) == (row.code, CODES[row.code][0]), error
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
     found = re.search(row.fix, error["fix"])
     assert found, error["fix"]
-    row.follow(tmp_path)
-    words = row.then or row.command
-    if found.groups():
-        words = tuple(found[1] if at == 2 else word for at, word in enumerate(words))
-    capsys.readouterr()
-    status, document = run(tmp_path, words, capsys)
-    assert status == 0, document
+    assert "None" not in error["fix"] and not unknown_flags(error["fix"], (row.command.split()[0],))
+    for line in row.follow(tmp_path) or [row.then or row.command]:
+        for number, group in enumerate(found.groups(), 1):
+            line = line.replace(f"{{{number}}}", group if group.startswith("--") else shlex.quote(group))
+        status, document = run(tmp_path, line, capsys)
+        assert status == 0, document
+
+
+def test_rows_have_names_of_their_own() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
 
 
 # --- what is no reason to refuse --------------------------------------------------------------------------------------
@@ -177,10 +75,10 @@ def test_the_advice_works(row: Row, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_other_safetensors_are_passed_over(name: str, shards: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tiny.write_tiny(tmp_path / "m", shards=shards)
     (tmp_path / "m" / name).write_bytes(b"\0\5\26\7 not even a safetensors file")
-    for words in (CONVERT, BUILD, ("inspect", "m")):
-        status, document = run(tmp_path, words, capsys)
+    for line in (CONVERT, BUILD, "inspect @m"):
+        status, document = run(tmp_path, line, capsys)
         assert status == 0, document
-        assert name in " ".join(document["ignored_files"] if words[0] == "inspect" else document["notes"])
+        assert name in " ".join(document["ignored_files"] if "ignored_files" in document else document["notes"])
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     with open_weights(tmp_path / "m") as source:
         assert {part.source for tensor in source.tensors() for part in tensor.parts} == written.keys()
@@ -201,7 +99,7 @@ def test_notes_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_float64_is_rounded(dtype: str, tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = np.random.default_rng(0).standard_normal((96, 64))
     tiny.write_tiny(tmp_path / "m", dtype="float64", tied=tied, tensors={"model.layers.1.mlp.up_proj.weight": wanted})
-    status, document = run(tmp_path, (*CONVERT, "--dtype", dtype), capsys)
+    status, document = run(tmp_path, f"{CONVERT} --dtype {dtype}", capsys)
     assert status == 0 and any("float64" in note for note in document["notes"]), document
     with open_weights(tmp_path / "out") as made:
         assert made.config.dtype == ("float32" if dtype == "auto" else dtype)
@@ -250,6 +148,8 @@ READERS = {
     "exits/": ("calibrate",),
     "files.py": ("convert", "build", "calibrate", "distill"),
     "golden.py": ("validate",),
+    "quality.py": ("validate",),
+    "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "requests.py": ("run",),
     "runtime/": ("run", "eval"),
     "validate.py": ("validate",),

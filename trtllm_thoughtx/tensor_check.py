@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from trtllm_thoughtx.checkpoint import TensorInfo
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor
+from trtllm_thoughtx.families.hf_config import IMPORT
+from trtllm_thoughtx.members import QUANT_FILE
 
 STORED_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOATS = (*STORED_DTYPES, "F64")  # float64 is read and rounded; nothing is written in it
@@ -21,6 +24,9 @@ _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 def refuse_unexplained(stored: Mapping[str, TensorInfo], path: Path) -> None:
     """E103 when matrices are no floating-point numbers and config.json does not say how they are quantized."""
     others = [f"{shown(name)}: {info.dtype}" for name, info in stored.items() if info.dtype not in FLOATS and name.endswith(MATRICES)]
+    if others and os.path.lexists(path / QUANT_FILE):
+        why = f"{QUANT_FILE} says so, and weights must be F64, F32, F16 or BF16"
+        raise ThoughtxError("E103", "the checkpoint is already quantized (modelopt)", where=str(path), why=why, fix=IMPORT)
     if others:
         raise ThoughtxError(
             "E103",
@@ -56,13 +62,18 @@ def check_tensors(table: Sequence[Tensor], stored: Mapping[str, TensorInfo], con
             problems.append(f"{shown(name)}: has shape {list(info.shape)}, wanted {list(wanted[name])}")
     if not problems:
         return
-    is_base = "model.embed_tokens.weight" in wanted and "embed_tokens.weight" in stored
-    raise ThoughtxError(
-        "E107",
-        "the tensors are those of a base model, without a language-model head"
-        if is_base
-        else f"{len(problems)} tensors do not fit the configuration",
-        where=str(path),
-        why="names lack the prefix `model.`" if is_base else listed(problems),
-        fix="save the model as a causal language model" if is_base else "use the config.json that belongs to these weights",
+    what, why, fix = (
+        f"{len(problems)} tensors do not fit the configuration",
+        listed(problems),
+        "use the config.json that belongs to these weights",
     )
+    if "model.embed_tokens.weight" in wanted and "embed_tokens.weight" in stored:
+        what, why = "the tensors are those of a base model, without a language-model head", "names lack the prefix `model.`"
+        fix = "use the checkpoint of the causal language model: no head can be made of these weights"
+        if config.tied:
+            fix = "transformers.AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and copy the tokenizer's files"
+    elif len(problems) == 1 and HEAD in wanted and HEAD not in stored:
+        fix = (
+            "set tie_word_embeddings to true in config.json if the head is the embedding; else download the checkpoint again, with its head"
+        )
+    raise ThoughtxError("E107", what, where=str(path), why=why, fix=fix)

@@ -222,9 +222,9 @@ class WeightSource:
                 "E107",
                 "the model is tied, but its stored lm_head.weight is not the embedding",
                 where=str(self.path),
-                why="tie_word_embeddings is true, so transformers would ignore the stored head",
-                fix="set tie_word_embeddings to false in config.json if the stored head is meant; if it is not, load and save the model "
-                "with transformers, which drops it",
+                why="tie_word_embeddings is true, and which of the two is meant is not written down",
+                fix="set tie_word_embeddings to false in config.json; only if the stored head is a leftover, remove it from its file "
+                "(load_file and save_file of safetensors.torch)",
             )
         lines = []
         for name, f in found.items():

@@ -270,5 +270,5 @@ def _without_pads(ids: list[int], raw: Any, pad_id: int | None) -> list[int]:
 
 
 def _refused(what: str, where: str, why: str) -> ThoughtxError:
-    fix = 'each line is an object like {"prompt": "...", "answer": "..."} or {"text": "..."}. Nothing was written.'
+    fix = 'each line is an object like {"prompt": "...", "answer": "..."}, {"text": "..."} or {"input_ids": [1, 2]}. Nothing was written.'
     return ThoughtxError("E164", what, where=where, why=why, fix=fix)

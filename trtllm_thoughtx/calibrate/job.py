@@ -220,8 +220,8 @@ def quant_config(
     known = linear_modules(config)
     idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
     if idle:
-        why = f"names are like {known[0]}, {known[4]}; * and ? are wildcards"
-        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix="correct the name")
+        why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
+        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix=fix)
     if not any(quant.covers(module) for module in known):
         raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
     return quant
@@ -268,9 +268,8 @@ def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping
 def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
     if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
         why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
-        raise ThoughtxError(
-            "E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix="choose a number between"
-        )
+        fix = f"give a number from {stored_bits(quant):g} to {wide_bits(config)}"
+        raise ThoughtxError("E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix=fix)
 
 
 def source_bytes(source: WeightSource) -> int:

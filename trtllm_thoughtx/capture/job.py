@@ -59,7 +59,7 @@ def chunk_report(
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
     if kind_of(model_dir) != "huggingface":
-        fix = "give the Hugging Face directory that the engine is to be built from"
+        fix = "give the original Hugging Face directory"
         raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)
     with open_weights(model_dir) as source:
         config, members = source.config, source.members

@@ -45,7 +45,7 @@ class Fields:
             fix=fix or f"correct it in {os.path.basename(self.where)}, or download that file again if it was changed",
         )
 
-    def unsupported(self, what: str, why: str, fix: str = "use a checkpoint without it") -> NoReturn:
+    def unsupported(self, what: str, why: str, fix: str = "use another checkpoint: this model was trained with it") -> NoReturn:
         raise ThoughtxError("E103", what, where=self.where, why=why, fix=fix)
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -16,6 +16,10 @@ from trtllm_thoughtx.families.fields import BOUNDS, Fields, check_experts
 from trtllm_thoughtx.families.rope import rope_from_hf
 
 SLIDING = "sliding_attention"
+IMPORT = (
+    "thoughtx-convert --model_dir THIS --output_dir CKPT imports it, for thoughtx-build; to calibrate, and to compare with transformers, "
+    "give the original checkpoint"
+)
 IMPORTABLE = ("awq", "gptq", "compressed-tensors", "modelopt")  # quantization methods that thoughtx-convert reads
 
 
@@ -51,7 +55,7 @@ def _refuse(raw: Fields, family: Family) -> None:
         raw.unsupported(
             f"the checkpoint is already quantized ({shown(method, 40)})",
             f"weights must be {', '.join(DTYPES)}",
-            "import it first: thoughtx-convert --model_dir THIS --output_dir CKPT"
+            IMPORT
             if method in IMPORTABLE
             else "this method is not read: use the original checkpoint, and quantize it with thoughtx-calibrate",
         )
@@ -125,7 +129,9 @@ def model_config_from_hf(raw: dict[str, Any], where: str, *, weights_dtype: str 
     family = family_named(fields.text("model_type"), where)
     architectures = fields.get("architectures", [family.architecture])
     if architectures != [family.architecture]:
-        fields.unsupported(f"architectures is {shown(architectures)}", f"a {family.model_type} checkpoint must be {family.architecture}")
+        why = f"a {family.model_type} checkpoint must be {family.architecture}"
+        fix = f"use the checkpoint of the causal language model, whose config.json says {family.architecture}"
+        fields.unsupported(f"architectures is {shown(architectures)}", why, fix)
     _refuse(fields, family)
 
     num_layers = fields.integer("num_hidden_layers", 1, BOUNDS["layers"])

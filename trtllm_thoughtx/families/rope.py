@@ -22,7 +22,11 @@ def _kind(spelled: Fields) -> str:
     if spelled.text("type", kind) != kind:
         spelled.wrong("type", f"is {shown(spelled.raw['type'])}, but rope_type is {shown(kind)}")
     if kind not in KINDS:
-        spelled.unsupported(f"rope type {shown(kind)} is not supported", f"supported types are {', '.join(KINDS)}")
+        why = f"supported types are {', '.join(KINDS)}"
+        fix = "use another checkpoint: this model was trained with it"
+        if kind == "dynamic":
+            fix = "remove rope_scaling from config.json: up to max_position_embeddings, where engines then end, it changes nothing"
+        spelled.unsupported(f"rope type {shown(kind)} is not supported", why, fix)
     return kind
 
 
