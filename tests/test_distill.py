@@ -168,7 +168,13 @@ def test_a_student_of_some_layers_is_saved_as_a_stock_model(teacher_dir, tmp_pat
     model = models.load_student(teacher_dir, "float32", (0, 2))
     whole = models.load_model(teacher_dir, torch.float32)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, whole.model.layers[2].mlp.up_proj.weight)
-    models.save_model(model, model.state_dict(), teacher_dir, tmp_path / "out", "float32")
+    texts = tmp_path / "texts"
+    shutil.copytree(teacher_dir, texts)
+    for name in ("LICENSE", "added_tokens.json", "calibration.json", "exits.json"):
+        (texts / name).write_text("{}")
+    models.save_model(model, model.state_dict(), texts, tmp_path / "out", "float32")
+    assert (tmp_path / "out" / "LICENSE").is_file() and (tmp_path / "out" / "added_tokens.json").is_file()
+    assert not (tmp_path / "out" / "calibration.json").exists() and not (tmp_path / "out" / "exits.json").exists()
     again = models.load_model(tmp_path / "out", torch.float32)
     ids = torch.tensor([encode("Q x1 = 04 ? <think>")])
     assert torch.allclose(model.eval()(ids).logits, again(ids).logits, atol=1e-6)

@@ -87,6 +87,8 @@ def test_a_second_run_finds_its_output_up_to_date(place, capsys):
     assert status(place.words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["up_to_date"] is True
     assert contents(place.root / "out") == before
+    assert status(place.words) == 0
+    assert "up to date" in capsys.readouterr().out
     assert status(place.words, "--force") == 0
     varying = ("manifest.json", "calibration.json", "report.html", "chunks.png")
     assert contents(place.root / "out", *varying) == {n: data for n, data in before.items() if n not in varying}

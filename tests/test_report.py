@@ -204,3 +204,13 @@ def test_progress_on_a_terminal_is_a_bar():
     with Progress(stream=stream).stage("weights [x]", 10, "steps") as stage:
         stage.advance(10)
     assert "weights [x]" in stream.getvalue() and "10/10" in stream.getvalue()
+
+
+def test_the_command_that_makes_it_again_is_printed_whole(tmp_path):
+    command = "thoughtx-build --checkpoint_dir m --output_dir e " + " ".join(f"--flag_{i} value" for i in range(60))
+    (tmp_path / "a").write_text("a")
+    report.write_manifest(tmp_path, command=command, inputs=[], config={}, checks=[], environment={})
+    (tmp_path / "a").write_text("b")
+    with pytest.raises(ThoughtxError) as raised:
+        report.verify_files(tmp_path)
+    assert raised.value.code == "E120" and f"{command} --force" in raised.value.fix

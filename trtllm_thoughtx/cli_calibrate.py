@@ -134,4 +134,6 @@ def calibrate(
         given |= {"fit_exit_head": fit_exit_head, "exit_layers": exit_layers or ()}
         found = calibrate_exits(model_dir, output_dir, progress=progress, **given)
         human = [*exit_tables(found), following]
+    if found["up_to_date"]:
+        human = ["up to date: the same inputs and settings made what is there, and its files are intact", *human]
     emit("calibrate", found, as_json=as_json, human=human)

@@ -39,6 +39,7 @@ CARRIED = (
     "NOTICE",
     "NOTICE.txt",
 )
+CARRIED_LIMIT = 512 << 20  # bytes of one
 
 
 class Stamps:

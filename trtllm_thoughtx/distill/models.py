@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.files import atomic_dir
+from trtllm_thoughtx.files import atomic_dir, read_inside
+from trtllm_thoughtx.members import CALIBRATION, CARRIED, CARRIED_LIMIT
 from trtllm_thoughtx.reference import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+MADE_ANEW = ("generation_config.json", CALIBRATION)  # saved from the model; of other weights
 INITIAL_STD = 0.05  # weights of narrow models start too small at the usual 0.02: four times the tokens to the same loss
 
 
@@ -98,7 +98,7 @@ def load_student(path: Path, dtype: str, layers: tuple[int, ...] | None = None, 
 
 
 def save_model(model: Any, weights: dict[str, torch.Tensor], texts_from: Path, target: Path, dtype: str) -> None:
-    """Write a Hugging Face directory, with the tokenizer files of `texts_from`, whole or not at all."""
+    """Write a Hugging Face directory, with the tokenizer, templates and licence of `texts_from`, whole or not at all."""
     weights = {name: value.to("cpu", DTYPES[dtype]) for name, value in weights.items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
@@ -109,6 +109,6 @@ def save_model(model: Any, weights: dict[str, torch.Tensor], texts_from: Path, t
         config.save_pretrained(root)
         generation.save_pretrained(root)
         save_file({name: value.contiguous() for name, value in weights.items()}, root / "model.safetensors", {"format": "pt"})
-        for name in TEXT_FILES:
-            if (texts_from / name).is_file():
-                shutil.copyfile(texts_from / name, root / name)
+        for name in CARRIED:
+            if name not in MADE_ANEW and (texts_from / name).is_file():
+                (root / name).write_bytes(read_inside(texts_from, name, CARRIED_LIMIT))

@@ -23,6 +23,7 @@ from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file, read_json
+from trtllm_thoughtx.members import CALIBRATION, EXITS
 from trtllm_thoughtx.progress import Progress
 
 MODEL = "model"
@@ -90,6 +91,9 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
     progress = (progress or Progress.silent()) if process.is_main_process else Progress.silent()
     wanted = [stage for stage in STAGES if stage in stages and num_steps(settings, stage)]
     written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data))
+    dropped = [name for name in (*EXITS, CALIBRATION) if (settings.student_dir / name).is_file()]
+    if dropped:
+        progress.note(f"note: {', '.join(dropped)} of the student are left out: they belong to the weights before training")
     made = []
     for stage in wanted:
         directory = settings.stage_dir(stage)
