@@ -113,7 +113,7 @@ def test_no_command_prints_help(capsys):
 def test_installed_scripts_exist():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in NAMES:
-        assert f'thoughtx-{name} = "trtllm_thoughtx.cli:{name}_main"' in text
+        assert f'thoughtx-{name} = "trtllm_thoughtx.entry:{name}_main"' in text
         assert callable(getattr(cli, f"{name}_main"))
 
 

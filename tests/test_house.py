@@ -23,7 +23,7 @@ LIMIT_LINES = 400
 
 # A file imports from its own row and the rows above it.
 LAYERS = (
-    ("__init__", "outside", "errors", "config", "plugins"),
+    ("__init__", "outside", "interrupt", "errors", "config", "plugins"),
     ("strictjson", "progress", "tasks", "host"),
     ("files", "header"),
     ("checkpoint", "report"),
@@ -48,6 +48,7 @@ LAYERS = (
     ("command",),
     ("cli_calibrate", "cli_distill", "cli_eval"),
     ("cli",),
+    ("entry",),
     ("__main__", "demo"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,15 +1,12 @@
 """trtllm-thoughtx: distilled reasoning checkpoints in, engines that can be shipped out."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from trtllm_thoughtx.outside import keep_in
 
 keep_in()
 __version__ = "0.1.0"
 __all__ = ["Engine", "__version__"]
 
+TYPE_CHECKING = False  # typing's own takes longer to import than all of this
 if TYPE_CHECKING:
     from trtllm_thoughtx.runtime.engine import Engine
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from trtllm_thoughtx import __version__
+from trtllm_thoughtx import __version__, interrupt
 from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
@@ -228,41 +228,47 @@ def thoughtx() -> None:
     """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove that they are right."""
 
 
+def _end(status: int) -> NoReturn:
+    if status == Exit.INTERRUPTED:
+        interrupt.leave()
+    sys.exit(status)
+
+
 def main() -> NoReturn:
-    sys.exit(run(thoughtx, "thoughtx"))
+    _end(run(thoughtx, "thoughtx"))
 
 
 def distill_main() -> NoReturn:
-    sys.exit(run(distill, "thoughtx-distill"))
+    _end(run(distill, "thoughtx-distill"))
 
 
 def convert_main() -> NoReturn:
-    sys.exit(run(convert, "thoughtx-convert"))
+    _end(run(convert, "thoughtx-convert"))
 
 
 def calibrate_main() -> NoReturn:
-    sys.exit(run(calibrate, "thoughtx-calibrate"))
+    _end(run(calibrate, "thoughtx-calibrate"))
 
 
 def build_main() -> NoReturn:
-    sys.exit(run(build, "thoughtx-build"))
+    _end(run(build, "thoughtx-build"))
 
 
 def validate_main() -> NoReturn:
-    sys.exit(run(validate, "thoughtx-validate"))
+    _end(run(validate, "thoughtx-validate"))
 
 
 def run_main() -> NoReturn:
-    sys.exit(run(run_command, "thoughtx-run"))
+    _end(run(run_command, "thoughtx-run"))
 
 
 def eval_main() -> NoReturn:
-    sys.exit(run(evaluate, "thoughtx-eval"))
+    _end(run(evaluate, "thoughtx-eval"))
 
 
 def bench_main() -> NoReturn:
-    sys.exit(run(bench, "thoughtx-bench"))
+    _end(run(bench, "thoughtx-bench"))
 
 
 def inspect_main() -> NoReturn:
-    sys.exit(run(inspect, "thoughtx-inspect"))
+    _end(run(inspect, "thoughtx-inspect"))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trtllm_thoughtx import interrupt
 from trtllm_thoughtx.errors import Exit, ThoughtxError, shown
 
 if TYPE_CHECKING:
@@ -220,12 +221,13 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
     flags = args[: args.index("--")] if "--" in args else args
     as_json, debug = "--json" in flags, "--debug" in flags
     try:
-        if f"_{prog.replace('-', '_').upper()}_COMPLETE" in os.environ:
-            command.main(args=args, prog_name=prog)
-        with command.make_context(prog, list(args)) as ctx:
-            command.invoke(ctx)
-        sys.stdout.flush()
-        return int(Exit.OK)
+        with interrupt.raising():
+            if f"_{prog.replace('-', '_').upper()}_COMPLETE" in os.environ:
+                command.main(args=args, prog_name=prog)
+            with command.make_context(prog, list(args)) as ctx:
+                command.invoke(ctx)
+            sys.stdout.flush()
+            return int(Exit.OK)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return int(Exit.USAGE)
@@ -236,10 +238,7 @@ def run(command: click.Command, prog: str, args: Sequence[str] | None = None) ->
     except ThoughtxError as error:
         return _report(error, as_json, debug)
     except (KeyboardInterrupt, click.Abort):
-        print(
-            "\ninterrupted: unfinished output was removed; finished output, and any older output of the same name, is as it was",
-            file=sys.stderr,
-        )
+        sys.stderr.write(interrupt.LINE)
         return int(Exit.INTERRUPTED)
     except MemoryError as error:
         need = shown(str(error)) or "the system gave no more"

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from rich.console import Console
 
-from trtllm_thoughtx import files, report
+from trtllm_thoughtx import files, interrupt, report
 from trtllm_thoughtx.errors import Exit
 
 SAMPLE = Path(__file__).parent / "samples" / "thoughtx-tiny"
@@ -127,4 +127,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    interrupt.guard()
     sys.exit(main())

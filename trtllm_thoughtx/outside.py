@@ -7,8 +7,6 @@ temporary directories; `own_caches`, called before they are imported, gives them
 user has set is left as it is.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx import plot, report
+from trtllm_thoughtx import interrupt, plot, report
 from trtllm_thoughtx.distill import loop, models
 from trtllm_thoughtx.distill.card import card
 from trtllm_thoughtx.distill.settings import STAGES
@@ -147,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    interrupt.guard()
     main()
