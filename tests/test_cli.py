@@ -592,9 +592,11 @@ def test_run_says_which_settings_it_does_not_apply(tmp_path, engine):
     with_penalty = tmp_path / "e"
     shutil.copytree(engine, with_penalty)
     config = json.loads((with_penalty / "generation_config.json").read_text())
-    (with_penalty / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.05}))
+    (with_penalty / "generation_config.json").write_text(json.dumps({**config, "num_beams": 4, "temperature": [1], "max_new_tokens": -1}))
     made = report.read_manifest(with_penalty)
     report.write_manifest(with_penalty, command="x", inputs=made["inputs"], config={}, checks=[], environment={})
     done = run_requests(engine_dir=with_penalty, input_ids=(4, 5), max_new_tokens=2, top_p=0.5, temperature=0.0)
-    assert done["not_applied"] == ["repetition_penalty", "--top_p"]
+    assert done["not_applied"] == ["num_beams", "--top_p"]
+    done = run_requests(engine_dir=with_penalty, input_ids=(4, 5), top_k=3)
+    assert done["not_applied"] == ["temperature", "max_new_tokens", "num_beams"] + ["--top_k"] * (not config.get("do_sample"))
     assert run_requests(engine_dir=engine, input_ids=(4, 5), max_new_tokens=2)["not_applied"] == []

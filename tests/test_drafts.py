@@ -16,11 +16,12 @@ from trtllm_thoughtx.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.exits.calibrate import calibrate_exits
-from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Pace, Timer
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Drafter, Pace, Timer
+from trtllm_thoughtx.runtime.sampling import GenerationParams, penalized
 
 SAMPLE = "trtllm_thoughtx/samples/longcot-tiny"
 BASE = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 384, "max_batch_size": 8}
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
 CACHES = {
     "full": {},
     "unbounded": {"use_chunked_attention": True, "chunk_size": 96, "max_chunk_size": 384, "sink_tokens": 4, "left_chunks": 1},
@@ -83,15 +84,16 @@ def same(off, verified):
     thinking_tokens=st.sampled_from([None, None, 9, 25]),
     exit_threshold=st.sampled_from([None, None, "auto", 0.99]),
     exit_probe=st.sampled_from([None, None, 0.9]),
+    extras=st.sampled_from([{}, {}, PENALTIES, PENALTIES | {"min_p": 0.05}, {"stop": ("0", "1 =")}]),
 )
 def test_verify_is_lossless(
-    engines, cache, seed, threshold, num_rows, temperature, max_new_tokens, depth, thinking_tokens, exit_threshold, exit_probe
+    engines, cache, seed, threshold, num_rows, temperature, max_new_tokens, depth, thinking_tokens, exit_threshold, exit_probe, extras
 ):
-    """Token for token, greedy and sampled, with every other way of ending the thinking switched on and off."""
+    """Token for token, greedy and sampled, with every way of ending the thinking, penalties and stop strings switched on and off."""
     engine = engines[cache]
     base = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop_ids": engine.text.eos_ids}
     base |= {"max_reasoning_depth": depth, "max_thinking_tokens": thinking_tokens, "exit_threshold": exit_threshold}
-    base |= {"exit_probe": exit_probe, "probe_tokens": 5}
+    base |= {"exit_probe": exit_probe, "probe_tokens": 5, **extras}
     prompts = chains(engine, random.Random(seed), num_rows)
     same(*both(engine, prompts, base, draft_threshold=threshold))
 
@@ -285,3 +287,26 @@ def test_each_prompt_of_a_batch_may_have_its_own_settings(engines, cache):
     assert len({len(one.output_ids) for one in together}) > 2
     with pytest.raises(ValueError, match="2 settings for 6 prompts"):
         engine.generate(prompts, settings[:2])
+
+
+def test_drafts_are_guessed_with_the_penalties(engines):
+    """Each guess is the likeliest token once prompt, answer and the drafts before it are penalized: all that the cache holds."""
+    engine = engines["full"]
+    prompts = chains(engine, random.Random(8), 2)
+    params = GenerationParams(max_new_tokens=40, ignore_eos=True, exit_policy="verify", draft_threshold=0.0, **PENALTIES)
+    cycle, guesses = Drafter.cycle, []
+
+    def watched(self, new, most, guess):
+        def watch(row, ahead, logits):
+            held, num_prompt = self.batch.tokens[row], len(prompts[row])
+            counts = {token: held[num_prompt:].count(token) for token in held}
+            guesses.append((guess(row, ahead, logits), int(penalized(logits, counts, params).argmax()), int(logits.argmax()), len(ahead)))
+            return guesses[-1][0]
+
+        return cycle(self, new, most, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafter, "cycle", watched)
+        engine.generate(prompts, params)
+    assert guesses and all(guess == wanted for guess, wanted, _, _ in guesses)
+    assert any(guess != plain for guess, _, plain, _ in guesses) and max(num for *_, num in guesses) > 2

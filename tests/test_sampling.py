@@ -1,10 +1,23 @@
 """Sampling: the kept tokens and their probabilities are transformers', and a draw depends on seed, stream and step alone."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from trtllm_thoughtx.errors import Exit, ThoughtxError
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, distribution, token_ids, uniform, unused_settings
+from trtllm_thoughtx.runtime.params import DEFAULTS, NEUTRAL
+from trtllm_thoughtx.runtime.sampling import (
+    GenerationParams,
+    Sampler,
+    distribution,
+    log_probability,
+    penalized,
+    token_ids,
+    top_logprobs,
+    uniform,
+    unused_settings,
+)
 
 GRID = [
     {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
@@ -16,6 +29,11 @@ GRID = [
     {"temperature": 0.3, "top_p": 0.999},
     {"temperature": 1.7},
     {"temperature": 1.0, "top_k": 10_000, "top_p": 0.5},
+    {"temperature": 1.2, "min_p": 0.1},
+    {"temperature": 0.7, "min_p": 1.0},
+    {"temperature": 2.0, "top_k": 40, "min_p": 0.3},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 0.8, "top_k": 30, "top_p": 0.99, "min_p": 0.2},
 ]
 
 
@@ -31,15 +49,17 @@ def rows(kind: str, size: int = 1000) -> np.ndarray:
     return values[kind].astype(np.float32)
 
 
-def transformers_probs(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+def transformers_probs(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
     import torch
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = TemperatureLogitsWarper(float(temperature))(None, torch.tensor(logits[None].astype(np.float64)))
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     return scores.softmax(-1)[0].numpy()
 
 
@@ -167,6 +187,14 @@ def test_logits_that_are_not_finite_name_the_row(bad: float, temperature: float)
         ("top_p", [0, 0.0, -0.5, 1.0001, float("nan"), "1", True, None]),
         ("seed", [-1, 2**64, 0.5, True, None]),
         ("ignore_eos", [0, 1, "yes", None]),
+        ("min_p", [-0.1, 1.1, "0", True, None]),
+        ("repetition_penalty", [0, -1.0, float("nan"), float("inf"), 101, "1", True, None]),
+        ("presence_penalty", [-2.1, 3, float("nan"), "1", None]),
+        ("frequency_penalty", [-2.1, 3, float("nan"), "1", None]),
+        ("stop", ["a", ("",), ("a", 3), ["a"], None, ("x" * 257,)]),
+        ("stop_token_ids", [[1], (-1,), (True,), 3, None]),
+        ("num_return_sequences", [0, -1, 2.0, True, None]),
+        ("logprobs", [-1, 2.0, True, "3"]),
         ("stop_ids", [[1], (1.0,), (-1,), (True,), (2**31,), tuple(range(2000)), 3]),
     ],
 )
@@ -207,26 +235,44 @@ def test_defaults_come_from_the_checkpoint(raw: dict, overrides: dict, wanted: d
     assert GenerationParams.from_generation_config(raw, **overrides) == GenerationParams(**wanted)
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {"do_sample": 1},
-        {"temperature": "0.6"},
-        {"temperature": -1},
-        {"do_sample": True, "top_p": 0},
-        {"top_k": 20.0},
-        {"top_k": True},
-        {"eos_token_id": "</s>"},
-        {"eos_token_id": [1, [2]]},
-        {"eos_token_id": -1},
-        {"eos_token_id": True},
-        {"max_new_tokens": 0},
-    ],
-)
-def test_a_malformed_generation_config_is_refused(raw: dict) -> None:
-    with pytest.raises(ThoughtxError) as caught:
-        GenerationParams.from_generation_config(raw, where="somewhere")
-    assert caught.value.code == "E102" and caught.value.where == "somewhere" and next(reversed(raw)) in caught.value.what
+ODD = [
+    {"do_sample": 1},
+    {"do_sample": "true"},
+    {"temperature": "0.6"},
+    {"temperature": -1},
+    {"do_sample": True, "temperature": [0.6]},
+    {"do_sample": True, "top_p": 0},
+    {"top_p": True},
+    {"top_k": 20.0},
+    {"top_k": True},
+    {"min_p": 2},
+    {"repetition_penalty": 0},
+    {"repetition_penalty": [1.1]},
+    {"eos_token_id": "</s>"},
+    {"eos_token_id": [1, [2]]},
+    {"eos_token_id": [None, 7]},
+    {"eos_token_id": -1},
+    {"eos_token_id": True},
+    {"pad_token_id": 2.5},
+    {"bos_token_id": {}},
+    {"max_new_tokens": 0},
+    {"stop_strings": 3},
+    {"stop_strings": ["a", ""]},
+]
+
+
+@pytest.mark.parametrize("raw", ODD, ids=str)
+def test_an_odd_value_of_the_checkpoint_is_named_and_passed_over(raw: dict) -> None:
+    """The rest counts, of a list of ids those that are ids, and a flag in its place is no reason to name it."""
+    name = next(reversed(raw))
+    kept = {key: value for key, value in raw.items() if key != name}
+    stops = tuple(i for i in raw.get(name, ()) if type(i) is int) if name == "eos_token_id" and isinstance(raw[name], list) else ()
+    rest = {"temperature": 0.5, "top_p": 0.7} if name == "top_k" else {"top_k": 9}
+    params = GenerationParams.from_generation_config({**rest, **raw})
+    assert params == GenerationParams.from_generation_config({**rest, **kept}, stop_ids=stops)
+    assert unused_settings(raw) == (name,) and unused_settings({**raw, "num_beams": 4}) == (name, "num_beams")
+    flag = {"stop_strings": "stop"}.get(name, name)
+    assert unused_settings(raw, [flag]) == ()
 
 
 def test_an_override_is_judged_as_a_flag() -> None:
@@ -239,20 +285,114 @@ def test_defaults_agree_with_transformers() -> None:
 
     theirs = GenerationConfig._get_default_generation_params()
     ours = GenerationParams.from_generation_config({"do_sample": True})
-    assert {name: theirs[name] for name in ("temperature", "top_k", "top_p")} == {
-        name: getattr(ours, name) for name in ("temperature", "top_k", "top_p")
-    }
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences")
+    assert {name: theirs[name] for name in names} == {name: getattr(ours, name) for name in names}
     assert theirs["do_sample"] is False
 
 
 def test_settings_that_are_not_applied_are_named() -> None:
     assert unused_settings(QWEN) == ()
     raw = {**QWEN, "repetition_penalty": 1.05, "min_p": 0.0, "num_beams": 1, "no_repeat_ngram_size": 3, "typical_p": None}
-    assert unused_settings(raw) == ("repetition_penalty", "no_repeat_ngram_size")
+    assert unused_settings(raw) == ("no_repeat_ngram_size",)
+    for name, value in {
+        "num_beams": 4,
+        "penalty_alpha": 0.6,
+        "bad_words_ids": [[5]],
+        "suppress_tokens": [1],
+        "presence_penalty": 1.5,
+    }.items():
+        assert unused_settings({name: value}) == (name,)
+
+
+# What a GenerationConfig holds that changes no token of an answer by itself.
+NO_EFFECT = {
+    *("max_length", "stop_strings", "use_cache", "cache_implementation", "cache_config", "early_stopping", "length_penalty"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "renormalize_logits"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "is_assistant", "num_assistant_tokens"),
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "use_mtp", "compile_config", "disable_compile"),
+    *("continuous_batching_config", "low_memory", "prefill_chunk_size", "transformers_version", "max_cache_len"),
+    *("speculation_type", "assistant_ensemble_weight"),
+}
+
+
+def test_every_setting_of_transformers_is_applied_or_named() -> None:
+    """A setting that a new transformers brings must be put into one of the lists; its defaults are nothing to be named."""
+    from transformers import GenerationConfig
+
+    theirs = GenerationConfig()
+    names = {name for name in vars(theirs) if not name.startswith("_")} | set(theirs.to_dict()) - {"_from_model_config"}
+    assert names - NO_EFFECT - NEUTRAL.keys() - DEFAULTS.keys() - {"max_new_tokens"} == set()
+    assert unused_settings(GenerationConfig._get_default_generation_params()) == ()
 
 
 def test_token_ids() -> None:
-    assert token_ids({"a": 5}, "a", "x") == (5,) and token_ids({"a": [5, 6]}, "a", "x") == (5, 6) and token_ids({}, "a", "x") == ()
+    assert token_ids({"a": 5}, "a") == (5,) and token_ids({"a": [5, 6]}, "a") == (5, 6) and token_ids({}, "a") == ()
+
+
+# --- penalties ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", [1.05, 1.3, 0.5, 100.0])
+def test_the_repetition_penalty_is_that_of_transformers_bit_for_bit(penalty: float) -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=500).astype(np.float32) * 7
+    prompt, answer = rng.integers(0, 500, 40).tolist(), rng.integers(0, 500, 30).tolist()
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + answer]), torch.tensor(logits[None].copy()))[0].numpy()
+    counts = {**dict.fromkeys(prompt, 0), **Counter(answer)}
+    np.testing.assert_array_equal(penalized(logits, counts, GenerationParams(repetition_penalty=penalty)), wanted)
+    assert (wanted != logits).sum() == len({*prompt, *answer})
+
+
+def test_presence_and_frequency_are_those_of_vllm() -> None:
+    """vLLM's formula over dense counts: of the answer alone, after the repetition penalty."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=300).astype(np.float32) * 7
+    prompt, answer = rng.integers(0, 300, 40).tolist(), rng.integers(0, 20, 60).tolist()
+    params = GenerationParams(repetition_penalty=1.2, presence_penalty=0.7, frequency_penalty=-0.3)
+    counts, is_read = np.bincount(answer, minlength=300), np.bincount([*prompt, *answer], minlength=300) > 0
+    wanted = np.where(is_read, np.where(logits > 0, logits / np.float32(1.2), logits * np.float32(1.2)), logits)
+    wanted = wanted + 0.3 * counts - 0.7 * (counts > 0)
+    found = penalized(logits, {**dict.fromkeys(prompt, 0), **Counter(answer)}, params)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert counts.max() > 2 and params.has_penalties and not GenerationParams().has_penalties
+
+
+def test_penalties_follow_what_was_written_and_guess_what_is_drafted() -> None:
+    """Tokens that were not picked count as well, and a guess behind drafts is the later pick; no guess changes a row."""
+    logits = np.random.default_rng(4).normal(size=(6, 50)).astype(np.float32)
+    for settings in ({}, {"temperature": 1.5}):
+        params = GenerationParams(repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=0.5, **settings)
+        sampler = Sampler([GenerationParams(), params], 2, prompts=[[1], [2, 3]])
+        written = [7, 7, 9]
+        guesses = [sampler.guess(1, written[:num], logits[num]) for num in range(4)]
+        found = []
+        for num in range(4):
+            found.append(int(sampler.pick(logits[None, num], [1])[0]))
+            sampler.note(1, written[num] if num < 3 else 0)
+        assert found == guesses
+        assert int(sampler.pick(logits[None, 0], [0])[0]) == logits[0].argmax()
+    top = np.zeros(8, np.float32)
+    top[[3, 5]] = 2.0, 1.5
+    plain = Sampler(GenerationParams(presence_penalty=1.0), 1, prompts=[[3]])
+    assert plain.guess(0, [], top) == 3 and plain.guess(0, [3], top) == 5
+
+
+def test_top_logprobs() -> None:
+    logits = np.array([1, 3, 3, -2, 0], np.float32)
+    wanted = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    found = top_logprobs(logits, 3)
+    assert [i for i, _ in found] == [1, 2, 0] and top_logprobs(logits, 0) == [] and len(top_logprobs(logits, 9)) == 5
+    np.testing.assert_allclose([value for _, value in found], wanted[[1, 2, 0]], rtol=1e-12)
+    assert found[0][1] == log_probability(logits, 1)
+
+
+def test_several_answers_need_sampling() -> None:
+    with pytest.raises(ThoughtxError, match="num_return_sequences 2 needs sampling"):
+        GenerationParams(num_return_sequences=2)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.6, "top_k": 20, "top_p": 0.95}, {"temperature": 0.6, "top_p": 0.95}])

@@ -543,7 +543,6 @@ MALFORMED: dict[str, tuple[str, str, Any, str]] = {
     "template: latin-1": ("chat_template.jinja", "latin", None, "E112"),
     "template: size": ("chat_template.jinja", "x" * (1 << 21), None, "E112"),
     "generation: list": ("generation_config.json", "", [1], "E102"),
-    "generation: eos": ("generation_config.json", "", {"eos_token_id": "x"}, "E102"),
 }
 
 

@@ -17,13 +17,25 @@ from trtllm_thoughtx import __version__, interrupt
 from trtllm_thoughtx.cli_calibrate import calibrate
 from trtllm_thoughtx.cli_distill import distill
 from trtllm_thoughtx.cli_eval import evaluate
-from trtllm_thoughtx.command import CHUNK_SIZE, COMMANDS, COUNT, LAYERS, NATS, PATH, POSITIVE, command, exact_option, thinking_options
+from trtllm_thoughtx.command import (
+    CHUNK_SIZE,
+    COMMANDS,
+    COUNT,
+    LAYERS,
+    NATS,
+    PATH,
+    POSITIVE,
+    TOKENS,
+    command,
+    exact_option,
+    sampling_options,
+    thinking_options,
+)
 from trtllm_thoughtx.config import BACKENDS, DTYPES, PLUGINS, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.progress import Progress
 
-TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
 TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
 SEVERAL_BACKENDS = CommaList(
     "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
@@ -158,11 +170,13 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.  [default: one that runs here]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
 @click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
-@click.option("--top_k", type=COUNT, help="Sample among the K likeliest; 0 is all.  [default: the checkpoint's]")
 @click.option(
     "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Sample within this probability mass.  [default: the checkpoint's]"
 )
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
+@sampling_options
+@click.option("--num_return_sequences", type=Count(1, 1024), help="Answers to each prompt, from different random streams.  [default: 1]")
+@click.option("--logprobs", type=Count(0, 1000), help="With --json: log-probabilities of each token and of the N likeliest in its place.")
 @click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
 @thinking_options
@@ -174,6 +188,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
     from trtllm_thoughtx.requests import run_requests
 
     stream = None if as_json else sys.stdout
+    options["stop"] = options["stop"] or None
     result = run_requests(stream=stream, progress=Progress(quiet=quiet), **options)
     emit("run", result, as_json=as_json)
 

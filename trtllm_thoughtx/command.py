@@ -18,6 +18,8 @@ CHUNK_SIZE = CountOr(AUTO, min=1, max=1 << 24)
 NATS = FiniteFloat(min=0, max=20, min_open=True)
 CHANCE = FiniteFloat(min=0, max=1)
 CHANCE_OR_AUTO = FiniteFloatOr(AUTO, min=0, max=1)
+TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
+PENALTY = FiniteFloat(min=-2, max=2)
 LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
 COMMANDS: dict[str, click.Command] = {}
 
@@ -60,6 +62,27 @@ def exact_option(function: Callable[..., None]) -> Callable[..., None]:
     """The flag that keeps a CPU's own operators out of a quantized engine, or one with experts."""
     text = "On a CPU, run quantized products and experts as the graph has them, not on faster operators that round a little more."
     return click.option("--exact", is_flag=True, help=text)(function)
+
+
+def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Filters, penalties and stops; `run` and `eval` share them."""
+    for option in reversed((
+        click.option("--top_k", type=COUNT, help="Sample among the K likeliest; 0 is all.  [default: the checkpoint's; eval: all]"),
+        click.option("--min_p", type=CHANCE, help="Drop tokens of less than this share of the likeliest one's probability."),
+        click.option(
+            "--repetition_penalty",
+            type=FiniteFloat(0.01, 100),
+            help="Divide the logits of tokens of prompt and answer by this.  [default: the checkpoint's]",
+        ),
+        click.option("--presence_penalty", type=PENALTY, help="Lower the logits of tokens that the answer has by this.  [default: 0]"),
+        click.option("--frequency_penalty", type=PENALTY, help="Lower them by this for each time that it has them.  [default: 0]"),
+        click.option(
+            "--stop", multiple=True, help="Text before which the answer ends; may be given several times.  [default: the checkpoint's]"
+        ),
+        click.option("--stop_token_ids", type=TOKENS, help="Ids before which the answer's text ends, also with --ignore_eos."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
 
 
 def thinking_options(function: Callable[..., None]) -> Callable[..., None]:

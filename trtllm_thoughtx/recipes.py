@@ -90,6 +90,8 @@ def _wanted(param: click.Option) -> tuple[str, tuple[type, ...]]:
         return "a number", (int, float)
     if getattr(param.type, "is_list", False):
         return "a list, or its items joined by commas", (str, list, int)
+    if param.multiple:
+        return "a text, or a list of texts", (str, list)
     return "text (in quotes if it looks like a number)", (str,)
 
 
@@ -126,7 +128,8 @@ def read_recipe(path: Path, command: click.Command, ctx: click.Context, others: 
         if not is_right:
             raise _refuse(path, line, f"{key} must be {words}", f"it is {shown(repr(value))} ({type(value).__name__})", f"give {words}")
         try:
-            params[key].type.convert(value, params[key], ctx)
+            for one in value if params[key].multiple and isinstance(value, list) else [value]:
+                params[key].type.convert(one, params[key], ctx)
         except click.BadParameter as error:
             raise _refuse(
                 path, line, f"{key} has an impossible value", shown(error.message), f"thoughtx-{command.name} --help shows what it takes"

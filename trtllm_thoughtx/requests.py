@@ -17,13 +17,18 @@ from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answer import split_ids
 from trtllm_thoughtx.runtime.engine import Completion, Engine
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
-from trtllm_thoughtx.runtime.sampling import DRAFTS, THINKING, GenerationParams, unused_settings
+from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.runtime.text import Text, prompt_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", *THINKING, *DRAFTS)
+FILTERS = ("top_k", "top_p", "min_p")
+STOPS = ("stop", "stop_token_ids")
+SAMPLING = (
+    *("max_new_tokens", "temperature", *FILTERS, *PENALTIES, "seed", "ignore_eos", *STOPS, "num_return_sequences", "logprobs"),
+    *(*THINKING, *DRAFTS),
+)
 
 
 def _usage(what: str, why: str, fix: str) -> ThoughtxError:
@@ -49,7 +54,7 @@ def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
     return text.raw(request.prompt)
 
 
-def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], None], Callable[[], None]]:
+def _streaming(text: Text | None, stream: TextIO, params: GenerationParams) -> tuple[Callable[[int, int], None], Callable[[], None]]:
     """What to call with each token of the one answer, and at its end. Without a tokenizer, ids are written."""
     if text is None:
 
@@ -58,7 +63,7 @@ def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], 
             stream.flush()
 
         return ids_on_token, lambda: None
-    growing = text.stream()
+    growing = text.stop_stream(params)
 
     def on_token(row: int, token: int) -> None:
         stream.write(growing.push(token))
@@ -70,17 +75,32 @@ def _streaming(text: Text | None, stream: TextIO) -> tuple[Callable[[int, int], 
     return on_token, at_end
 
 
+def _logprobs(done: Completion, text: Text | None) -> list[dict[str, Any]] | None:
+    """Of each token that was written: its natural log-probability, and those of the likeliest ones, before penalties and temperature."""
+    if done.top_logprobs is None or done.logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": text.decode([token], skip_special=False) if text else None, "logprob": logprob}
+
+    written = zip(done.output_ids, done.logprobs, done.top_logprobs, strict=True)
+    return [{**entry(token, logprob), "top_logprobs": [entry(*one) for one in likeliest]} for token, logprob, likeliest in written]
+
+
 def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]:
-    reply = split_ids(text, done.output_ids, is_open=done.is_open)
+    reply = split_ids(text, done.output_ids, is_open=done.is_open, text_end=done.text_end)
     return {
         "id": request.id,
+        "index": done.index,
         "num_prompt_tokens": done.num_prompt_tokens,
         "num_output_tokens": len(done.output_ids),
         "output_ids": done.output_ids,
-        "text": text.decode(done.output_ids) if text else None,
+        "text": text.decode(done.output_ids)[: done.text_end] if text else None,
         "reasoning": reply.reasoning,
         "answer": reply.answer,
         "stop_reason": done.stop_reason,
+        "stop_string": done.stop_string,
+        "logprobs": _logprobs(done, text),
         "chunk_size": done.chunk_size,
         "complexity": done.complexity,
         "single_step": done.single_step,
@@ -114,8 +134,9 @@ def run_requests(
     assert set(sampling) <= set(SAMPLING), sampling
     progress = progress or Progress.silent()
     requests = _requests(prompt, input_ids, prompts)
-    if output_logits_npy is not None and len(requests) != 1:
-        raise _usage("--output_logits_npy takes one request", f"there are {len(requests)}", "run the requests one by one")
+    num_answers = len(requests) * (sampling.get("num_return_sequences") or 1)
+    if output_logits_npy is not None and num_answers != 1:
+        raise _usage("--output_logits_npy takes one request and one answer", f"there are {num_answers}", "run the requests one by one")
     if output_logits_npy is not None:
         report.check_file_output(output_logits_npy)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
@@ -123,12 +144,15 @@ def run_requests(
         rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}
         params = engine.text.default_params(**given) if engine.text else GenerationParams(**given)
-        ignored = unused_settings(engine.text.generation_config) if engine.text else ()
-        ignored += tuple(f"--{name}" for name in ("top_k", "top_p") if name in given and params.is_greedy)
+        ignored = unused_settings(engine.text.generation_config, given) if engine.text else ()
+        ignored += tuple(f"--{name}" for name in FILTERS if name in given and params.is_greedy)
         if ignored:
-            progress.note(f"not applied: {', '.join(ignored)} (decoding is greedy, or the checkpoint's setting is not supported)")
+            progress.note(
+                f"not applied: {', '.join(ignored)} (decoding is greedy, or the checkpoint's setting is malformed or not supported)"
+            )
+        requests = [request for request in requests for _ in range(params.num_return_sequences)]
         is_streamed = stream is not None and len(requests) == 1
-        on_token, at_end = _streaming(engine.text, stream) if is_streamed and stream is not None else (None, None)
+        on_token, at_end = _streaming(engine.text, stream, params) if is_streamed and stream is not None else (None, None)
         completions = engine.generate(rows, params, on_token, return_logits=output_logits_npy is not None, chunk_size=chunk_size)
         if at_end is not None and stream is not None:
             at_end()
@@ -141,7 +165,8 @@ def run_requests(
             np.save(file, np.asarray(completions[0].logits, np.float32), allow_pickle=False)
     if stream is not None and not is_streamed:
         for row in results:
-            stream.write(f"[{row['id']}] {row['text'] if row['text'] is not None else row['output_ids']}\n")
+            name = row["id"] if params.num_return_sequences == 1 else f"{row['id']}, {row['index']}"
+            stream.write(f"[{name}] {row['text'] if row['text'] is not None else row['output_ids']}\n")
     stats = engine.stats
     speed = stats.num_decoded / stats.decode_seconds if stats.num_decoded and stats.decode_seconds else None
     for row in results:

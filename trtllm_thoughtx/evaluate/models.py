@@ -45,7 +45,7 @@ class ModelSystem:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
             mask[row, width - len(prompt) :] = 1
-        sampler = Sampler(params, num, streams=streams)
+        sampler = Sampler(params, num, streams=streams, prompts=prompts)
         eos = frozenset() if params.ignore_eos else frozenset(self.text.eos_ids)
         written: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -63,6 +63,7 @@ class ModelSystem:
                     if reasons[row] is not None:
                         continue
                     written[row].append(token)
+                    sampler.note(row, token)
                     logprobs[row].append(log_probability(logits[row], token))
                     seconds[row] = time.perf_counter() - began
                     full = len(prompts[row]) + len(written[row]) >= self.max_length

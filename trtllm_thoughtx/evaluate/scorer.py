@@ -106,10 +106,11 @@ class ModelSource:
     def generate(self, rows: Sequence[Sequence[int]], params: GenerationParams, is_done: IsDone) -> list[list[int]]:
         done = []
         for index, row in enumerate(rows):
-            sampler, new = Sampler(params, 1, streams=[index]), list[int]()
+            sampler, new = Sampler(params, 1, streams=[index], prompts=[row]), list[int]()
             while len(new) < params.max_new_tokens and len(row) + len(new) < self.max_length:
                 ids = [*row, *new]
                 new.append(int(sampler.pick(self.reference.run(ids, rows=[len(ids) - 1])[0])[0]))
+                sampler.note(0, new[-1])
                 if new[-1] in params.stops or is_done(index, new):
                     break
             done.append(new)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,8 +28,24 @@ class Reply:
     answer_ids: list[int] | None
 
 
-def split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool) -> Reply:
-    """Split generated ids by the tags of their tokenizer. Without a tokenizer there are no texts, and all ids are the answer's."""
+def split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool, text_end: int | None = None) -> Reply:
+    """Split generated ids by the tags of their tokenizer. Without a tokenizer there are no texts, and all ids are the answer's.
+
+    `text_end`: the characters behind it do not count (`Completion.text_end`)."""
+    reply = _split_ids(text, ids, is_open=is_open)
+    num_behind = 0 if text is None or text_end is None else len(text.decode(ids)) - text_end
+    if num_behind <= 0:
+        return reply
+    if reply.answer is None:
+        return replace(reply, reasoning=_cut_off(reply.reasoning or "", num_behind))
+    return replace(reply, answer=_cut_off(reply.answer, num_behind))
+
+
+def _cut_off(said: str, num_behind: int) -> str:
+    return said[: max(0, len(said) - num_behind)]
+
+
+def _split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool) -> Reply:
     ids = list(ids)
     if text is None:
         return Reply(None, None, ids)

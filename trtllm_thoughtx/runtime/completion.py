@@ -15,6 +15,9 @@ from trtllm_thoughtx.families.quantization import quantized_shapes
 class Completion:
     """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
     `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
+    `top_logprobs` are the likeliest tokens at each place, as `GenerationParams.logprobs` asks for them. `text_end`: only so many characters
+    of the decoded ids are the text, because `stop_string`, or a stop token, follows; None: all of them. `index`: which of the prompt's
+    `num_return_sequences` this is.
     `complexity` (nats) and `single_step` where the engine chose the chunk size: see `chunks`.
 
     `is_open`: the thinking was open where `output_ids` begin (see `answer`).
@@ -27,6 +30,10 @@ class Completion:
     chunk_size: int | None
     logits: np.ndarray | None = None
     logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    text_end: int | None = None
+    stop_string: str | None = None
+    index: int = 0
     complexity: float | None = None
     single_step: bool = False
     is_open: bool = False

@@ -39,7 +39,7 @@ NUM_TRIED = 12  # cycles of each kind that `auto` times before it decides, and t
 NUM_AT_ONCE = 4  # ... in turns, so many at a time
 TRY_AGAIN = 400  # cycles
 
-Guess = Callable[[int, int, np.ndarray], int]  # (row, how many drafts came before, logits [V]) -> token
+Guess = Callable[[int, Sequence[int], np.ndarray], int]  # (row, its drafts so far, logits [V]) -> token
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Drafter:
                 none, one = [0] * len(new), [int(row) for row in goes_on]
                 logits = engine.run_parts(batch, asked, self.num_parts - 1, self.num_parts, none, one)["logits"][:, 0]
                 for row in np.flatnonzero(goes_on).tolist():
-                    token = guess(row, len(drafts[row]), logits[row])
+                    token = guess(row, drafts[row], logits[row])
                     drafts[row].append(token)
                     feeding[row] = [token]
         counts = [1 + len(row) if live else 0 for row, live in zip(drafts, is_live, strict=True)]

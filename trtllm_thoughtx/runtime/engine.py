@@ -10,6 +10,7 @@ the KV cache. Rows of a batch may have any lengths. The same Python runs every b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
 
 __all__ = ["Completion", "Engine", "Stats", "Work"]
+STREAMS_APART = 1 << 40  # the random streams of a prompt's several answers: no request has so many prompts
 
 
 @dataclass
@@ -152,22 +154,29 @@ class Engine:
         `chunk_size`: tokens, "auto" (each prompt gets one from its complexity), or None: as the engine was built.
 
         Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on how prompts share
-        a batch.
+        a batch. A prompt with num_return_sequences above 1 gives so many completions, one behind the other, the first of them the one
+        that it gives alone; `on_token` counts completions.
         """
         if params is None:
             params = self.text.default_params() if self.text else GenerationParams()
         each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} settings for {len(prompts)} prompts")
+        numbers = range(len(prompts)) if streams is None else streams
+        places = [(i, k) for i, one in enumerate(each) for k in range(one.num_return_sequences)]
+        prompts, each, numbers = (
+            [prompts[i] for i, _ in places],
+            [each[i] for i, _ in places],
+            [numbers[i] + k * STREAMS_APART for i, k in places],
+        )
         self.stats = Stats()
         size = self.build.max_batch_size
         done: list[Completion] = []
-        numbers = range(len(prompts)) if streams is None else streams
         wants = (return_logits, return_logprobs)
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             done += Generation(self, prompts[part], start, numbers[part], each[part], on_token, wants, chunk_size).run()
-        return done
+        return [one if k == 0 else dataclasses.replace(one, index=k) for one, (_, k) in zip(done, places, strict=True)]
 
     def choose(self, prompts: Sequence[Sequence[int]], chunk_size: int | str | None) -> tuple[Batch, Sequence[Choice | None]]:
         """The batch, and the chunks of each row (None: full attention)."""

@@ -20,7 +20,7 @@ from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, Pace, Timer, check_policy
 from trtllm_thoughtx.runtime.row import Row
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
+from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability, top_logprobs
 from trtllm_thoughtx.runtime.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Generation:
         self.batch, choices = engine.choose(prompts, chunk_size)
         asked = zip(params, prompts, choices, strict=True)
         self.rows = [self._row(index, *one) for index, one in enumerate(asked)]
-        self.sampler = Sampler(params, len(prompts), streams=streams)
+        self.sampler = Sampler(params, len(prompts), streams=streams, prompts=[row.prompt for row in self.rows])
         self.eos_ids = frozenset(engine.text.eos_ids) if engine.text else frozenset[int]()
         self.chances = self.batch.chances  # what the exit head says of each row's last token
         self.drafter, self.timer = self._drafter()
@@ -79,6 +79,8 @@ class Generation:
     def _row(self, index: int, params: GenerationParams, prompt: Sequence[int], choice: Choice | None) -> Row:
         row = Row(index, params, list(prompt), len(prompt), choice, reason=None if params.max_new_tokens else "length")
         row.thought = self._thought(row, prompt)
+        if self.engine.text is not None and (params.stop or params.stop_token_ids):
+            row.stream = self.engine.text.stop_stream(params)
         asked = params.exit_threshold
         row.exit_threshold = self.engine.build.exit_threshold if isinstance(asked, str) else asked
         return row
@@ -178,10 +180,16 @@ class Generation:
 
     def _keep(self, row: Row, token: int, logits: np.ndarray) -> None:
         row.output.append(token)
+        self.sampler.note(row.index, token)
+        num_top = row.params.logprobs
         if self.wants[0]:
             row.logits.append(logits.copy())
-        if self.wants[1]:
+        if self.wants[1] or num_top is not None:
             row.logprobs.append(log_probability(logits, token))
+        if num_top is not None:
+            row.top_logprobs.append(top_logprobs(logits, num_top))
+        if row.stream is not None:
+            row.stream.push(token)
         if self.on_token:
             self.on_token(self.first_row + row.index, token)
         row.reason = self._reason(row, token)
@@ -244,6 +252,8 @@ class Generation:
         num_new, params = len(row.output), row.params
         if token in self._ends(row):
             return "eos" if token in self.eos_ids and not params.ignore_eos else "stop"
+        if row.stream is not None and row.stream.is_done:
+            return "stop"
         if num_new >= params.max_new_tokens:
             return "length"
         return "capacity" if len(row.prompt) + num_new >= self.engine.build.max_seq_len else None
@@ -252,6 +262,9 @@ class Generation:
 def check(engine: Engine, params: GenerationParams) -> None:
     """E122 for settings that this engine cannot follow, before any work."""
     text, flags = engine.text, params.thinking_flags
+    if params.stop and text is None:
+        why, fix = "the engine was built without a tokenizer", "give --stop_token_ids, or build from a checkpoint with a tokenizer.json"
+        raise ThoughtxError("E122", "--stop needs a tokenizer", where=str(engine.directory.root), why=why, fix=fix)
     where, what = str(engine.directory.root), ", ".join(f"--{name}" for name in flags)
     if flags and (text is None or text.think_ids is None):
         why = "neither the tokenizer nor the chat template has them" if text else "the engine was built without a tokenizer"

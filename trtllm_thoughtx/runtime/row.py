@@ -10,6 +10,7 @@ from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.probe import Trials
 from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.stream import StopStream
 from trtllm_thoughtx.runtime.thinking import Thinking
 
 
@@ -27,6 +28,8 @@ class Row:
     output: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    stream: StopStream | None = None  # looks for what stops the text
     forced: list[int] = field(default_factory=list)  # what must be written next ...
     why: str = ""  # ... and why the thinking ends by it
     exit_threshold: float | None = None
@@ -56,7 +59,10 @@ class Row:
             num_prompt_tokens=self.num_prompt,
             chunk_size=size,
             logits=np.stack(self.logits) if self.logits else None,
-            logprobs=self.logprobs if has_logprobs else None,
+            logprobs=self.logprobs if has_logprobs or self.params.logprobs is not None else None,
+            top_logprobs=self.top_logprobs if self.params.logprobs is not None else None,
+            text_end=self.stream.num_chars if self.stream is not None and self.stream.is_done else None,
+            stop_string=self.stream.found if self.stream is not None else None,
             complexity=complexity,
             single_step=single,
             is_open=thought is not None and thought.was_open,

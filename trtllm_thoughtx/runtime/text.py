@@ -23,7 +23,7 @@ from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages
 from trtllm_thoughtx.runtime.opening import BEFORE, SWITCH, ChatIds, marked_messages, state_behind_mark, state_of, state_of_text
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
 from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
-from trtllm_thoughtx.runtime.stream import TextStream
+from trtllm_thoughtx.runtime.stream import StopStream, TextStream
 from trtllm_thoughtx.runtime.tokenizer_files import (
     CONFIG_BYTES,
     add_tokens,
@@ -63,8 +63,7 @@ class Text:
     ) -> None:
         self._tokenizer, self._where, self._templates = tokenizer, where, templates or {}
         self.special, self.generation_config = special or {}, generation_config or {}
-        source = f"{where}/generation_config.json"
-        stated = {key: token_ids(self.generation_config, f"{key}_token_id", source) for key in ("bos", "pad", "eos")}
+        stated = {key: token_ids(self.generation_config, f"{key}_token_id") for key in ("bos", "pad", "eos")}
         named = {key: self._id_of(self.special.get(f"{key}_token")) for key in stated}
         self.bos_id = next((i for i in (named["bos"], *stated["bos"]) if i is not None), None)
         self.pad_id = next((i for i in (named["pad"], *stated["pad"]) if i is not None), None)
@@ -120,6 +119,10 @@ class Text:
         with guarded(self._where):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def stop_stream(self, params: GenerationParams) -> StopStream:
+        """`stream` up to what stops the answer."""
+        return StopStream(self.stream(), params.stop, params.stop_token_ids)
+
     def stream(self, skip_special: bool = True) -> TextStream:
         """For one answer that is shown as it grows."""
         decode = functools.partial(self.decode, skip_special=skip_special)
@@ -130,7 +133,7 @@ class Text:
         """The checkpoint's sampling settings with `overrides` (None: keep); every EOS of the tokenizer stops too."""
         if overrides.get("stop_ids") is None:
             overrides["stop_ids"] = self.eos_ids
-        return GenerationParams.from_generation_config(self.generation_config, where=f"{self._where}/generation_config.json", **overrides)
+        return GenerationParams.from_generation_config(self.generation_config, **overrides)
 
     def check_vocab(self, vocab_size: int) -> None:
         """E112 when the tokenizer or generation_config.json can name a token that the model's embedding does not have."""
