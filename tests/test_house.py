@@ -26,7 +26,7 @@ LAYERS = (
     ("__init__", "outside", "interrupt", "errors", "config", "plugins"),
     ("strictjson", "progress", "tasks", "host"),
     ("files", "header"),
-    ("checkpoint", "report"),
+    ("checkpoint", "generation_config", "report"),
     ("families",),
     ("tensor_check", "tensor_file", "members", "recorded"),
     ("exit_weights", "outputs"),

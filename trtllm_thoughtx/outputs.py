@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import files, report
+from trtllm_thoughtx.generation_config import NAME, read_generation_config
 from trtllm_thoughtx.members import Members, Stamps
 from trtllm_thoughtx.progress import Progress
 
@@ -99,7 +100,10 @@ class Output:
         self.hashes[name] = hashlib.sha256(data).hexdigest()
 
     def carry(self, *names: str, root: Path | None = None) -> None:
-        """Copy files of the checkpoint, or of `root`, as they are, however large."""
+        """Copy files of the checkpoint, or of `root`, as they are, however large. Settings of generation that only the checkpoint's
+        config.json holds become a file of their own."""
+        if root is None and NAME not in names and (settings := read_generation_config(self.members.root)):
+            self.write(NAME, report.to_json(settings))
         for name in names:
             digest = hashlib.sha256()
             with files.open_inside(root or self.members.root, name) as source, (self.partial / name).open("xb") as out:

@@ -143,8 +143,8 @@ def run_requests(
     try:
         rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}
-        params = engine.text.default_params(**given) if engine.text else GenerationParams(**given)
-        ignored = unused_settings(engine.text.generation_config, given) if engine.text else ()
+        params = engine.default_params(**given)
+        ignored = unused_settings(engine.generation_config, given)
         ignored += tuple(f"--{name}" for name in FILTERS if name in given and params.is_greedy)
         if ignored:
             progress.note(

@@ -19,7 +19,6 @@ from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 BATCH = 8
 ENDS = ("eos", "stop")
@@ -63,10 +62,8 @@ def _written(work: Path) -> list[dict[str, Any]]:
 def _write(prompts: Sequence[list[int]], done: list[dict[str, Any]], work: Path, seed: int, progress: Progress) -> list[dict[str, Any]]:
     engine = Engine.load(work / "engine", "onnxruntime")
     try:
-        most, text = engine.build.max_seq_len, engine.text
-        params = GenerationParams(max_new_tokens=most, seed=seed)
-        if text is not None:
-            params = text.default_params(max_new_tokens=most, seed=seed, exit_policy="off")
+        most = engine.build.max_seq_len
+        params = engine.default_params(max_new_tokens=most, seed=seed, exit_policy="off")
         with progress.stage("the model's own answers", len(prompts)) as stage:
             stage.advance(len(done))
             for start in range(len(done), len(prompts), BATCH):

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,14 @@ from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.engine_dir import EngineDir
 from trtllm_thoughtx.engines import Runner, open_runner
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.generation_config import read_generation_config
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import AUTO, Choice
 from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, matrix_bytes
 from trtllm_thoughtx.runtime.drafts import Pace
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
 from trtllm_thoughtx.runtime.text import Text
 
 __all__ = ["Completion", "Engine", "Stats", "Work"]
@@ -90,6 +92,21 @@ class Engine:
     def is_exact(self) -> bool:
         """Whether quantized products are the graph's own, or a faster operator's that rounds a little more."""
         return self.runner.is_exact
+
+    @functools.cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return self.text.generation_config if self.text else read_generation_config(self.directory.root)
+
+    @functools.cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """What ends an answer; without a tokenizer only what the settings of generation name."""
+        return self.text.eos_ids if self.text else tuple(sorted(set(token_ids(self.generation_config, "eos_token_id"))))
+
+    def default_params(self, **overrides: Any) -> GenerationParams:
+        """The checkpoint's settings with `overrides` (None: keep)."""
+        if self.text is not None:
+            return self.text.default_params(**overrides)
+        return GenerationParams.from_generation_config(self.generation_config, **overrides)
 
     @functools.cached_property
     def part_bytes(self) -> list[int]:
@@ -158,7 +175,7 @@ class Engine:
         that it gives alone; `on_token` counts completions.
         """
         if params is None:
-            params = self.text.default_params() if self.text else GenerationParams()
+            params = self.default_params()
         each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} settings for {len(prompts)} prompts")

@@ -51,7 +51,7 @@ class Generation:
         asked = zip(params, prompts, choices, strict=True)
         self.rows = [self._row(index, *one) for index, one in enumerate(asked)]
         self.sampler = Sampler(params, len(prompts), streams=streams, prompts=[row.prompt for row in self.rows])
-        self.eos_ids = frozenset(engine.text.eos_ids) if engine.text else frozenset[int]()
+        self.eos_ids = frozenset(engine.eos_ids)
         self.chances = self.batch.chances  # what the exit head says of each row's last token
         self.drafter, self.timer = self._drafter()
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.files import read_inside, read_json
+from trtllm_thoughtx.files import read_inside
+from trtllm_thoughtx.generation_config import read_generation_config
 from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages
 from trtllm_thoughtx.runtime.opening import BEFORE, SWITCH, ChatIds, marked_messages, state_behind_mark, state_of, state_of_text
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
 from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
 from trtllm_thoughtx.runtime.stream import StopStream, TextStream
 from trtllm_thoughtx.runtime.tokenizer_files import (
-    CONFIG_BYTES,
     add_tokens,
     guarded,
     mark_special,
@@ -269,23 +269,6 @@ def prompt_ids(prompt: Prompt, text: Text | None, *, enable_thinking: bool | Non
     if text is None:
         raise _bad_prompt("a text needs a tokenizer, and there is no tokenizer.json", "the engine was built from files without one")
     return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), enable_thinking=enable_thinking)
-
-
-def read_generation_config(root: Path) -> dict[str, Any]:
-    """generation_config.json as it is, {} when there is none; E102 unless it is a JSON object."""
-    if not os.path.lexists(root / "generation_config.json"):
-        return {}
-    raw = read_json(root, "generation_config.json", limit=CONFIG_BYTES)
-    if not isinstance(raw, dict):
-        where = shown(str(root / "generation_config.json"), 400)
-        raise ThoughtxError(
-            "E102",
-            "the file must hold a JSON object",
-            where=where,
-            why=f"it is {shown(raw, 40)}",
-            fix="download it again, or remove it: it is optional",
-        )
-    return raw
 
 
 def _bad_prompt(what: str, why: str) -> ThoughtxError:
