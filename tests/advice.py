@@ -24,6 +24,8 @@ NORM, HEAD, UP = "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_p
 CONVERT = "convert --model_dir @m --output_dir @out"
 BUILD = "build --checkpoint_dir @m --output_dir @out --backend onnxruntime"
 CALIBRATE = "calibrate --model_dir @m --output_dir @out --calib_data @data.jsonl --calib_size 4 --calib_seq_len 32"
+EXITS = "calibrate --model_dir @m --output_dir @out --num_items 3 --max_new_tokens 16 --dataset @q.jsonl"
+CHUNKS = "calibrate --model_dir @m --output_dir @out --chunk_report --calib_size 1 --eval_items 0"
 RUN = "run --engine_dir @e --input_ids 1,2,3 --max_new_tokens 2"
 Make = Callable[[Path], Any]
 
@@ -189,6 +191,16 @@ def converted(*flags: str, **kwargs: Any) -> Make:
         convert(root / "hf", root / "m", **kwargs)
 
     return do
+
+
+def questions(count: int) -> Make:
+    return lambda root: (
+        (root / "q.jsonl").write_text("".join(json.dumps({"prompt": f"{k} ?", "answer": "2"}) + "\n" for k in range(count))) and None
+    )
+
+
+def model_with_tokenizer(root: Path) -> None:
+    tiny.write_tokenizer(root / "hf")
 
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -772,6 +784,123 @@ CALIBRATIONS = [
         follow=data,
     ),
 ]
+CALIBRATIONS += [
+    Row(
+        "a head for a model without tags",
+        "E112",
+        "--exit_layers alone needs no tags",
+        steps(model(tokenizer=True), questions(30)),
+        f"{EXITS} --fit_exit_head",
+        then=f"{EXITS} --exit_layers 1",
+    ),
+    Row(
+        "exits without a tokenizer",
+        "E112",
+        "copy the model's tokenizer.json there",
+        steps(model(), questions(30)),
+        f"{EXITS} --exit_layers 1",
+        follow=model(tokenizer=True),
+    ),
+    Row(
+        "an exit behind the last layer",
+        "E001",
+        "for example (--exit_layers 1)$",
+        steps(model(tokenizer=True), questions(30)),
+        f"{EXITS} --exit_layers 2",
+        then=f"{EXITS} {{1}}",
+    ),
+    Row(
+        "too few questions",
+        "E140",
+        "give at least (9|[0-9]+)",
+        steps(model(tokenizer=True), questions(2)),
+        f"{EXITS} --exit_layers 1",
+        follow=questions(30),
+    ),
+    Row(
+        "a context beyond the model",
+        "E001",
+        "use at most (512)$",
+        model(tokenizer=True),
+        f"{CHUNKS} --context 4096",
+        then=f"{CHUNKS} --context {{1}}",
+    ),
+    Row(
+        "chunks of a converted checkpoint",
+        "E101",
+        "give the original Hugging Face directory",
+        steps(converted(), model_with_tokenizer),
+        CHUNKS.replace("@m", "@m"),
+        then=CHUNKS.replace("@m", "@hf"),
+    ),
+    Row(
+        "chunks of a quantized model",
+        "E103",
+        "to calibrate, .* give the original checkpoint",
+        steps(fp8, lambda root: tiny.write_tokenizer(root / "m")),
+        CHUNKS,
+        follow=again(tokenizer=True),
+    ),
+]
+EVALS = [
+    Row(
+        "a question that does not fit",
+        "E122",
+        "lower --max_new_tokens",
+        questions(2),
+        "eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 64",
+        then="eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2",
+    ),
+    Row(
+        "lines that are no questions",
+        "E140",
+        'each line is an object like {"prompt"',
+        write("q.jsonl", '{"question": "x"}\n'),
+        "eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2",
+        follow=questions(2),
+    ),
+    Row(
+        "a task of a size that it lacks",
+        "E001",
+        "leave it out",
+        model(tokenizer=True),
+        "eval --model_dir @m --task chain --sizes 99 --num_items 1 --max_new_tokens 2",
+        then="eval --model_dir @m --task chain --num_items 1 --max_new_tokens 2",
+    ),
+    Row(
+        "an engine's flag for a model",
+        "E001",
+        "leave --backend out",
+        steps(model(tokenizer=True), questions(2)),
+        "eval --model_dir @m --dataset @q.jsonl --max_new_tokens 2 --backend onnxruntime",
+        then="eval --model_dir @m --dataset @q.jsonl --max_new_tokens 2",
+    ),
+    Row(
+        "more questions at once than the engine takes",
+        "E122",
+        "ask for at most (2)",
+        questions(2),
+        "eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2 --batch_size 9",
+        then="eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2 --batch_size {1}",
+    ),
+    Row(
+        "a plot without a picture's name",
+        "E001",
+        "choose such a name",
+        questions(2),
+        "eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2 --plot @a.txt",
+        then="eval --engine_dir @e --dataset @q.jsonl --max_new_tokens 2 --plot @a.png",
+    ),
+    Row(
+        "a comparison with nothing",
+        "E101",
+        "an engine directory, or a Hugging Face directory",
+        steps(converted(), questions(2)),
+        "eval --model_dir @m --dataset @q.jsonl --max_new_tokens 2",
+        follow=lambda root: tiny.write_tokenizer(root / "hf"),
+        then="eval --model_dir @hf --dataset @q.jsonl --max_new_tokens 2",
+    ),
+]
 RUNS = [
     Row("no prompt", "E001", "thoughtx-run --help shows", nothing, "run --engine_dir @e", then=RUN),
     Row(
@@ -899,4 +1028,4 @@ RUNS = [
     ),
 ]
 
-ROWS = [*PATHS, *WEIGHTS, *CONFIGS, *OUTPUTS, *BUILDS, *CALIBRATIONS, *RUNS]
+ROWS = [*PATHS, *WEIGHTS, *CONFIGS, *OUTPUTS, *BUILDS, *CALIBRATIONS, *EVALS, *RUNS]

@@ -75,7 +75,9 @@ FLAGS_OF = {
 @click.option("--sensitivity", is_flag=True, default=None, help="Also measure what quantizing each layer alone costs.")
 @click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers until the mean KL is at most X nats.")
 @click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers up to this mean of bits per weight.")
-@click.option("--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: 2048]")
+@click.option(
+    "--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: at most 2048]"
+)
 @click.option("--target_capture", type=SHARE, help="Share of the attention mass that the window must keep.  [default: 0.97]")
 @click.option("--max_task_loss", type=SHARE, help="Share of right answers that may be lost.  [default: 0.01]")
 @click.option("--eval_items", type=COUNT, help="Questions of each task that are asked.  [default: --qformat 0, --chunk_report 60]")

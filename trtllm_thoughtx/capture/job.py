@@ -39,6 +39,8 @@ CHUNKS = "chunks.json"
 DISTANCES = (64, 128, 256, 512, 1024)  # upper ends of the bins of a needed fact's distance, in words
 NUM_SMALLER = 3  # windows below the chosen one that questions are asked with
 
+DEFAULT_CONTEXT = 2048
+
 
 def chunk_report(
     model_dir: Path,
@@ -46,7 +48,7 @@ def chunk_report(
     *,
     calib_data: Path | None = None,
     calib_size: int = 16,
-    context: int = 2048,
+    context: int | None = None,
     target_capture: float = 0.97,
     max_task_loss: float = 0.01,
     eval_items: int = 60,
@@ -61,8 +63,9 @@ def chunk_report(
     if kind_of(model_dir) != "huggingface":
         fix = "give the original Hugging Face directory"
         raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)
-    with open_weights(model_dir) as source:
+    with open_weights(model_dir, progress=progress) as source:
         config, members = source.config, source.members
+    context = min(DEFAULT_CONTEXT, config.longest) if context is None else context
     if context > config.longest:
         why = f"the model was made for {config.longest} positions"
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")

@@ -112,7 +112,7 @@ class EngineSystem:
 
 def need_text(text: Text | None, path: Path) -> Text:
     if text is None:
-        fix = "copy the model's tokenizer.json into the checkpoint, and build again"
+        fix = "copy the model's tokenizer.json there, or, of an engine, into its checkpoint, and build again"
         raise ThoughtxError("E112", "questions need a tokenizer", where=str(path), why="there is none beside the model", fix=fix)
     return text
 

@@ -70,7 +70,7 @@ def calibrate_exits(
     command = command_line("thoughtx-calibrate", locals())
     progress = progress or Progress.silent()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    with open_weights(model_dir) as source:
+    with open_weights(model_dir, progress=progress) as source:
         config = source.config
         _check(config, fit_exit_head, exit_layers, adapter_rank, max_accuracy_loss)
         gain = source.read("transformer.ln_f.weight", "float32")
