@@ -145,7 +145,7 @@ def test_texts_and_saved_data_sets_are_read(tmp_path):
     [
         (b"", "it is empty"),
         (b"\n\n", "it is empty"),
-        (b'{"question": "x"}\n', "line 1: unknown key 'question'"),
+        (b'{"question": "x"}\n', "line 1: it needs one of"),
         (b'{"input_ids": [1, 2]}\n{"input_ids": []}\n', "line 2: it has no tokens"),
         (b'{"input_ids": [96, 96, 96]}\n', "line 1: every token is padding"),
         (b'{"input_ids": [1, 2], "attention_mask": [0, 0]}\n', "line 1: every token is padding"),
@@ -154,7 +154,7 @@ def test_texts_and_saved_data_sets_are_read(tmp_path):
         (b'{"text": "caf\xe9"}\n', "line 1: the JSON is not UTF-8"),
         (b'{"text": 5}\n', "line 1: text must be a text"),
         (b'{"text": "a", "prompt": "b"}\n', "line 1: it needs one of"),
-        (b"[1]\n", "line 1: the line is not an object"),
+        (b"[1]\n", "line 1: it must be an object"),
         (b'{"text": "a"\n', "line 1: "),
     ],
 )

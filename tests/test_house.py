@@ -25,7 +25,7 @@ LIMIT_LINES = 400
 LAYERS = (
     ("__init__", "outside", "interrupt", "errors", "config", "plugins"),
     ("strictjson", "progress", "tasks", "host"),
-    ("files", "header"),
+    ("files", "header", "jsonl"),
     ("checkpoint", "generation_config", "report"),
     ("families",),
     ("tensor_check", "tensor_file", "members", "recorded"),

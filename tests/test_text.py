@@ -610,10 +610,10 @@ def test_prompts_of_all_forms(tmp_path: Path) -> None:
     "line",
     [
         '"text"', "5", "[]", "{}", "{", '{"prompt": ""}', '{"prompt": 5}', '{"prompt": null}', '{"prompt": "a", "input_ids": [1]}',
-        '{"prompt": "a", "Prompt": "b"}', '{"prompt": "a", "prompt": "b"}', '{"input_ids": []}', '{"input_ids": [1.0]}',
+        '{"Prompt": "b"}', '{"prompt": "a", "prompt": "b"}', '{"input_ids": []}', '{"input_ids": [1.0]}',
         '{"input_ids": [-1]}',
         '{"input_ids": [true]}', '{"input_ids": [null]}', '{"input_ids": [2147483648]}', '{"input_ids": "5,6"}', '{"messages": []}',
-        '{"messages": [{"content": "x"}]}', '{"prompt": "a", "id": ""}', '{"prompt": "a", "id": null}', '{"prompt": "a", "id": "first"}',
+        '{"messages": [{"content": "x"}]}', '{"prompt": "a", "id": ""}', '{"prompt": "a", "id": 1.5}', '{"prompt": "a", "id": "first"}',
         '{"prompt": "\\ud800"}', '{"prompt": NaN}', '\ufeff{"prompt": "a"}',
     ],
 )  # fmt: skip

@@ -35,14 +35,14 @@ def _usage(what: str, why: str, fix: str) -> ThoughtxError:
     return ThoughtxError("E001", what, where="thoughtx-run", why=why, fix=fix)
 
 
-def _requests(prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None) -> list[Prompt]:
+def _requests(prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None, progress: Progress) -> list[Prompt]:
     """The requests that the flags name; E001 unless exactly one of the three is given."""
     given = [flag for flag, value in (("--prompt", prompt), ("--input_ids", input_ids), ("--prompts", prompts)) if value is not None]
     if len(given) != 1:
         why = f"given: {', '.join(given)}" if given else "none was given"
         raise _usage("exactly one of --prompt, --input_ids and --prompts is needed", why, "thoughtx-run --help shows an example of each")
     if prompts is not None:
-        return read_prompts(prompts)
+        return read_prompts(prompts, progress.note)
     if prompt == "":
         raise ThoughtxError("E140", "the prompt is empty", where="--prompt", why="there is nothing to answer", fix="give some text")
     return [Prompt(id="1", prompt=prompt, input_ids=input_ids)]
@@ -133,7 +133,7 @@ def run_requests(
     checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine."""
     assert set(sampling) <= set(SAMPLING), sampling
     progress = progress or Progress.silent()
-    requests = _requests(prompt, input_ids, prompts)
+    requests = _requests(prompt, input_ids, prompts, progress)
     num_answers = len(requests) * (sampling.get("num_return_sequences") or 1)
     if output_logits_npy is not None and num_answers != 1:
         raise _usage("--output_logits_npy takes one request and one answer", f"there are {num_answers}", "run the requests one by one")

@@ -32,10 +32,10 @@ PROMPT_LEN, NEW_TOKENS = 64, 32
 SPLIT = "test"  # the built-in calibration data are of another one
 
 
-def questions_of(dataset: Path | None, num_items: int, seed: int) -> list[Question]:
+def questions_of(dataset: Path | None, num_items: int, seed: int, progress: Progress) -> list[Question]:
     """The rows of a file (E140 for bad ones), at most `num_items` unless that is 0, or `num_items` generated ones of each task."""
     if dataset is not None:
-        return from_file(dataset, num_items or None)
+        return from_file(dataset, num_items or None, progress.note)
     return generated(sorted(SIZES), SPLIT, num_items=num_items, seed=seed, lengths=(0, 64, 128)) if num_items else []
 
 

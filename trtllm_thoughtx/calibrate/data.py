@@ -14,27 +14,28 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.files import read_named, sha256_of
+from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
 from trtllm_thoughtx.runtime.chat import plain_messages
 from trtllm_thoughtx.runtime.opening import opened
 from trtllm_thoughtx.runtime.text import Text
-from trtllm_thoughtx.strictjson import parse_json
 from trtllm_thoughtx.tasks import TASKS, draw
 from trtllm_thoughtx.tasks.item import BOUNDARY, steps_of, thought
 
-FILE_BYTES = 1 << 30
-KEYS = frozenset({"id", "text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient"})
+COLUMNS = ("text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient", "id")
+FIX = 'each line is an object like {"prompt": "...", "answer": "..."}, {"text": "..."} or {"input_ids": [1, 2]}. Nothing was written.'
 FORMS = ("text", "prompt", "messages", "input_ids")
 MAX_HELD = 16
 NUM_STORED = 8  # held-out sequences that travel
 CONTEXTS = (0, 64, 128, 256)  # words
 BUILT_IN = "generated tasks"
+Make = Callable[[dict[str, Any], Line], list[int]]
 
 
 @dataclass(frozen=True)
@@ -80,35 +81,29 @@ def read_data(
     """At most `num_samples` sequences of at most `max_len` tokens, an eighth of them held out. E164 for data that cannot be used.
 
     `only_prompts` leaves out what the rows say behind their prompts; with `is_private` no row of theirs travels."""
-    where = str(path) if path is not None else "--calib_data"
     warnings: list[str] = []
+    num_cut = num_dropped = 0
+
+    def sequence(raw: dict[str, Any], line: Line) -> list[int]:
+        nonlocal num_cut, num_dropped
+        ids = _ids(_prompt_alone(raw) if only_prompts else raw, text, line.where, add_generation_prompt=only_prompts)
+        kept = _without_pads(ids, raw, pad_id)
+        bad = next((i for i in kept if not 0 <= i < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad}; the vocabulary has {vocab_size}")
+        if not kept:
+            raise ValueError("every token is padding" if ids else "it has no tokens")
+        num_dropped += len(ids) - len(kept)
+        num_cut += len(kept) > max_len
+        return kept[:max_len]
+
     if path is None:
-        raws: list[tuple[str, Any]] = _own_rows(num_samples, vocab_size, seed, text)
+        found = _checked("--calib_data", _own_rows(num_samples, vocab_size, seed, text), sequence)
         what = BUILT_IN if text is not None else "random tokens: the checkpoint has no tokenizer"
         warnings.append(f"calibrated on {what}; data of your own (--calib_data) makes better scales")
     else:
-        raws, what = _rows(Path(path)), Path(path).name
-    rows, wrong, num_cut, num_dropped = [], [], 0, 0
-    for place, raw in raws:
-        try:
-            ids = _ids(_prompt_alone(raw) if only_prompts else raw, text, where, add_generation_prompt=only_prompts)
-            kept = _without_pads(ids, raw, pad_id)
-            num_dropped += len(ids) - len(kept)
-            bad = next((i for i in kept if not 0 <= i < vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"token id {bad}; the vocabulary has {vocab_size}")
-            if not kept:
-                raise ValueError("every token is padding" if ids else "it has no tokens")
-            num_cut += len(kept) > max_len
-            rows.append(kept[:max_len])
-        except ThoughtxError as error:
-            wrong.append(f"{place}: {error.what}")
-        except ValueError as error:
-            wrong.append(f"{place}: {shown(str(error))}")
-    if wrong or not rows:
-        raise _refused(
-            f"{len(wrong)} rows cannot be used" if wrong else "there is no data", where, listed(wrong) if wrong else "it is empty"
-        )
+        found, what = _rows(Path(path), sequence), "stdin" if path == STDIN else Path(path).name
+    rows = found.all(warnings.append)
     num_rows = len(rows)
     order = list(range(num_rows))
     random.Random(f"calibrate {seed}").shuffle(order)
@@ -136,7 +131,7 @@ def read_data(
     }
     public = []
     if is_private:
-        told = (_ids(raw, text, where, add_generation_prompt=False) for _, raw in _own_rows(NUM_STORED, vocab_size, seed, text))
+        told = (_ids(raw, text, "--private_data", add_generation_prompt=False) for _, raw in _own_rows(NUM_STORED, vocab_size, seed, text))
         public = [ids[:max_len] for ids in told]
     data = Data(rows, held, facts, warnings, public)
     facts["tokens_sha256"] = data.digest
@@ -165,25 +160,21 @@ def _random(num: int, vocab_size: int, seed: int) -> Iterator[tuple[str, Any]]:
         yield f"item {place}", {"input_ids": [rng.randrange(vocab_size) for _ in range(rng.randint(16, 128))]}
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    """(place for messages, raw row) of a file or a saved data set."""
+def _checked(name: str, items: Iterable[tuple[str, Any]], make: Make) -> Rows[list[int]]:
+    return collect(name, items, make, code="E164", columns=COLUMNS, fix=FIX, has_ids=False)
+
+
+def _rows(path: Path, make: Make) -> Rows[list[int]]:
+    """The sequences of a file or a saved data set."""
     if path.is_dir():
-        return list(_saved(path))
-    data = read_named(path, FILE_BYTES, code="E164")
-    if path.suffix == ".txt":
-        try:
-            parts = data.decode("utf-8").replace("\r\n", "\n").split("\n\n")
-        except UnicodeDecodeError as error:
-            raise _refused("the text is not UTF-8", str(path), f"byte {error.start} begins no UTF-8 character") from None
-        return [(f"paragraph {number}", {"text": part}) for number, part in enumerate(parts, 1) if part.strip()]
-    found: list[tuple[str, Any]] = []
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            try:
-                found.append((f"line {number}", parse_json(line, f"line {number}", "E164")))
-            except ThoughtxError as error:
-                found.append((f"line {number}", error))
-    return found
+        return _checked(str(path), _saved(path), make)
+    if path.suffix != ".txt":
+        return read_rows(path, make, code="E164", columns=COLUMNS, fix=FIX, has_ids=False)
+    try:
+        parts = read_named(path, FILE_BYTES, code="E164").decode("utf-8").replace("\r\n", "\n").split("\n\n")
+    except UnicodeDecodeError as error:
+        raise _refused("the text is not UTF-8", str(path), f"byte {error.start} begins no UTF-8 character") from None
+    return _checked(str(path), ((f"paragraph {number}", {"text": part}) for number, part in enumerate(parts, 1) if part.strip()), make)
 
 
 def _saved(path: Path) -> Iterable[tuple[str, Any]]:
@@ -200,13 +191,11 @@ def _saved(path: Path) -> Iterable[tuple[str, Any]]:
     rows = rows["train"] if isinstance(rows, dict) and "train" in rows else rows
     if isinstance(rows, dict):
         raise _refused("the data set has no split `train`", str(path), f"it has {shown(sorted(rows))}")
-    return ((f"row {number}", {k: v for k, v in row.items() if v is not None and k in KEYS}) for number, row in enumerate(rows))
+    return ((f"row {number}", row) for number, row in enumerate(rows))
 
 
-def _prompt_alone(raw: Any) -> Any:
+def _prompt_alone(raw: dict[str, Any]) -> dict[str, Any]:
     """The row without the answer that it has; messages end with the user's last."""
-    if not isinstance(raw, dict):
-        return raw
     row = {key: value for key, value in raw.items() if key not in ("thought", "steps", "answer")}
     messages = row.get("messages")
     if isinstance(messages, list):
@@ -216,14 +205,10 @@ def _prompt_alone(raw: Any) -> Any:
     return row
 
 
-def _ids(raw: Any, text: Text | None, where: str, *, add_generation_prompt: bool) -> list[int]:
-    if isinstance(raw, ThoughtxError):
-        raise raw
-    if not isinstance(raw, dict):
-        raise ValueError("the line is not an object")
-    unknown, forms = sorted(map(str, raw.keys() - KEYS)), [form for form in FORMS if form in raw]
-    if unknown or len(forms) != 1:
-        raise ValueError(f"unknown key {unknown[0]!r}" if unknown else f"it needs one of {', '.join(FORMS)}, found {len(forms)}")
+def _ids(raw: dict[str, Any], text: Text | None, where: str, *, add_generation_prompt: bool) -> list[int]:
+    forms = [form for form in FORMS if form in raw]
+    if len(forms) != 1:
+        raise ValueError(f"it needs one of {', '.join(FORMS)}, found {len(forms)}")
     form, value = forms[0], raw[forms[0]]
     if form == "input_ids":
         if not isinstance(value, list) or any(type(i) is not int for i in value):
@@ -253,13 +238,13 @@ def _told(raw: dict[str, Any], text: Text) -> list[int]:
     return [*ids, *(last if steps else ()), *(text.encode(answer, add_special=False) if answer else ())]
 
 
-def _without_pads(ids: list[int], raw: Any, pad_id: int | None) -> list[int]:
-    mask = raw.get("attention_mask") if isinstance(raw, dict) else None
+def _without_pads(ids: list[int], raw: dict[str, Any], pad_id: int | None) -> list[int]:
+    mask = raw.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
             raise ValueError("attention_mask must be a list of 0 and 1, as long as input_ids")
         return [i for i, seen in zip(ids, mask, strict=True) if seen]
-    if isinstance(raw, dict) and "input_ids" in raw and pad_id is not None:
+    if "input_ids" in raw and pad_id is not None:
         begin, end = 0, len(ids)
         while begin < end and ids[begin] == pad_id:
             begin += 1
@@ -270,5 +255,4 @@ def _without_pads(ids: list[int], raw: Any, pad_id: int | None) -> list[int]:
 
 
 def _refused(what: str, where: str, why: str) -> ThoughtxError:
-    fix = 'each line is an object like {"prompt": "...", "answer": "..."}, {"text": "..."} or {"input_ids": [1, 2]}. Nothing was written.'
-    return ThoughtxError("E164", what, where=where, why=why, fix=fix)
+    return ThoughtxError("E164", what, where=where, why=why, fix=FIX)

@@ -104,7 +104,7 @@ def calibrate(
             only_prompts=self_traces,
             is_private=private_data,
         )
-        questions = cost.questions_of(dataset, eval_items, seed)
+        questions = cost.questions_of(dataset, eval_items, seed, progress)
         room = cost.capacity(questions, max_new_tokens, text, config, kv_cache_dtype, model_dir) if questions else 0
         settings = {
             "qformat": qformat,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trtllm_thoughtx.distill.traces import Trace, read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
+from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.opening import opened
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks.item import BOUNDARY
@@ -15,11 +16,11 @@ LENGTHS = (0, 128, 256, 512, 1000)  # words of context of generated lookups
 TASKS = ("chain", "lookup", "story", "loan")
 
 
-def questions_of(data: Path | None, num_items: int, seed: int) -> list[Question]:
+def questions_of(data: Path | None, num_items: int, seed: int, progress: Progress) -> list[Question]:
     """`num_items` of each generated task, or as many rows of a file of traces (E161 for rows that cannot be used)."""
     if data is None:
         return generated(TASKS, SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
-    return [_question(trace) for trace in read_traces(data)[:num_items]]
+    return [_question(trace) for trace in read_traces(data, progress.note)[:num_items]]
 
 
 def _question(trace: Trace) -> Question:

@@ -71,7 +71,7 @@ def chunk_report(
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")
     text = need_text(Text.load(model_dir), model_dir)
     sequences = sequences_of(text, calib_data, calib_size, context, seed)
-    questions = questions_of(calib_data, eval_items, seed)
+    questions = questions_of(calib_data, eval_items, seed, progress)
     settings = {
         "context": context,
         "target_capture": target_capture,

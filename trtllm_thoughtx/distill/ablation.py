@@ -40,7 +40,7 @@ def ablate(settings: Settings, progress: Progress) -> dict[str, Any]:
         fix = "run thoughtx-distill with this --output_dir first"
         raise ThoughtxError("E163", "nothing to compare", where=str(settings.output_dir), why=why, fix=fix)
     if settings.eval_data is not None:
-        asked = from_file(settings.eval_data, settings.eval_items or None)
+        asked = from_file(settings.eval_data, settings.eval_items or None, progress.note)
     elif settings.data == GENERATED:
         asked = generated(tuple(TASKS), "validation", num_items=max(1, settings.eval_items), seed=settings.seed)
     else:

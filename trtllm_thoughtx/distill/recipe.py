@@ -90,7 +90,7 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
     process = PartialState(cpu=not models.torch.cuda.is_available())
     progress = (progress or Progress.silent()) if process.is_main_process else Progress.silent()
     wanted = [stage for stage in STAGES if stage in stages and num_steps(settings, stage)]
-    written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data))
+    written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data), progress.note)
     dropped = [name for name in (*EXITS, CALIBRATION) if (settings.student_dir / name).is_file()]
     if dropped:
         progress.note(f"note: {', '.join(dropped)} of the student are left out: they belong to the weights before training")

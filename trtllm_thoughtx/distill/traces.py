@@ -7,19 +7,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
-from trtllm_thoughtx.files import open_named
+from trtllm_thoughtx.jsonl import Line, read_rows, text_of, texts_of
 from trtllm_thoughtx.tasks.item import steps_of
 
-LINE_BYTES = 4 << 20
-KEYS = frozenset({"id", "prompt", "steps", "thought", "answer", "num_sufficient", "teacher_traces"})
+COLUMNS = ("prompt", "steps", "thought", "answer", "num_sufficient", "teacher_traces")
 NUMBER = re.compile(r"\d+")
 
 
@@ -35,72 +33,31 @@ class Trace:
     others: tuple[tuple[str, ...], ...] = ()
 
 
-def read_traces(path: Path) -> list[Trace]:
+def read_traces(path: Path, note: Callable[[str], object] | None = None) -> list[Trace]:
     """All rows, or E161 that names the bad ones by their lines."""
-    traces, wrong, seen = [], [], dict[str, int]()
-    with open_named(path) as file:
-        number = 0
-        while line := file.readline(LINE_BYTES + 1):
-            number += 1
-            if len(line) > LINE_BYTES:
-                wrong.append(f"line {number}: longer than {LINE_BYTES >> 20} MiB")
-                break
-            if not line.strip():
-                continue
-            try:
-                trace = _trace(line, number)
-                if trace.id in seen:
-                    raise ValueError(f"id {shown(trace.id)} is also in line {seen[trace.id]}")
-                seen[trace.id] = number
-                traces.append(trace)
-            except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-                wrong.append(f"line {number}: {shown(str(error))}")
-    if wrong or not traces:
-        raise ThoughtxError(
-            "E161",
-            f"{len(wrong)} rows cannot be used" if wrong else "no rows",
-            where=str(path),
-            why=listed(wrong) if wrong else "the file is empty",
-            fix='each line is an object like {"prompt": "...", "steps": ["..."], "answer": "..."}. Nothing was trained.',
-        )
-    return traces
+    fix = 'each line is an object like {"prompt": "...", "steps": ["..."], "answer": "..."}. Nothing was trained.'
+    return read_rows(path, _trace, code="E161", columns=COLUMNS, fix=fix).all(note)
 
 
-def _text(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} must be a text that is not empty")
-    return value
+def _steps(row: dict[str, Any], key: str) -> tuple[str, ...]:
+    steps = tuple(step.strip() for step in texts_of(row, key))
+    if not steps:
+        raise ValueError(f"{key} must not be empty")
+    return steps
 
 
-def _steps(value: Any, key: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(step, str) and step.strip() for step in value):
-        raise ValueError(f"{key} must be a list of texts, none of them empty")
-    return tuple(step.strip() for step in value)
-
-
-def _trace(line: bytes, number: int) -> Trace:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    unknown = sorted(set(row) - KEYS)
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]}")
+def _trace(row: dict[str, Any], line: Line) -> Trace:
     if ("steps" in row) == ("thought" in row):
         raise ValueError("one of steps and thought is needed")
-    steps = _steps(row["steps"], "steps") if "steps" in row else tuple(steps_of(_text(row, "thought")))
+    steps = _steps(row, "steps") if "steps" in row else tuple(steps_of(text_of(row, "thought")))
     sufficient = row.get("num_sufficient")
     if sufficient is not None and (isinstance(sufficient, bool) or not isinstance(sufficient, int) or not 0 <= sufficient <= len(steps)):
         raise ValueError(f"num_sufficient must be a whole number from 0 to {len(steps)}")
     others = row.get("teacher_traces", [])
     if not isinstance(others, list):
         raise ValueError("teacher_traces must be a list of lists of texts")
-    given = row.get("id", number)
-    if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise ValueError("id must be a text or a number")
-    return Trace(
-        str(given), _text(row, "prompt"), steps, _text(row, "answer"), sufficient, tuple(_steps(o, "teacher_traces") for o in others)
-    )
+    told = tuple(_steps({"teacher_traces": other}, "teacher_traces") for other in others)
+    return Trace(line.id, text_of(row, "prompt"), steps, text_of(row, "answer"), sufficient, told)
 
 
 def shortest_sufficient(trace: Trace, reasoning_steps: str | int) -> tuple[str, ...] | None:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx import jsonl
+from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.evaluate.statistics import word_f1
-from trtllm_thoughtx.files import parse_json, read_inside
+from trtllm_thoughtx.jsonl import text_of, texts_of
 
-FILE_BYTES = 1 << 30
 NO_ANSWERS = ("yes", "no", "noanswer")  # HotpotQA gives no partial credit for these
 
 
@@ -26,74 +26,49 @@ NO_ANSWERS = ("yes", "no", "noanswer")  # HotpotQA gives no partial credit for t
 
 
 def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:
-    answer = _text(row, "answer")
+    answer = text_of(row, "answer")
     if not re.search(r"#### -?[0-9][0-9.,]*\s*$", answer):
         raise ValueError("answer must end with '#### ' and a number")
-    return {"question": _text(row, "question"), "answer": answer}
+    return {"question": text_of(row, "question"), "answer": answer}
 
 
 def _boolq(row: dict[str, Any]) -> dict[str, Any]:
     labels = {row[name] for name in ("label", "answer") if isinstance(row.get(name), int)}  # bool is an int: true is 1
     if len(labels) != 1 or not labels <= {0, 1}:
         raise ValueError("one of label (0 or 1) and answer (true or false) is needed, and they must agree")
-    return {"passage": _text(row, "passage"), "question": _text(row, "question"), "label": int(labels.pop())}
+    return {"passage": text_of(row, "passage"), "question": text_of(row, "question"), "label": int(labels.pop())}
 
 
 def _commonsense_qa(row: dict[str, Any]) -> dict[str, Any]:
     choices = row.get("choices")
-    labels, texts = (_texts(choices, name) for name in ("label", "text")) if isinstance(choices, dict) else ([], [])
+    labels, texts = (texts_of(choices, name) for name in ("label", "text")) if isinstance(choices, dict) else ([], [])
     if not 2 <= len(labels) == len(texts) == len(set(labels)):
         raise ValueError("choices must hold label and text, two lists of the same length, labels all different")
     if row.get("answerKey") not in labels:
         raise ValueError(f"answerKey must be one of the labels, not {shown(row.get('answerKey'), 40)}")
-    return {"question": _text(row, "question"), "choices": {"label": labels, "text": texts}, "answerKey": row["answerKey"]}
+    return {"question": text_of(row, "question"), "choices": {"label": labels, "text": texts}, "answerKey": row["answerKey"]}
 
 
 def _hotpotqa(row: dict[str, Any]) -> dict[str, Any]:
     context, facts = row.get("context"), row.get("supporting_facts")
-    titles = _texts(context, "title") if isinstance(context, dict) else []
+    titles = texts_of(context, "title") if isinstance(context, dict) else []
     sentences = context.get("sentences") if isinstance(context, dict) else None
     if not titles or not isinstance(sentences, list) or len(sentences) != len(titles):
         raise ValueError("context must hold title and sentences, two lists of the same length")
     if not all(isinstance(some, list) and all(isinstance(one, str) for one in some) for some in sentences):
         raise ValueError("context.sentences must be a list of texts for each title")
-    if facts is not None and not (isinstance(facts, dict) and set(_texts(facts, "title")) <= set(titles)):
+    if facts is not None and not (isinstance(facts, dict) and set(texts_of(facts, "title")) <= set(titles)):
         raise ValueError("supporting_facts must name titles of the context")
-    return {"question": _text(row, "question"), "answer": _text(row, "answer"), "context": {"title": titles, "sentences": sentences}}
+    return {"question": text_of(row, "question"), "answer": text_of(row, "answer"), "context": {"title": titles, "sentences": sentences}}
 
 
-def _text(row: dict[str, Any], name: str) -> str:
-    if not isinstance(value := row.get(name), str) or not value.strip():
-        raise ValueError(f"{name} must be a text that is not empty, not {shown(value, 40)}")
-    return value
-
-
-def _texts(row: dict[str, Any], name: str) -> list[str]:
-    value = row.get(name)
-    if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
-        raise ValueError(f"{name} must be a list of texts that are not empty, not {shown(value, 40)}")
-    return value
-
-
-def read_rows(data_dir: Path, name: str, task: str) -> list[dict[str, Any]]:
+def read_rows(data_dir: Path, name: str, task: str, note: Callable[[str], object] | None = None) -> list[dict[str, Any]]:
     """The rows of `data_dir/name`, checked for `task`. E101 when it is missing; E140 naming the lines that cannot be used."""
-    rows, bad, where = [], [], shown(str(data_dir / name), 400)
-    for number, line in enumerate(read_inside(data_dir, name, FILE_BYTES, code="E140").split(b"\n"), 1):
-        try:
-            if line.strip():
-                row = parse_json(line, where, "E140")
-                rows.append(CHECKS[task](row) if isinstance(row, dict) else _no_object())
-        except (ValueError, ThoughtxError) as error:
-            bad.append(f"line {number}: {error.what if isinstance(error, ThoughtxError) else error}")
-    if bad or not rows:
-        what = f"{len(bad)} rows of {task} cannot be used" if bad else f"there are no rows of {task} in the file"
-        fix = "correct these lines; the fields are those of the data set on the Hugging Face Hub, one JSON object a line"
-        raise ThoughtxError("E140", what, where=where, why=listed(bad) or "it is empty", fix=fix)
-    return rows
-
-
-def _no_object() -> dict[str, Any]:
-    raise ValueError("the line must hold a JSON object")
+    check, fix = CHECKS[task], "correct these lines; the fields are those of the data set on the Hugging Face Hub, one JSON object a line"
+    rows = jsonl.read_rows(
+        Path(name), lambda row, line: check(row), code="E140", columns=COLUMNS[task], fix=fix, root=data_dir, has_ids=False
+    )
+    return rows.all(note)
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------------
@@ -130,6 +105,12 @@ CHECKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "hotpotqa": _hotpotqa,
     "boolq": _boolq,
     "commonsense_qa": _commonsense_qa,
+}
+COLUMNS = {
+    "gsm8k": ("question", "answer"),
+    "hotpotqa": ("question", "answer", "context", "supporting_facts"),
+    "boolq": ("passage", "question", "label", "answer"),
+    "commonsense_qa": ("question", "choices", "answerKey"),
 }
 TASKS = tuple(CHECKS)
 NUMBERS: dict[str, dict[str, Any]] = {

@@ -60,9 +60,9 @@ def run_harness(
     """
     names = list(dict.fromkeys([task] if isinstance(task, str) else task))
     _check_request(names, num_fewshot, limit)
-    rows = {} if data_dir is None else {name: _read_task(Path(data_dir), name, num_fewshot) for name in names}
-    lm_eval = _import_lm_eval(offline=data_dir is not None)
     progress = progress or Progress.silent()
+    rows = {} if data_dir is None else {name: _read_task(Path(data_dir), name, num_fewshot, progress) for name in names}
+    lm_eval = _import_lm_eval(offline=data_dir is not None)
     made: dict[str, Any] = {"tasks": {}, "versions": _versions()}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
@@ -110,11 +110,11 @@ def _check_request(names: list[str], num_fewshot: int | None, limit: int | None)
         )
 
 
-def _read_task(data_dir: Path, name: str, num_fewshot: int | None) -> dict[str, list[dict[str, Any]]]:
+def _read_task(data_dir: Path, name: str, num_fewshot: int | None, progress: Progress) -> dict[str, list[dict[str, Any]]]:
     wanted = CONFIGS[name].get("num_fewshot", 0) if num_fewshot is None else num_fewshot
-    splits = {"test": read_rows(data_dir, f"{name}.jsonl", name)}
+    splits = {"test": read_rows(data_dir, f"{name}.jsonl", name, progress.note)}
     if wanted:
-        splits["train"] = read_rows(data_dir, f"{name}-train.jsonl", name)
+        splits["train"] = read_rows(data_dir, f"{name}-train.jsonl", name, progress.note)
         if len(splits["train"]) < wanted:
             why = f"{name}-train.jsonl has {len(splits['train'])}"
             fix = "add examples, or ask for fewer (--num_fewshot)"

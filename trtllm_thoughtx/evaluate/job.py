@@ -86,7 +86,7 @@ def evaluation(
     if tasks is not None:
         _refuse_unused({"--limit": limit})
     asked = (
-        from_file(dataset, limit)
+        from_file(dataset, limit, progress.note)
         if dataset is not None
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.record import CUT, FREE
-from trtllm_thoughtx.files import parse_json, read_named
+from trtllm_thoughtx.jsonl import STDIN, Line, read_rows, text_of
 from trtllm_thoughtx.tasks import TASKS, draw, item
 from trtllm_thoughtx.tasks.item import Item
 
 SIZES = {"chain": tuple(range(1, 13)), "lookup": (1, 2, 3, 4), "story": (1, 2, 3, 4), "loan": (1, 2, 3, 4)}
-FILE_BYTES = 256 << 20
+COLUMNS = ("prompt", "answer", "task")
+FIX = 'each line is an object like {"prompt": "...", "answer": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,32 +90,13 @@ def item_seed(seed: int, place: int) -> int:
     return seed * 1_000_003 + place
 
 
-def from_file(path: Path, limit: int | None = None) -> list[Question]:
+def from_file(path: Path, limit: int | None = None, note: Callable[[str], object] | None = None) -> list[Question]:
     """JSONL rows {"prompt", "answer"} with optional "id" and "task". E140 names the lines that cannot be used."""
-    asked, bad, seen = [], [], set[str]()
-    for number, line in enumerate(read_named(path, FILE_BYTES, code="E140").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, f"{path} line {number}", "E140")
-            asked.append(_row(row, number, path.stem))
-            if asked[-1].id in seen:
-                raise ValueError(f"id {shown(asked[-1].id, 60)} stands twice")
-            seen.add(asked[-1].id)
-        except (ValueError, ThoughtxError) as error:
-            bad.append(f"line {number}: {error.what if isinstance(error, ThoughtxError) else error}")
-    if bad or not asked:
-        what = f"{len(bad)} rows cannot be used" if bad else "the file holds no rows"
-        fix = 'each line is an object like {"prompt": "...", "answer": "..."}'
-        raise ThoughtxError("E140", what, where=str(path), why=listed(bad) or "it is empty", fix=fix)
-    return asked[:limit]
+    task = "stdin" if path == STDIN else path.stem
 
+    def question(row: dict[str, Any], line: Line) -> Question:
+        return Question(
+            id=line.id, task=text_of({"task": task, **row}, "task"), prompt=text_of(row, "prompt"), expected=text_of(row, "answer")
+        )
 
-def _row(row: Any, number: int, task: str) -> Question:
-    if not isinstance(row, dict) or not {"prompt", "answer"} <= set(row) <= {"prompt", "answer", "id", "task"}:
-        raise ValueError("an object with prompt and answer is needed, and maybe id and task")
-    values = {"id": str(number), "task": task} | row
-    wrong = [key for key, value in values.items() if not isinstance(value, str) or not value.strip()]
-    if wrong:
-        raise ValueError(f"{wrong[0]} must be a text that is not empty")
-    return Question(id=values["id"], task=values["task"], prompt=values["prompt"], expected=values["answer"])
+    return read_rows(path, question, code="E140", columns=COLUMNS, fix=FIX).all(note)[:limit]

@@ -77,7 +77,7 @@ def calibrate_exits(
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
         held, num_bytes = source.exits, sum(source.num_bytes(name) for name in source.names())
     text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
-    asked = _questions(tasks, dataset, num_items, seed)
+    asked = _questions(tasks, dataset, num_items, seed, progress)
     settings = {
         "fit_exit_head": fit_exit_head,
         "exit_layers": list(exit_layers),
@@ -132,11 +132,11 @@ def _check(config: ModelConfig, fit_exit_head: bool, exit_layers: Sequence[int],
         raise ThoughtxError("E001", f"{flag} cannot be used like this", where="thoughtx-calibrate", why=why, fix=fix)
 
 
-def _questions(tasks: Sequence[str] | None, dataset: Path | None, num_items: int, seed: int) -> list[list[Question]]:
+def _questions(tasks: Sequence[str] | None, dataset: Path | None, num_items: int, seed: int, progress: Progress) -> list[list[Question]]:
     """To fit, to choose, to report; no question in two of them."""
     if dataset is None:
         return [generated(tasks or ("chain", "lookup", "story", "loan"), split, num_items=num_items, seed=seed) for split in SPLITS]
-    rows = from_file(dataset)
+    rows = from_file(dataset, note=progress.note)
     if len(rows) < MIN_ITEMS:
         why = f"{len(rows)} questions are too few to fit, to choose a threshold and to report on"
         raise ThoughtxError("E140", "not enough questions", where=str(dataset), why=why, fix=f"give at least {MIN_ITEMS}")
