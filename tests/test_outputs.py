@@ -5,6 +5,7 @@ One table of steps, each through its command; what holds for one must hold for a
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx import cli, files, outputs
-from trtllm_thoughtx.console import run
+from trtllm_thoughtx import cli, files, outputs, recorded
+from trtllm_thoughtx.build_options import KNOWN
+from trtllm_thoughtx.console import FilePath, run
 from trtllm_thoughtx.convert import convert
 from trtllm_thoughtx.exit_weights import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
 from trtllm_thoughtx.weights import open_weights
@@ -143,14 +145,38 @@ def parsed(words: list[str]) -> dict:
     return flat
 
 
+def library_functions():
+    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.calibrate.imported import import_quantized
+    from trtllm_thoughtx.calibrate.job import calibrate
+    from trtllm_thoughtx.capture.job import chunk_report
+    from trtllm_thoughtx.exits.calibrate import calibrate_exits
+
+    return {"convert": [convert, import_quantized], "calibrate": [calibrate, chunk_report, calibrate_exits], "build": [build]}
+
+
+@pytest.mark.parametrize("name", ["convert", "calibrate", "build"])
+def test_every_flag_is_an_argument_and_every_argument_a_flag(name):
+    """What a manifest records are the arguments of one call: a flag that is not among them would be lost."""
+    made_of = [set(inspect.signature(function).parameters) for function in library_functions()[name]]
+    arguments = set().union(*made_of) - recorded.NOT_RECORDED
+    if name == "build":
+        arguments = arguments - {"options"} | {*KNOWN, "plugin_library"}
+    flags = {max(param.opts, key=len).lstrip("-"): param for param in cli.COMMANDS[name].params}
+    theirs = set(flags) - {"config", "json", "quiet", "debug", "version", "chunk_report"} - recorded.NOT_RECORDED
+    assert {recorded.FLAGS.get(one, one) for one in arguments} == theirs
+    paths = {flag for flag in theirs if isinstance(flags[flag].type, FilePath)}
+    assert paths <= set(recorded.PATHS)
+
+
 def test_the_recorded_command_makes_the_same_output(place):
     assert status(place.words) == 0
-    recorded = shlex.split(manifest(place.root / "out")["command"])
-    assert recorded[0] == place.words[0] and "--config" not in recorded
-    again, asked = parsed(recorded), parsed(place.words)
+    words = shlex.split(manifest(place.root / "out")["command"])
+    assert words[0] == place.words[0] and "--config" not in words
+    again, asked = parsed(words), parsed(place.words)
     assert {name: again.get(name) for name in asked} == asked, "a flag was lost"
     os.rename(place.root / "out", place.root / "first")
-    assert status(recorded) == 0
+    assert status(words) == 0
     one, other = (manifest(place.root / name) for name in ("first", "out"))
     assert one["command"] == other["command"] and one["config"] == other["config"]
     varying = ("manifest.json", "calibration.json", "report.html", "chunks.png")

@@ -30,7 +30,7 @@ from trtllm_thoughtx.families import Tensor, tensors_of
 from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import TOKEN_ACTIVATIONS, linear_modules, with_quantization
-from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.members import QUANT_FILE, Members
 from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
@@ -275,25 +275,19 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
             _unread(f"a layer of which a part is quantized ({module})", str(model_dir))
         if all(marked):
             covered[module] = tensor
+    settings = {"scheme": scheme.kind, "dtype": config.dtype}
+    output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+    facts = {"output_dir": str(output_dir), "model_type": config.family, "dtype": config.dtype, "num_quantized": len(covered)}
+    if output.is_current():
+        there = model_config_from_trtllm(files.read_json(output_dir, "config.json"), str(output_dir / "config.json"))
+        return {**facts, **_facts_of(there.quantization), "up_to_date": True}
+    output.prepare(sum(info.num_bytes for info in source.infos.values()))
     made = _Made(source, covered, scheme)
     quant = made.quant_config([module for module in linear_modules(config) if module not in covered])
     config = replace(config, quantization=quant)
     entries = with_quantization(list(table.values()), config)
     names = {kind: name for name, kind in STORED_DTYPES.items()}
     rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
-    summary = {
-        "output_dir": str(output_dir),
-        "model_type": config.family,
-        "dtype": config.dtype,
-        "quant_algo": quant.algo,
-        "num_quantized": len(covered),
-        "has_zero_point": quant.zero_point,
-        "has_input_order": quant.input_order,
-    }
-    settings = {"scheme": scheme.kind, "dtype": config.dtype}
-    output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
-    if output.is_current():
-        return {**summary, "up_to_date": True}
     output.prepare(tensor_file.num_bytes(rows))
     with output.writing() as partial, progress.stage("import", len(entries)) as stage:
 
@@ -311,7 +305,12 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
             raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(model_dir), why=why, fix=fix)
         output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
         output.carry(*source.members.carried, *source.members.exits)
-    return {**summary, "up_to_date": False, "notes": notes, "exits": str(exits) if exits else None}
+    return {**facts, **_facts_of(quant), "up_to_date": False, "notes": notes, "exits": str(exits) if exits else None}
+
+
+def _facts_of(quant: QuantConfig | None) -> dict[str, Any]:
+    assert quant is not None
+    return {"quant_algo": quant.algo, "has_zero_point": quant.zero_point, "has_input_order": quant.input_order}
 
 
 class _Made:
