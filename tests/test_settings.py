@@ -14,6 +14,8 @@ import torch
 
 from trtllm_thoughtx import Engine, cli, console, report
 from trtllm_thoughtx.build import build
+from trtllm_thoughtx.evaluate.job import evaluation
+from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.stream import StopStream
 
@@ -183,3 +185,42 @@ def test_a_stop_string_needs_a_tokenizer(root, capsys, tmp_path):
     ids = json.loads(out)["results"][0]["output_ids"]
     row = json.loads(command(capsys, *words, "--stop_token_ids", ids[3], "--json")[1])["results"][0]
     assert status == 0 and row["output_ids"] == ids[: ids.index(ids[3]) + 1] and row["stop_reason"] == "stop"
+
+
+def test_eval_takes_penalties_and_stops_of_flags_and_checkpoint_on_both_sides(root, tmp_path):
+    """The engine and transformers give the same answers, up to the stop string; what the checkpoint has that is odd is named."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": said, "answer": "x"}) + "\n" for said in ("abc", "Z?", "9 of 10")))
+
+    def answers(path, **settings):
+        found = evaluation(path, dataset=questions, max_new_tokens=24, output=tmp_path / "r.json", **settings)
+        records = json.loads((tmp_path / "r.json").read_text())["records"]
+        return [row["answer"] for row in records], [row["num_tokens"] for row in records], found["summary"]["conditions"]
+
+    plain, _, conditions = answers(root / "e")
+    assert answers(root / "m")[0] == plain and conditions["not_applied"] == [] and "repetition_penalty" not in conditions
+    stop = next(said[5] for said in plain if said[5] != " ")
+    given, lengths, conditions = answers(root / "e", stop=(stop,), repetition_penalty=1.3, frequency_penalty=0.2)
+    assert answers(root / "m", stop=(stop,), repetition_penalty=1.3, frequency_penalty=0.2)[:2] == (given, lengths)
+    assert given != plain and not any(stop in said for said in given) and conditions["repetition_penalty"] == 1.3
+    shutil.copytree(root / "m", tmp_path / "m")
+    odd = {"repetition_penalty": 1.3, "stop_strings": [stop], "eos_token_id": [95, "x"], "num_beams": 3, "temperature": []}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(odd))
+    build(tmp_path / "m", tmp_path / "e", OPTIONS)
+    own = answers(tmp_path / "e")
+    assert own[:2] == answers(tmp_path / "m")[:2] == answers(root / "e", stop=(stop,), repetition_penalty=1.3)[:2]
+    assert own[2]["not_applied"] == ["eos_token_id", "num_beams"] and list(own[2]["stop"]) == [stop]
+
+
+def test_the_harness_applies_the_checkpoints_repetition_penalty(root, tmp_path):
+    """As lm-eval does on transformers, whose generate reads it from the checkpoint; odd values are in nobody's way."""
+    shutil.copytree(root / "m", tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5, "top_p": None, "temperature": "x"}))
+    build(tmp_path / "m", tmp_path / "e", OPTIONS)
+    asked = [("abc", {"until": [], "max_gen_toks": 20})]
+    said = [Scorer(EngineSource(Engine.load(path, num_threads=1))).complete(asked) for path in (root / "e", tmp_path / "e")]
+    engine = Engine.load(tmp_path / "e", num_threads=1)
+    prompt = engine.text.encode("abc")
+    wanted = engine.generate([prompt], GenerationParams(max_new_tokens=20, repetition_penalty=1.5, stop_ids=engine.text.eos_ids))[0]
+    assert said[1] == [engine.text.decode(wanted.output_ids)] != said[0]
+    assert Scorer(ModelSource(tmp_path / "m")).complete(asked) == said[1]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, exact_option, thinking_options
+from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, exact_option, sampling_options, thinking_options
 from trtllm_thoughtx.config import BACKENDS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.errors import ThoughtxError
@@ -42,6 +42,7 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 @click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of thought and answer.  [default: 512, benchmarks 256]")
 @click.option("--temperature", type=FiniteFloat(0, 100), default=0.0, help="0 is greedy.")
 @click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Sample within this probability mass.")
+@sampling_options
 @click.option("--batch_size", type=POSITIVE, help="Questions at once; above 1 the times are those of a batch.  [default: 1]")
 @click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
@@ -63,6 +64,7 @@ def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     one_of({name: options[name] for name in ("tasks", "dataset", "harness")})
     path: Path = options.pop("engine_dir") or options["model_dir"]
     options.pop("model_dir")
+    options["stop"] = options["stop"] or None
     found = evaluation(path, progress=Progress(quiet=quiet), **options)
     emit("eval", found, as_json=as_json, human=evaluation_tables(found))
 

@@ -27,6 +27,7 @@ from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, re
 from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer, Source
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.sampling import unused_settings
 
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 SEED = 1234  # lm-eval's own, for the choice of few-shot examples
@@ -68,6 +69,16 @@ def run_harness(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
         loaded = {name: _load_task(name, rows.get(name), num_fewshot, folder) for name in names}
         model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact)
+        ignored = (
+            ()
+            if scorer is None
+            else unused_settings(
+                scorer.text.generation_config, ("do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
+            )
+        )
+        if ignored:
+            progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
+        made["not_applied"] = list(ignored)
         for name, one in loaded.items():
             given = {
                 "max_gen_toks": max_new_tokens,

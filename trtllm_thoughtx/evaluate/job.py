@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.evaluate.summary import comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.systems import open_system
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import DRAFTS, THINKING, GenerationParams
+from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
+
+OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample")  # what eval sets itself
+CHECKPOINTS = ("repetition_penalty", "stop")  # what its generation_config.json sets where no flag does
+SETTINGS = ("top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")
 
 
 def evaluation(
@@ -51,7 +56,7 @@ def evaluation(
     num_fewshot: int | None = None,
     chat_template: bool = False,
     progress: Progress | None = None,
-    **thinking: Any,
+    **settings: Any,
 ) -> dict[str, Any]:
     """What the flags of the same names ask for; see `thoughtx-eval --help`. {"system", "summary", "comparison", "harness"}."""
     progress = progress or Progress.silent()
@@ -60,10 +65,10 @@ def evaluation(
             report.check_file_output(target)
     if plot is not None:
         pictures.check_format(plot)
-    assert set(thinking) <= {*THINKING, *DRAFTS}, thinking
-    thinking = {name: value for name, value in thinking.items() if value is not None}
+    assert set(settings) <= {*THINKING, *DRAFTS, *SETTINGS}, settings
+    settings = {name: value for name, value in settings.items() if value is not None}
     if harness is not None:
-        _refuse_unused({f"--{name}": value for name, value in thinking.items()})
+        _refuse_unused({f"--{name}": value for name, value in settings.items()})
         _refuse_unused(
             {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
         )
@@ -91,11 +96,11 @@ def evaluation(
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
-    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **thinking)
+    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **settings)
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     options = {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size}
     results = [
-        _ask(one, asked, params, context, progress, exact=exact and (one is path or kind_of(one) == "engine"), **options)
+        _ask(one, asked, params, settings, context, progress, exact=exact and (one is path or kind_of(one) == "engine"), **options)
         for one in (path, *((compare,) if compare is not None and earlier is None else ()))
     ]
     if output is not None:
@@ -125,6 +130,7 @@ def _ask(
     path: Path,
     asked: list[Question],
     params: GenerationParams,
+    given: Collection[str],
     context: int,
     progress: Progress,
     *,
@@ -134,7 +140,13 @@ def _ask(
 ) -> Result:
     system = open_system(path, backend=backend, exact=exact, **options)
     try:
+        own = system.text.default_params()
+        params = replace(params, **{name: getattr(own, name) for name in CHECKPOINTS if name not in given})
+        ignored = unused_settings(system.text.generation_config, {*given, *OWN})
+        if ignored:
+            progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
         result = evaluate(system, asked, params, progress)
+        result.conditions["not_applied"] = list(ignored)
     finally:
         system.close()
     if context:

@@ -51,6 +51,7 @@ class ModelSystem:
         logprobs: list[list[float]] = [[] for _ in prompts]
         reasons: list[str | None] = [None] * num
         seconds = [0.0] * num
+        streams_of = [self.text.stop_stream(params) for _ in prompts]
         cache, place = None, (mask.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
             while None in reasons:
@@ -64,16 +65,23 @@ class ModelSystem:
                         continue
                     written[row].append(token)
                     sampler.note(row, token)
+                    streams_of[row].push(token)
                     logprobs[row].append(log_probability(logits[row], token))
                     seconds[row] = time.perf_counter() - began
                     full = len(prompts[row]) + len(written[row]) >= self.max_length
                     is_long = len(written[row]) >= params.max_new_tokens
-                    ends = (token in eos, "eos"), (token in params.stops, "stop"), (is_long, "length"), (full, "capacity")
+                    ends = (
+                        (token in eos, "eos"),
+                        (token in params.stops or streams_of[row].is_done, "stop"),
+                        (is_long, "length"),
+                        (full, "capacity"),
+                    )
                     reasons[row] = next((reason for is_true, reason in ends if is_true), None)
                 ids = torch.from_numpy(picked)[:, None]
                 mask = torch.cat([mask, torch.ones(num, 1, dtype=torch.int64)], 1)
                 place = place[:, -1:] + 1
-        return [Written(*row) for row in zip(written, logprobs, map(str, reasons), seconds, strict=True)]
+        ends_at = [stream.num_chars if stream.is_done else None for stream in streams_of]
+        return [Written(written[row], logprobs[row], str(reasons[row]), seconds[row], text_end=ends_at[row]) for row in range(num)]
 
     def close(self) -> None:
         self.model = None

@@ -17,10 +17,11 @@ from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answer import split_ids
 from trtllm_thoughtx.runtime.opening import INSIDE, opened, state_of
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.sampling import PENALTIES, GenerationParams
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks import item
 
+OFTEN_OFF = ("min_p", *PENALTIES, "stop", "stop_token_ids")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
@@ -51,6 +52,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
+        **{name: value for name in OFTEN_OFF if (value := getattr(params, name)) != getattr(GenerationParams(), name)},
         "seed": params.seed,
         **params.engine_flags,
         "batch_size": system.batch_size,
@@ -72,7 +74,8 @@ def prompt_of(asked: Question, text: Text) -> list[int]:
 
 
 def judged(asked: Question, prompt: Sequence[int], written: Written, text: Text) -> Record:
-    reply = split_ids(text, written.ids, is_open=state_of(text, prompt) == INSIDE if written.is_open is None else written.is_open)
+    is_open = state_of(text, prompt) == INSIDE if written.is_open is None else written.is_open
+    reply = split_ids(text, written.ids, is_open=is_open, text_end=written.text_end)
     steps = item.steps_of(reply.reasoning or "")
     answer = confidence = None
     if reply.answer is not None and reply.answer_ids is not None:

@@ -244,6 +244,7 @@ class Scorer:
             top_k=int(given.get("top_k") or 0),
             top_p=float(given.get("top_p") or 1.0),
             seed=int(given.get("seed") or 0),
+            repetition_penalty=float(given.get("repetition_penalty") or self.text.default_params().repetition_penalty),
             stop_ids=self.text.eos_ids,
         )
         return params, (until,) if isinstance(until, str) else tuple(until)

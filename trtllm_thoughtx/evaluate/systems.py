@@ -35,6 +35,7 @@ class Written:
     thinking_stop: str | None = None
     num_layer_tokens: int = 0
     is_open: bool | None = None
+    text_end: int | None = None  # as in `Completion`
 
 
 class System(Protocol):
@@ -102,6 +103,7 @@ class EngineSystem:
                 one.thinking_stop,
                 one.num_layer_tokens,
                 one.is_open,
+                one.text_end,
             )
             for one, end in zip(done, last, strict=True)
         ]
