@@ -101,3 +101,39 @@ def test_a_changed_calibration_file_is_refused(hf, tmp_path, change):
     with pytest.raises(ThoughtxError) as caught:
         validate(tmp_path / "e", reference=hf)
     assert caught.value.code == "E102"
+
+
+@pytest.mark.parametrize("qformat", ["int8_wo", "int4_awq"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_promised_is_what_runs(hf, tmp_path, qformat, exact):
+    """calibration.json states the loss of each way to run an engine, measured with its own operators; validation finds the same, and
+    judges by that way's limits."""
+    made = quantized(hf, tmp_path, qformat)
+    stated = json.loads((made / "calibration.json").read_text())["backends"]["exact" if exact else "onnxruntime"]
+    result = validate(made, reference=hf, exact=exact)
+    (check,) = [check for check in result.checks if check.name == "onnxruntime: answers within the limits"]
+    assert result.ok and check.evidence["limits"] == f"calibration.json, {'exact' if exact else 'onnxruntime'}"
+    assert check.evidence["max_kl"] == stated["limits"]["max_kl"]
+    assert stated["limits"]["max_kl"] == pytest.approx(1.5 * check.evidence["kl"] + 0.002, rel=2e-3)
+
+
+def test_the_limits_of_the_other_way_do_not_count(hf, tmp_path):
+    made = tmp_path / "e"
+    calibrate(hf, tmp_path / "c", qformat="int4_wo", calib_size=16, calib_seq_len=32)
+    file = tmp_path / "c" / "calibration.json"
+    stated = json.loads(file.read_text())
+    stated["backends"]["exact"]["limits"]["max_kl"] = stated["limits"]["max_kl"] = 0.0
+    file.write_text(json.dumps(stated))
+    build(tmp_path / "c", made, OPTIONS)
+    assert validate(made, reference=hf).ok
+    assert not validate(made, reference=hf, exact=True).ok
+
+
+def test_files_that_state_one_loss_are_read(hf, tmp_path):
+    calibrate(hf, tmp_path / "c", qformat="int4_wo", calib_size=16, calib_seq_len=32)
+    file = tmp_path / "c" / "calibration.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "backends"}))
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    for exact in (False, True):
+        (check,) = [c for c in validate(tmp_path / "e", reference=hf, exact=exact).checks if "within the limits" in c.name]
+        assert check.status == "passed" and ("calibrate again" in check.evidence["limits"]) != exact

@@ -7,6 +7,7 @@ Several variants of the model walk through the layers side by side, so that each
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from trtllm_thoughtx import tensor_file
 from trtllm_thoughtx.calibrate import grid
 from trtllm_thoughtx.calibrate.data import NUM_STORED
-from trtllm_thoughtx.calibrate.layers import STORED_LEN, Walk, add_stored, quantized
+from trtllm_thoughtx.calibrate.layers import STORED_LEN, Walk, add_stored
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, device, read
+from trtllm_thoughtx.calibrate.products import on_head, quantized
 from trtllm_thoughtx.calibrate.search import Found
 from trtllm_thoughtx.divergence import Divergence
+from trtllm_thoughtx.engines.ort_product import FusedProduct
 from trtllm_thoughtx.families.quantization import scale_of
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.quality import ORT
 
 NUM_TRIED = 4  # numbers of kept units that one pass compares
 Streams = list[torch.Tensor]  # of each row, [tokens, hidden]
@@ -63,29 +67,40 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
     return found
 
 
-def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> list[tuple[Divergence, Divergence]]:
-    """Divergence of the quantized model when the layers in `kept` stay as they are, on all held-out rows and on the stored ones."""
+Losses = dict[str, tuple[Divergence, Divergence]]  # by way to run: on all held-out rows, and on the stored ones
+
+
+def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> list[Losses]:
+    """What the quantized model loses when the layers in each of `kept` stay as they are, by way to run."""
     rows, config = walk.data.judging, walk.source.config
     with torch.inference_mode(), progress.stage("measure", config.num_layers + 1) as stage:
         clean = _embedded(walk, rows)
-        variants = {k: list(clean) for k in range(len(kept))}
+        variants = {(k, way): list(clean) for k in range(len(kept)) for way in walk.ways}
         for index in range(config.num_layers):
             layer, grids = Layer(walk.source, index), _grids(walk, f"layer.{index}.safetensors")
-            for k, streams in variants.items():
+            products = _products(walk, f"layer.{index}.safetensors") if ORT in walk.ways else {}
+            for (k, way), streams in variants.items():
                 used = {name: one for name, one in grids.items() if name not in kept[k]}
-                variants[k] = [_forward(walk, layer, x, used) for x in streams]
+                variants[k, way] = [_forward(walk, layer, x, used, products if way == ORT else {}) for x in streams]
             clean = [layer.forward(x, walk.rotary) for x in clean]
             stage.advance(1)
         head = _grids(walk, "head.safetensors").get("lm_head")
-        streams_of = {k: (variants[k], "lm_head" not in kept[k]) for k in variants}
-        found = {k: (whole, part) for k, whole, part in _judged(walk, rows, clean, streams_of, head)}
+        products = _products(walk, "head.safetensors") if ORT in walk.ways else {}
+        streams_of = {key: (variants[key], "lm_head" not in kept[key[0]]) for key in variants}
+        judged = _judged(walk, rows, clean, streams_of, head, products.get("lm_head"))
+        found = {key: (whole, part) for key, whole, part in judged}
         stage.advance(1)
-    return [found[k] for k in range(len(kept))]
+    return [{way: found[k, way] for way in walk.ways} for k in range(len(kept))]
+
+
+def worst(losses: Losses) -> float:
+    """Mean KL of the way to run that loses most."""
+    return max(whole.summary()["kl"] for whole, _ in losses.values())
 
 
 def keep_for_budget(
     walk: Walk, modules: Mapping[str, Mapping[str, Any]], sensitivity: Mapping[str, float], max_kl: float, progress: Progress
-) -> tuple[frozenset[str], Divergence, Divergence]:
+) -> tuple[frozenset[str], Losses]:
     """The shortest head of the list of units, most sensitive first, that must stay as it is for the mean KL to be at most `max_kl`."""
     units = sorted(units_of(modules), key=lambda unit: -sensitivity[unit[0]])
 
@@ -93,15 +108,15 @@ def keep_for_budget(
         return frozenset(name for unit in units[:count] for name in unit)
 
     low, high = 0, len(units)  # what `high` keeps holds the budget: with nothing quantized there is no divergence
-    best: tuple[Divergence, Divergence] | None = None
+    best: Losses | None = None
     while low < high or best is None:
         tried = sorted({low + (high - low) * i // (NUM_TRIED - 1) for i in range(NUM_TRIED)})
-        for count, pair in zip(tried, measured(walk, [first(count) for count in tried], progress), strict=True):
-            if pair[0].summary()["kl"] <= max_kl:
-                high, best = count, pair
+        for count, losses in zip(tried, measured(walk, [first(count) for count in tried], progress), strict=True):
+            if worst(losses) <= max_kl:
+                high, best = count, losses
                 break
             low = count + 1
-    return first(high), *best
+    return first(high), best
 
 
 def keep_for_bits(
@@ -141,10 +156,20 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
     return found
 
 
-def _forward(walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Found]) -> torch.Tensor:
+def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
+    """The quantized layers of one of the walk's files on onnxruntime's operators, by module."""
+    tensors = tensor_file.read_all(walk.root, file)
+    suffix, _ = scale_of(walk.algo, 0, 0, 1)
+    modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    return {module: FusedProduct(tensors[f"{module}.weight"], tensors[f"{module}.{suffix}"]) for module in modules}
+
+
+def _forward(
+    walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Found], products: Mapping[str, FusedProduct] = MappingProxyType({})
+) -> torch.Tensor:
     def linear(module: str, h: torch.Tensor) -> torch.Tensor:
-        one = grids.get(f"{layer.name}.{module}")
-        return layer.plain(module, h) if one is None else quantized(layer, module, one, walk.algo, h)
+        name = f"{layer.name}.{module}"
+        return quantized(layer, module, grids[name], walk.algo, h, products.get(name)) if name in grids else layer.plain(module, h)
 
     return layer.forward(x, walk.rotary, linear, walk.cache_of(layer))
 
@@ -155,6 +180,7 @@ def _judged(
     clean: Streams,
     variants: Mapping[Any, tuple[Streams, bool]],
     head_grid: Found | None,
+    product: FusedProduct | None = None,
     *,
     all_judge: bool = False,
 ) -> Iterator[tuple[Any, Divergence, Divergence]]:
@@ -170,8 +196,10 @@ def _judged(
             wanted = F.linear(head.normed(clean[number][part]), head.weight).numpy(force=True)
             for key, (streams, is_quantized) in variants.items():
                 h = head.normed(streams[number][part])
-                on_grid = head_grid is not None and is_quantized
-                got = F.linear(head_grid.inputs(h, walk.algo), head_grid.matrix) if head_grid and on_grid else F.linear(h, head.weight)
+                if head_grid is not None and is_quantized:
+                    got = on_head(head_grid, h, walk.algo, product if isinstance(key, tuple) and key[-1] == ORT else None)
+                else:
+                    got = F.linear(h, head.weight)
                 if judges:
                     seen[key][0].add(wanted, got.numpy(force=True), targets)
                 if travels:

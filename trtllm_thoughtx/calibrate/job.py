@@ -25,6 +25,7 @@ from trtllm_thoughtx.calibrate.data import read_data
 from trtllm_thoughtx.calibrate.page import report_html
 from trtllm_thoughtx.calibrate.traces import answered
 from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.engines.ort_product import OPERATORS
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.questions import sha256_of_questions
 from trtllm_thoughtx.families import Tensor
@@ -33,6 +34,7 @@ from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.members import CALIBRATION, CALIBRATION_PAGE
 from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.quality import EXACT, ORT
 from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.weights import STORED_DTYPES, WeightSource, open_weights
@@ -43,6 +45,8 @@ EXITS_CARRIED = (
     "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
     "to calibrate them on the quantized model, fit them again from this output"
 )
+WALK = 2  # form of the state that a walk keeps
+GRAPH = "the graph as it stands"
 AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
 NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
 
@@ -129,7 +133,7 @@ def calibrate(
             return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
         carried_exits = [EXITS_CARRIED.format(source.exits)] if source.exits else []
         _check_target(config, quant, target_bits)
-        num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging, *data.judging]]
+        num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging * 3]]
         num_states = 3 * sum(num_tokens) * config.hidden_size * 4
         num_engines = 2 if questions else int(self_traces)  # in float32, at most twice the source
         output.prepare(2 * (1 + num_engines) * source_bytes(source) + num_states)
@@ -143,16 +147,16 @@ def calibrate(
 
         walk = Walk(source, data, quant, work, batch_size)
         walk.run(progress)
-        modules, end_to_end, on_stored = walk.facts()
+        modules, losses = walk.facts()
         kept: frozenset[str] = frozenset()
         if sensitivity or accuracy_budget is not None or target_bits is not None:
             from trtllm_thoughtx.calibrate import budget
 
             alone = budget.sensitivities(walk, modules, progress)
             modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
-            seen: Sequence[Any] = ()
-            if accuracy_budget is not None and end_to_end["kl"] > accuracy_budget:
-                kept, *seen = budget.keep_for_budget(walk, modules, alone, accuracy_budget, progress)
+            seen: budget.Losses = {}
+            if accuracy_budget is not None and max(whole["kl"] for whole, _ in losses.values()) > accuracy_budget:
+                kept, seen = budget.keep_for_budget(walk, modules, alone, accuracy_budget, progress)
             elif target_bits is not None:
                 size = sizes(config, quant, modules)
                 kept = budget.keep_for_bits(
@@ -160,7 +164,7 @@ def calibrate(
                 )
                 seen = budget.measured(walk, [kept], progress)[0]
             if seen:
-                end_to_end, on_stored = (one.summary() for one in seen)
+                losses = {way: [one.summary() for one in pair] for way, pair in seen.items()}
             modules = {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}
         final = with_excluded(quant, modules)
         found = {
@@ -168,8 +172,9 @@ def calibrate(
             "qformat": qformat,
             "quantization": report.plain(final),
             "data": data.facts,
-            "end_to_end": end_to_end,
-            "limits": limits_of(on_stored),
+            "end_to_end": losses[EXACT][0],
+            "limits": limits_of(losses[EXACT][1]),
+            "backends": backends_of(losses, walk.kind),
             "size": sizes(config, final, modules),
             "modules": modules,
             "warnings": [*data.warnings, *carried_exits, *_warnings(modules)],
@@ -239,6 +244,15 @@ def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
         "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
         "min_top1_agreement": round(max(0.0, seen["top1_agreement"] - 0.02), 6),
         "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
+    }
+
+
+def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str | None) -> dict[str, Any]:
+    """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
+    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
+    measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
+    return {
+        way: {"runs": runs[way], "end_to_end": dict(whole), "limits": limits_of(on_stored)} for way, (whole, on_stored) in measured.items()
     }
 
 

@@ -20,14 +20,17 @@ from trtllm_thoughtx import report, tensor_file
 from trtllm_thoughtx.calibrate import grid, kv
 from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.model import UNITS, Head, Layer, Rotary, read
+from trtllm_thoughtx.calibrate.products import on_head, operators_of, quantized
 from trtllm_thoughtx.calibrate.search import Found, Inputs, search
 from trtllm_thoughtx.calibrate.states import States
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.divergence import Divergence, spread
+from trtllm_thoughtx.engines.ort_product import FusedProduct
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, scale_of
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.quality import EXACT, ORT
 from trtllm_thoughtx.weights import WeightSource
 
 NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
@@ -110,7 +113,9 @@ class Walk:
         self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
         self.batch_size = batch_size
         self.num_rows, self.num_held = len(data.rows), len(data.judging)
-        rows = [*data.rows, *data.judging, *data.judging]
+        self.kind = operators_of(quant)
+        self.ways = (EXACT, ORT) if self.kind else (EXACT,)
+        rows = [*data.rows, *data.judging * (1 + len(self.ways))]
         self.lengths = [len(row) for row in rows]
         self.states = States(root, self.lengths, source.config.hidden_size)
         self.rotary = Rotary(source.config, max(self.lengths))
@@ -119,6 +124,20 @@ class Walk:
     @property
     def held(self) -> range:
         return range(self.num_rows, self.num_rows + self.num_held)
+
+    def held_by(self, way: str) -> range:
+        """The held-out rows on the quantized layers, run one of `ways`."""
+        first = self.held.stop + self.ways.index(way) * self.num_held
+        return range(first, first + self.num_held)
+
+    def _products(self, found: Mapping[str, Found], weights: Mapping[str, torch.Tensor]) -> dict[str, FusedProduct]:
+        """Quantized layers on onnxruntime's operators, by module."""
+        made = {}
+        for module, one in found.items():
+            weight = weights[f"{module}.weight"] if one.factor is None else weights[f"{module}.weight"] / one.factor
+            shape = scale_of(self.algo, weight.shape[0], weight.shape[1], self.quant.group_size)[1]
+            made[module] = FusedProduct(grid.pack(weight, one.scale, self.algo), one.scale.reshape(shape).numpy(force=True))
+        return made
 
     def run(self, progress: Progress) -> None:
         """Every layer and the head; what is there already is kept."""
@@ -144,7 +163,7 @@ class Walk:
 
     def _embed(self) -> None:
         table = read(self.source, "transformer.vocab_embedding.weight")
-        for row, ids in enumerate([*self.data.rows, *self.data.judging, *self.data.judging]):
+        for row, ids in enumerate([*self.data.rows, *self.data.judging * (1 + len(self.ways))]):
             self.states.write(-1, row, table[torch.tensor(ids, device=table.device)].numpy(force=True))
 
     def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
@@ -202,14 +221,17 @@ class Walk:
 
             return layer.forward(x, self.rotary, linear)
 
-        def on_grid(row: int, x: torch.Tensor) -> torch.Tensor:
+        def on_grid(products: Mapping[str, FusedProduct]) -> Callable[[int, torch.Tensor], torch.Tensor]:
             def linear(module: str, h: torch.Tensor) -> torch.Tensor:
-                return quantized(layer, module, found[module], self.algo, h) if module in found else layer.plain(module, h)
+                if module not in found:
+                    return layer.plain(module, h)
+                return quantized(layer, module, found[module], self.algo, h, products.get(module))
 
-            return layer.forward(x, self.rotary, linear, rounded)
+            return lambda _, x: layer.forward(x, self.rotary, linear, rounded)
 
         self._each(index, self.held, judge)
-        self._each(index, range(self.held.stop, self.held.stop + self.num_held), on_grid)
+        for way in self.ways:
+            self._each(index, self.held_by(way), on_grid(self._products(found, layer.weights) if way == ORT else {}))
         for module, one in judges.items():
             facts[f"{layer.name}.{module}"] |= one.facts()
         extra = {} if kv_scale is None else {f"{layer.name}.attention.kv_cache_scaling_factor": kv_scale.numpy(force=True)}
@@ -264,22 +286,26 @@ class Walk:
             found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
         one = found.get("lm_head")
         judge = _Judge(one, self.algo) if one else None
-        divergence, stored_part = Divergence(), Divergence()
+        product = self._products(found, {"lm_head.weight": head.weight}).get("lm_head") if ORT in self.ways else None
+        seen = {way: (Divergence(), Divergence()) for way in self.ways}
         for number, row in enumerate(self.held):
             ids = self.data.judging[number]
-            pair = [head.normed(torch.from_numpy(self.states.read(last, r)).to(head.weight.device)) for r in (row, row + self.num_held)]
+            pair = {way: head.normed(self._state(last, self.held_by(way)[number])) for way in self.ways}
+            whole = head.normed(self._state(last, row))
             for at in range(0, len(ids), Head.ROWS):
-                clean, rough = (h[at : at + Head.ROWS] for h in pair)
+                clean = whole[at : at + Head.ROWS]
                 wanted = F.linear(clean, head.weight)
-                got = F.linear(one.inputs(rough, self.algo), one.matrix) if one else F.linear(rough, head.weight)
                 if judge and one:
                     judge.add(clean, wanted, F.linear(one.inputs(clean, self.algo), one.matrix))
                 targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
-                pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
-                if self.data.judges(number):
-                    divergence.add(*pair_of_logits, targets)
-                if self.data.travels(number):
-                    add_stored(stored_part, ids, at, *pair_of_logits)
+                for way, (divergence, stored_part) in seen.items():
+                    rough = pair[way][at : at + Head.ROWS]
+                    got = on_head(one, rough, self.algo, product if way == ORT else None) if one else F.linear(rough, head.weight)
+                    pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
+                    if self.data.judges(number):
+                        divergence.add(*pair_of_logits, targets)
+                    if self.data.travels(number):
+                        add_stored(stored_part, ids, at, *pair_of_logits)
         if judge:
             facts["lm_head"] |= judge.facts()
         self._keep(
@@ -288,19 +314,18 @@ class Walk:
             found,
             {"lm_head": head.weight} if found else {},
             facts,
-            end_to_end=divergence.summary(),
-            stored=stored_part.summary(),
+            losses={way: [one.summary() for one in pair_of_way] for way, pair_of_way in seen.items()},
         )
 
-    def facts(self) -> tuple[dict[str, Any], dict[str, float], dict[str, float]]:
-        """(module -> facts, end-to-end numbers, those of the stored sequences alone) of a walk that is done."""
+    def facts(self) -> tuple[dict[str, Any], dict[str, list[dict[str, float]]]]:
+        """(module -> facts, way -> end-to-end numbers and those of the stored sequences alone) of a walk that is done."""
         modules: dict[str, Any] = {}
         for index in range(self.source.config.num_layers):
             modules |= read_json(self.root, f"layer.{index}.json")["modules"]
         last = read_json(self.root, "head.json")
         modules |= last["modules"]
         ordered = {name: modules[name] for name in linear_modules(self.source.config) if name in modules}
-        return ordered, last["end_to_end"], last["stored"]
+        return ordered, last["losses"]
 
     def stored_rows(self) -> list[list[int]]:
         """The sequences that go with the checkpoint, so that an engine can be judged on them."""
@@ -313,11 +338,6 @@ def add_stored(seen: Divergence, ids: Sequence[int], at: int, wanted: np.ndarray
     rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)]
     if rows:
         seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
-
-
-def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer as the engine computes it."""
-    return F.linear(found.inputs(x, algo), found.matrix, layer.weights.get(f"{module}.bias"))
 
 
 def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Found], dict[str, Any]]:

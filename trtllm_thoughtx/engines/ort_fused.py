@@ -3,19 +3,20 @@
 The graph's Q/DQ form is what every engine shares; onnxruntime fuses it only in part, and widens the other matrices again in every step.
 So the float32 graph is rewritten while it is read, with the same stored numbers:
 
-    INT4, INT8 weights     `MatMulNBits`, numbers made unsigned as it wants them. It rounds its inputs to 8 bits, by blocks of
-                           `BLOCK` inputs (accuracy level 4): the one level that is not slower than float32, and a little less exact.
+    INT4 weights           `MatMulNBits`, which rounds its inputs to 8 bits, group by group (accuracy level 4). Its other levels are not
+                           faster than float32, and beside 4-bit weights the loss cannot be seen.
+    INT8 weights           `QGemm`, twice: inputs are rounded to 16 bits, 8 of them in each product. `MatMulNBits` would double the loss.
     INT8 by INT8           `QGemm`, the graph's own integers. Signed by signed has no kernel on x86; unsigned by unsigned is as exact.
     FP8, odd group sizes   widened to float32 once, where memory has room: no CPU computes with them.
 
-`Engine.load(..., exact=True)` runs the graph as it stands.
+BENCHMARKS.md has the losses and speeds. `Engine.load(..., exact=True)` runs the graph as it stands.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -27,10 +28,19 @@ from onnx import TensorProto, helper
 from trtllm_thoughtx.host import available_bytes
 
 DOMAIN = "com.microsoft"
-BLOCK = 32  # inputs that `MatMulNBits` rounds with one scale; BENCHMARKS.md has what other sizes cost
-BLOCKS = (16, 32, 64, 128, 256)  # that it knows
+BLOCKS = (16, 32, 64, 128, 256)  # that `MatMulNBits` knows
 LEVEL = 4
 MIDDLE, ZERO = "zero/unsigned", "zero/signed"
+HIGH, LOW, ONE, AXIS, SMALLEST = "split/high", "split/low", "split/one", "split/axis", "split/smallest"
+CONSTANTS: dict[str, np.ndarray] = {
+    MIDDLE: np.asarray(np.uint8(128)),
+    ZERO: np.asarray(np.int8(0)),
+    HIGH: np.asarray(np.float32(1 / 127)),  # a token's inputs are at most as large as their length, by which they are divided
+    LOW: np.asarray(np.float32(1 / 127 / 254)),
+    ONE: np.asarray(np.float32(1)),
+    AXIS: np.asarray([1], np.int64),
+    SMALLEST: np.asarray(np.float32(2.0**-100)),  # the length of a token of zeros
+}
 SIGN = {4: 0x88, 8: 0x80}  # turns two's complement into an offset of half the range
 ROOM = 2.2  # memory that widened matrices need while a session packs them, in units of their size
 
@@ -52,7 +62,7 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
-    found, nodes = Fused({}), list[onnx.NodeProto]()
+    found, nodes, done = Fused({}), list[onnx.NodeProto](), dict[str, None]()
     wide = [m for node in graph.node if (m := _matrix(node, made)) and _kind(node, m, made, tensors) == "wide"]
     room = available_bytes()
     has_room = room is None or room > ROOM * 4 * sum(math.prod(tensors[m.input[0]].dims) for m in wide)
@@ -71,16 +81,21 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
             nodes.append(node)
             continue
         if kind == "static":
-            product, arrays = _static_product(node, matrix, made, tensors, data)
+            products, arrays = _static_product(node, matrix, made, tensors, data)
+        elif kind == "rows":
+            products, arrays = _rows_product(node, matrix, tensors, data, set(done))
         else:
-            product, arrays = _weight_only_product(node, matrix, tensors, data)
-            found.num_rounding += 1
+            products, arrays = _blocks_product(node, matrix, tensors, data)
         found.arrays |= arrays
         found.num_products += 1
-        nodes.append(product)
+        found.num_rounding += kind != "static"
+        nodes += products
+        done |= dict.fromkeys(name for product in products for name in product.output)
         if len(node.input) > 2:
-            nodes.append(helper.make_node("Add", [product.output[0], node.input[2]], [node.output[0]], name=f"{node.output[0]}/bias"))
-    if found.arrays:
+            nodes.append(helper.make_node("Add", [_output(node), node.input[2]], [node.output[0]], name=f"{node.output[0]}/bias"))
+    if found.num_products or found.num_wide:
+        used = {name for node in nodes for name in node.input}
+        graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in CONSTANTS.items() if name in used)
         rewrite(model, nodes, found.arrays, unused=("DequantizeLinear",))
     return found
 
@@ -92,22 +107,22 @@ def _matrix(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> onnx.No
 
 
 def _kind(node: onnx.NodeProto, matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto]) -> str:
-    """static: INT8 by INT8; blocks: weight-only in blocks; wide: anything else."""
+    """static: INT8 by INT8; rows, blocks: weight-only, with a scale for each; wide: anything else."""
     source, weight = made.get(node.input[0]), tensors[matrix.input[0]]
     if source is not None and source.op_type == "DequantizeLinear":
         return "static" if weight.data_type == TensorProto.INT8 else "wide"
-    return "blocks" if weight.data_type in (TensorProto.INT4, TensorProto.INT8) and block_of(_group(matrix), weight.dims[1]) else "wide"
+    if weight.data_type == TensorProto.INT8 and not _group(matrix):
+        return "rows"
+    return "blocks" if weight.data_type == TensorProto.INT4 and block_of(_group(matrix)) else "wide"
 
 
 def _group(matrix: onnx.NodeProto) -> int:
     return next((a.i for a in matrix.attribute if a.name == "block_size"), 0)
 
 
-def block_of(group: int, num_in: int) -> int:
-    """Inputs of a block of `MatMulNBits`: `BLOCK`, or the largest that a group of the format's scales (0: whole rows) is cut into by."""
-    whole = group or num_in
-    fitting = [size for size in BLOCKS if whole % size == 0]
-    return BLOCK if BLOCK in fitting else max((size for size in fitting if size < BLOCK), default=0)
+def block_of(group: int) -> int:
+    """Inputs of a block of `MatMulNBits`: the largest that a group of the format's scales can be cut into; 0 for none."""
+    return max((size for size in BLOCKS if group and group % size == 0), default=0)
 
 
 def rewrite(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, np.ndarray], *, unused: Sequence[str]) -> None:
@@ -145,7 +160,7 @@ def takes_signed_weights() -> bool:
     constants = {"one": np.float32(1), "low": np.uint8(0), "weight": weight, "zero": np.int8(0)}
     tensors = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     node = helper.make_node("QGemm", ["x", "one", "low", "weight", "one", "zero"], ["y"], domain=DOMAIN, transB=1)
-    session = _session_of([node], inputs, outputs, tensors)
+    session = session_of([node], inputs, outputs, tensors)
     for rows in (1, 2, 3, 4, 7, 64):
         x = np.full((rows, num), 255, np.uint8)
         wanted = x.astype(np.int64) @ weight.T.astype(np.int64)
@@ -154,9 +169,7 @@ def takes_signed_weights() -> bool:
     return True
 
 
-def _session_of(
-    nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any], tensors: list[onnx.TensorProto]
-) -> ort.InferenceSession:
+def session_of(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any], tensors: list[onnx.TensorProto]) -> ort.InferenceSession:
     """A session of a few operators on the CPU."""
     graph = helper.make_graph(nodes, "products", inputs, outputs, tensors)
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
@@ -172,22 +185,54 @@ def _static_product(
     made: Mapping[str, onnx.NodeProto],
     tensors: Mapping[str, onnx.TensorProto],
     data: BinaryIO,
-) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
+) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     """INT8 inputs by an INT8 matrix, each with one scale; float32 out. Scales per row are multiplied behind it, in the graph.
 
     Inputs are rounded to unsigned numbers around 128 instead; so are weights where the CPU needs that."""
-    quantize, weight = made[made[node.input[0]].input[0]], matrix.input[0]
-    arrays = {MIDDLE: np.asarray(np.uint8(128))}
-    if takes_signed_weights():
-        zero, arrays[ZERO] = ZERO, np.asarray(np.int8(0))
-    else:
-        zero, raw = MIDDLE, read_initializer(tensors[weight], data)
-        raw ^= np.uint8(SIGN[8])
-        weight = f"{weight}/unsigned"
-        arrays[weight] = raw.reshape(tensors[matrix.input[0]].dims)
+    quantize = made[made[node.input[0]].input[0]]
+    weight, zero, arrays = _integers(matrix, tensors, data)
     quantize.input[2] = MIDDLE
     inputs = [quantize.output[0], quantize.input[1], MIDDLE, weight, matrix.input[1], zero]
-    return helper.make_node("QGemm", inputs, [_output(node)], name=node.name, domain=DOMAIN, transB=1), arrays
+    return [helper.make_node("QGemm", inputs, [_output(node)], name=node.name, domain=DOMAIN, transB=1)], arrays
+
+
+def _integers(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO) -> tuple[str, str, dict[str, np.ndarray]]:
+    """(matrix, zero point, arrays) of an INT8 matrix as this CPU multiplies it."""
+    stored = matrix.input[0]
+    if takes_signed_weights():
+        return stored, ZERO, {}
+    raw = read_initializer(tensors[stored], data)
+    raw ^= np.uint8(SIGN[8])
+    return f"{stored}/unsigned", MIDDLE, {f"{stored}/unsigned": raw.reshape(tensors[stored].dims)}
+
+
+def _rows_product(
+    node: onnx.NodeProto, matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO, done: Container[str]
+) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    weight, zero, arrays = _integers(matrix, tensors, data)
+    return rows_nodes(node.input[0], weight, matrix.input[1], zero, _output(node), done), arrays
+
+
+def rows_nodes(x: str, weight: str, scale: str, zero: str, output: str, done: Container[str] = ()) -> list[onnx.NodeProto]:
+    """Float inputs by an INT8 matrix with a scale for each row. A token's inputs, divided by their length, are the sum of two numbers of
+    8 bits, each multiplied exactly. Layers that read the same inputs split them once: `done` has names that were made before."""
+    length, high, low = f"{x}/length", f"{x}/high", f"{x}/low"
+    nodes = [] if length in done else [
+        helper.make_node("ReduceL2", [x, AXIS], [f"{x}/norm"], keepdims=1),
+        helper.make_node("Max", [f"{x}/norm", SMALLEST], [length]),
+        helper.make_node("Div", [x, length], [f"{x}/unit"]),
+        helper.make_node("QuantizeLinear", [f"{x}/unit", HIGH, MIDDLE], [high]),
+        helper.make_node("DequantizeLinear", [high, HIGH, MIDDLE], [f"{x}/first"]),
+        helper.make_node("Sub", [f"{x}/unit", f"{x}/first"], [f"{x}/rest"]),
+        helper.make_node("QuantizeLinear", [f"{x}/rest", LOW, MIDDLE], [low]),
+    ]  # fmt: skip
+    for part, step in ((high, HIGH), (low, LOW)):
+        inputs = [part, step, MIDDLE, weight, ONE, zero]
+        nodes.append(helper.make_node("QGemm", inputs, [f"{output}/of/{part}"], domain=DOMAIN, transB=1))
+    nodes.append(helper.make_node("Add", [f"{output}/of/{high}", f"{output}/of/{low}"], [f"{output}/unit"]))
+    nodes.append(helper.make_node("Mul", [f"{output}/unit", scale], [f"{output}/rows"]))
+    nodes.append(helper.make_node("Mul", [f"{output}/rows", length], [output]))
+    return nodes
 
 
 def _widened(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO) -> np.ndarray:
@@ -207,28 +252,28 @@ def _widened(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], da
     return wide.reshape(num_out, num_in)
 
 
-def _weight_only_product(
+def _blocks_product(
     node: onnx.NodeProto, matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO
-) -> tuple[onnx.NodeProto, dict[str, np.ndarray]]:
-    weight = tensors[matrix.input[0]]
-    scales = read_initializer(tensors[matrix.input[1]], data).view(np.float32)
-    bits = 4 if weight.data_type == TensorProto.INT4 else 8
+) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    weight, group = tensors[matrix.input[0]], _group(matrix)
+    scales = read_initializer(tensors[matrix.input[1]], data).view(np.float32).reshape(weight.dims[0], -1)
     names = (f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks")
-    numbers, scales, said = blocked(read_initializer(weight, data), scales, bits, weight.dims[0], weight.dims[1], _group(matrix))
-    made = helper.make_node("MatMulNBits", [node.input[0], *names], [_output(node)], name=node.name, domain=DOMAIN, **said)
-    return made, dict(zip(names, (numbers, scales), strict=True))
+    arrays = blocked(read_initializer(weight, data), scales, group)
+    return [blocks_node(node.input[0], names, _output(node), weight.dims[0], weight.dims[1], group)], dict(zip(names, arrays, strict=True))
 
 
-def blocked(
-    raw: np.ndarray, scales: np.ndarray, bits: int, num_out: int, num_in: int, group: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(numbers, scales, attributes) of `MatMulNBits` from a stored matrix's bytes, two's complement, and its scales by `group` of inputs
-    (0: by row). A scale is repeated for each block of its group."""
-    size = block_of(group, num_in)
-    each = scales.reshape(num_out, -1)
-    numbers = (raw ^ np.uint8(SIGN[bits])).reshape(num_out, num_in // size, size * bits // 8)
-    attributes = {"K": num_in, "N": num_out, "bits": bits, "block_size": size, "accuracy_level": LEVEL}
-    return numbers, np.repeat(each, num_in // size // each.shape[1], 1), attributes
+def blocked(raw: np.ndarray, scales: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and scales as `MatMulNBits` takes them, from a stored 4-bit matrix's bytes and its scales [out, in / group]. A scale is
+    repeated for each block of its group."""
+    size = block_of(group)
+    scales = np.repeat(scales, group // size, 1)
+    return (raw ^ np.uint8(SIGN[4])).reshape(*scales.shape, size // 2), scales
+
+
+def blocks_node(x: str, names: tuple[str, str], output: str, num_out: int, num_in: int, group: int) -> onnx.NodeProto:
+    """Float inputs by a 4-bit matrix with a scale for each block of inputs; `names` are those of numbers and scales."""
+    attributes: dict[str, Any] = {"K": num_in, "N": num_out, "bits": 4, "block_size": block_of(group), "accuracy_level": LEVEL}
+    return helper.make_node("MatMulNBits", [x, *names], [output], name=output, domain=DOMAIN, **attributes)
 
 
 def read_initializer(tensor: onnx.TensorProto, data: BinaryIO) -> np.ndarray:
