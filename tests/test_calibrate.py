@@ -568,3 +568,39 @@ def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, mon
     data = lines(tmp_path / "d.jsonl", [*ids(46, low=2, high=4), {"input_ids": list(range(1, 91)) * 2}])
     calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_sq", calib_data=data)
     assert {one.num_sequences for one in seen} == {42} and all(len(one.rows) <= 16 for one in seen)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]])
+def test_data_that_stand_for_the_users_are_named_before_the_walk(tmp_path, capsys, monkeypatch, flags):
+    """Also with --quiet: what they are, and about how long it will take; and calibration.json keeps it."""
+    from trtllm_thoughtx.cli import calibrate as command
+
+    sample, said = Path(__file__).parent.parent / "trtllm_thoughtx" / "samples" / "thoughtx-tiny", []
+    real = Walk.run
+    monkeypatch.setattr(Walk, "run", lambda walk, progress: (said.append(capsys.readouterr().err), real(walk, progress))[1])
+    words = ["--model_dir", str(sample), "--output_dir", str(tmp_path / "c"), "--qformat", "fp8", "--calib_size", "8", "--json"]
+    command([*words, *flags], standalone_mode=False)
+    assert "generated tasks in place of your own prompts (--calib_data): 8 sequences" in said[0] and "fits the scales" in said[0]
+    assert "on this machine, by one row" in said[0]
+    found = json.loads((tmp_path / "c" / "calibration.json").read_text())
+    assert found["data"]["is_generic"] and "not on prompts of yours" in found["warnings"][0]
+    data = lines(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 8)
+    words[3] = str(tmp_path / "own")
+    command([*words, "--calib_data", str(data), "--quiet"], standalone_mode=False)
+    assert capsys.readouterr().err == "" and not json.loads((tmp_path / "own" / "calibration.json").read_text())["data"]["is_generic"]
+
+
+@pytest.mark.parametrize(
+    ("options", "num", "held", "length"),
+    [
+        ({"qformat": "int4_wo"}, 8, 8, 256),
+        ({"qformat": "int8_wo", "calib_seq_len": 32}, 8, 8, 32),
+        ({"qformat": "int8_wo", "calib_size": 24}, 21, 3, 512),
+        ({"qformat": "int8_wo", "kv_cache_dtype": "int8", "calib_seq_len": 32}, 112, 16, 32),
+        ({"qformat": "int4_awq", "calib_seq_len": 16}, 112, 16, 16),
+    ],
+)
+def test_what_fits_nothing_measures_on_few_sequences(tmp_path, options, num, held, length):
+    write_tiny(tmp_path / "m", **SIZES)
+    found = calibrate(tmp_path / "m", tmp_path / "c", **options)["data"]
+    assert (found["num_sequences"], found["num_held_out"], found["max_len"]) == (num, held, min(length, 256))

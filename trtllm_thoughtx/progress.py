@@ -30,6 +30,11 @@ def _amount(count: float, unit: Unit) -> str:
     return f"{count:.0f} B" if power == 0 else f"{count:.1f} {_BYTE_UNITS[power]}"
 
 
+def duration(seconds: float) -> str:
+    """For people: 40 s, 7 min, 2.5 h."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
 
@@ -88,16 +93,21 @@ class _BarStage(Stage):
 class Progress:
     """Where steps report. `Progress()` writes to stderr; `Progress.silent()` writes nothing."""
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.quiet, self.stream = quiet, sys.stderr if stream is None else stream
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, silent: bool = False) -> None:
+        self.quiet, self.is_silent, self.stream = quiet or silent, silent, sys.stderr if stream is None else stream
 
     @classmethod
     def silent(cls) -> Progress:
-        return cls(quiet=True)
+        return cls(silent=True)
 
     def note(self, text: str) -> None:
         """One line that a person should see: a warning, a choice that was made."""
         if not self.quiet:
+            print(text, file=self.stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line that a person must see, even one who asked for no progress."""
+        if not self.is_silent:
             print(text, file=self.stream, flush=True)
 
     @contextmanager

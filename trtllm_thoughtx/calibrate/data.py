@@ -77,9 +77,11 @@ def read_data(
     pad_id: int | None = None,
     only_prompts: bool = False,
     is_private: bool = False,
+    only_measures: bool = False,
 ) -> Data:
     """At most `num_samples` sequences of at most `max_len` tokens, an eighth of them held out. E164 for data that cannot be used.
 
+    `only_measures`: half of them are held out, for a format that fits nothing on the rest.
     `only_prompts` leaves out what the rows say behind their prompts; with `is_private` no row of theirs travels."""
     warnings: list[str] = []
     num_cut = num_dropped = 0
@@ -100,7 +102,8 @@ def read_data(
     if path is None:
         found = _checked("--calib_data", _own_rows(num_samples, vocab_size, seed, text), sequence)
         what = BUILT_IN if text is not None else "random tokens: the checkpoint has no tokenizer"
-        warnings.append(f"calibrated on {what}; data of your own (--calib_data) makes better scales")
+        use = ("measured", "tells what your prompts lose") if only_measures else ("calibrated", "makes better scales")
+        warnings.append(f"{use[0]} on {what}, not on prompts of yours; data of your own (--calib_data) {use[1]}")
     else:
         found, what = _rows(Path(path), sequence), "stdin" if path == STDIN else Path(path).name
     rows = found.all(warnings.append)
@@ -108,17 +111,19 @@ def read_data(
     order = list(range(num_rows))
     random.Random(f"calibrate {seed}").shuffle(order)
     rows = [rows[i] for i in order[:num_samples]]
-    num_held = min(MAX_HELD, max(1, len(rows) // 8)) if len(rows) > 1 else 0
+    num_held = min(MAX_HELD, max(1, len(rows) // (2 if only_measures else 8))) if len(rows) > 1 else 0
     held = rows[len(rows) - num_held :] or rows
     if not num_held:
         warnings.append("one sequence is all there is: it calibrates, and it judges the result as well")
-    elif len(rows) < 32 and path is not None:
+    elif len(rows) < 32 and path is not None and not only_measures:
         warnings.append(f"only {len(rows)} sequences: more of them make scales that hold for more prompts")
     if num_cut:
         warnings.append(f"{num_cut} sequences were cut to {max_len} tokens (--calib_seq_len)")
     rows = rows[: len(rows) - num_held]
     facts = {
         "source": what,
+        "is_generic": path is None,
+        "only_measures": only_measures,
         "sha256": sha256_of(Path(path)) if path is not None and Path(path).is_file() else None,
         "num_rows": num_rows,
         "num_sequences": len(rows),

@@ -21,7 +21,7 @@ import numpy as np
 
 from trtllm_thoughtx import __version__, files, report, tensor_file
 from trtllm_thoughtx.calibrate import cost
-from trtllm_thoughtx.calibrate.data import read_data
+from trtllm_thoughtx.calibrate.data import Data, read_data
 from trtllm_thoughtx.calibrate.page import report_html
 from trtllm_thoughtx.calibrate.traces import answered
 from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
@@ -29,11 +29,11 @@ from trtllm_thoughtx.engines.ort_product import OPERATORS
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.questions import sha256_of_questions
 from trtllm_thoughtx.families import Tensor
-from trtllm_thoughtx.families.quantization import STORED, linear_modules, with_quantization
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.members import CALIBRATION, CALIBRATION_PAGE
 from trtllm_thoughtx.outputs import Output
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import Progress, duration
 from trtllm_thoughtx.quality import EXACT, ORT
 from trtllm_thoughtx.recorded import command_line
 from trtllm_thoughtx.runtime.text import Text
@@ -46,6 +46,7 @@ EXITS_CARRIED = (
     "to calibrate them on the quantized model, fit them again from this output"
 )
 WALK = 2  # form of the state that a walk keeps
+SIZES, MEASURED = (128, 512), (16, 256)  # sequences and their tokens: to fit scales on; only to measure what rounding loses
 GRAPH = "the graph as it stands"
 AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
 NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
@@ -57,8 +58,8 @@ def calibrate(
     *,
     qformat: str,
     calib_data: Path | None = None,
-    calib_size: int = 128,
-    calib_seq_len: int = 512,
+    calib_size: int | None = None,
+    calib_seq_len: int | None = None,
     batch_size: int = 8,
     group_size: int | None = None,
     exclude: Sequence[str] = (),
@@ -96,6 +97,9 @@ def calibrate(
             )
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
         quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
+        measures = fits_nothing(quant) and calib_size is None and not (sensitivity or accuracy_budget or target_bits or self_traces)
+        calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
+        calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
         text = Text.load(model_dir)
         data = read_data(
             calib_data,
@@ -107,10 +111,12 @@ def calibrate(
             pad_id=text.pad_id if text else None,
             only_prompts=self_traces,
             is_private=private_data,
+            only_measures=measures,
         )
         questions = cost.questions_of(dataset, eval_items, seed, progress)
         room = cost.capacity(questions, max_new_tokens, text, config, kv_cache_dtype, model_dir) if questions else 0
         settings = {
+            "walk": WALK,
             "qformat": qformat,
             "group_size": quant.group_size,
             "kv_cache_dtype": kv_cache_dtype,
@@ -139,19 +145,21 @@ def calibrate(
         output.prepare(2 * (1 + num_engines) * source_bytes(source) + num_states)
         walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
         work = working_dir(output_dir, {**walked, "inputs": output.inputs(), "version": __version__}, progress)
+        say = progress.warn if data.facts["is_generic"] else progress.note
+        say(told(data, quant))
         if self_traces:
             data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
+        from trtllm_thoughtx.calibrate import budget, estimate
         from trtllm_thoughtx.calibrate.layers import Walk
 
         walk = Walk(source, data, quant, work, batch_size)
+        say(f"about {duration(estimate.seconds(walk))} on this machine, by one row")
         walk.run(progress)
         modules, losses = walk.facts()
         kept: frozenset[str] = frozenset()
         if sensitivity or accuracy_budget is not None or target_bits is not None:
-            from trtllm_thoughtx.calibrate import budget
-
             alone = budget.sensitivities(walk, modules, progress)
             modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
             seen: budget.Losses = {}
@@ -194,6 +202,20 @@ def calibrate(
         _write(output, source, replace(config, quantization=final), work, found, ask, progress)
         shutil.rmtree(work, ignore_errors=True)
     return {**found, "output_dir": str(output_dir), "up_to_date": False}
+
+
+def fits_nothing(quant: QuantConfig) -> bool:
+    """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
+    return not quant.prequant and quant.algo not in STATIC_ACTIVATIONS and quant.kv_algo is None
+
+
+def told(data: Data, quant: QuantConfig) -> str:
+    """What the data are, and what for, before they are used."""
+    facts = data.facts
+    use = "measures what rounding loses" if fits_nothing(quant) else "fits the scales, the last of them measure the loss"
+    own = " in place of your own prompts (--calib_data)" if facts["is_generic"] else ""
+    num = facts["num_sequences"] + facts["num_held_out"]
+    return f"{facts['source']}{own}: {num} sequences, {facts['num_tokens']} tokens and {sum(map(len, data.held))} held out; this {use}"
 
 
 def quant_config(

@@ -38,7 +38,7 @@ STORED_LEN = 256  # tokens of a sequence that travels with the checkpoint, at mo
 FLOAT16_LARGEST = 65504.0
 
 
-class _Watch:
+class Watch:
     """Collects `Inputs` of one unit over all calibrating rows, in their order."""
 
     def __init__(self, picks: Sequence[Sequence[int]]) -> None:
@@ -143,7 +143,7 @@ class Walk:
         """Every layer and the head; what is there already is kept."""
         num_layers = self.source.config.num_layers
         with torch.inference_mode(), progress.stage("calibrate layers", num_layers + 1) as stage:
-            done = self._resume_point(num_layers)
+            done = self.resume_point()
             if done == 0 and not self.states.is_whole(-1):
                 self._embed()
             stage.advance(done)
@@ -154,9 +154,9 @@ class Walk:
                 self._head()
             stage.advance(1)
 
-    def _resume_point(self, num_layers: int) -> int:
+    def resume_point(self) -> int:
         """Layers whose tensors are on disk, with the states that the next one needs."""
-        for done in range(num_layers, 0, -1):
+        for done in range(self.source.config.num_layers, 0, -1):
             if self.states.is_whole(done - 1) and all((self.root / f"layer.{i}.json").is_file() for i in range(done)):
                 return done
         return 0
@@ -181,7 +181,7 @@ class Walk:
 
     def _layer(self, index: int) -> None:
         layer = Layer(self.source, index)
-        watches: dict[str, _Watch] = {unit[0]: _Watch(self.picks) for unit in UNITS}
+        watches: dict[str, Watch] = {unit[0]: Watch(self.picks) for unit in UNITS}
 
         def observe(row: int, x: torch.Tensor) -> torch.Tensor:
             def linear(module: str, h: torch.Tensor) -> torch.Tensor:
@@ -280,7 +280,7 @@ class Walk:
         facts: dict[str, Any] = {}
         found: dict[str, Found] = {}
         if self.quant.covers("lm_head"):
-            watch = _Watch(self.picks)
+            watch = Watch(self.picks)
             for row in range(self.num_rows):
                 watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
             found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
