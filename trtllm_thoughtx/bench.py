@@ -9,6 +9,7 @@ nothing about another.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import resource
@@ -22,8 +23,10 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import __version__, report
+from trtllm_thoughtx.checkpoint import kind_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.weights import open_weights
 
 BUSY = 0.25  # load per CPU, one-minute average, above which timings say more about the neighbours
 
@@ -72,6 +75,8 @@ def bench(
     from trtllm_thoughtx.runtime.sampling import GenerationParams
 
     progress = progress or Progress.silent()
+    if against is not None:
+        _check_against(against)
     load = os.getloadavg()[0]
     began = time.perf_counter()
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
@@ -131,6 +136,20 @@ def bench(
         "python": platform.python_version(),
         "tool_version": __version__,
     }
+
+
+def _check_against(path: Path) -> None:
+    """What `reference` would refuse after the engine was timed; it is not imported yet, since its memory would count as the engine's."""
+    if kind_of(path) != "huggingface":
+        fix = "give a Hugging Face directory"
+        raise ThoughtxError(
+            "E101", "--against is not a Hugging Face directory", where=str(path), why="transformers reads no other", fix=fix
+        )
+    open_weights(path, allow_nonfinite=True).close()
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        why, fix = f"{' and '.join(missing)} cannot be imported", 'pip install "trtllm-thoughtx[reference]", or leave --against out'
+        raise ThoughtxError("E201", "--against needs torch and transformers", where=str(path), why=why, fix=fix)
 
 
 def _transformers_rows(against: Path, conditions: dict[str, Any], repeats: int, progress: Progress) -> list[Row]:

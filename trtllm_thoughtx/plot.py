@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,25 @@ SIZE_NAMES = {"chain": "operands", "lookup": "hops", "story": "operations", "loa
 
 
 def check_format(path: Path) -> None:
-    """E001 unless the name says a format that can be drawn."""
+    """E001 unless the name says a format that can be drawn, E201 without what draws it."""
     if path.suffix.removeprefix(".") not in FORMATS:
         why = f"its name must end with .{', .'.join(FORMATS)}"
         raise ThoughtxError("E001", "not a picture's name", where=str(path), why=why, fix="choose such a name")
+    need_matplotlib()
+
+
+def need_matplotlib() -> None:
+    """E201 where there is none: asked before the work whose pictures it shall draw."""
+    if importlib.util.find_spec("matplotlib") is None:
+        fix = 'pip install "trtllm-thoughtx[plots]"'
+        raise ThoughtxError("E201", "pictures need matplotlib", where="import matplotlib", why="it is not installed", fix=fix)
 
 
 def _figure(num_columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Sequence[Any]]:
+    need_matplotlib()
     own_caches()
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        fix = 'pip install "trtllm-thoughtx[plots]"'
-        raise ThoughtxError("E201", "pictures need matplotlib", where="import matplotlib", why="it is not installed", fix=fix) from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * num_columns, height), layout="constrained")
     return figure, figure.subplots(1, num_columns, squeeze=False)[0]
 

@@ -60,6 +60,7 @@ def chunk_report(
     `max_task_loss` are shares in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
+    plot.need_matplotlib()
     if kind_of(model_dir) != "huggingface":
         fix = "give the original Hugging Face directory"
         raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)

@@ -16,9 +16,9 @@ from trtllm_thoughtx.evaluate import memory, record
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
 from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
+from trtllm_thoughtx.evaluate.summary import check_same_questions, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.summary import compare as compared
-from trtllm_thoughtx.evaluate.summary import comparison_tables, result_tables, summarize
-from trtllm_thoughtx.evaluate.systems import open_system
+from trtllm_thoughtx.evaluate.systems import check_system, open_system
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 
@@ -99,6 +99,12 @@ def evaluation(
     params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **settings)
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     options = {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size}
+    if earlier is not None:
+        check_same_questions([(one.id, " ".join(one.expected.split())) for one in asked], earlier)
+    for one in (path, *((compare,) if compare is not None and earlier is None else ())):
+        is_exact = exact and (one is path or kind_of(one) == "engine")
+        flags: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "chunk_size": chunk_size, "exact": is_exact}
+        check_system(one, **flags, engine_flags=tuple(params.engine_flags))
     results = [
         _ask(one, asked, params, settings, context, progress, exact=exact and (one is path or kind_of(one) == "engine"), **options)
         for one in (path, *((compare,) if compare is not None and earlier is None else ()))

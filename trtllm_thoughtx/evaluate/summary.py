@@ -100,17 +100,22 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else math.nan
 
 
-def compare(first: Result, second: Result) -> dict[str, Any]:
-    """Both systems on the same questions: values, differences second - first with 95 % intervals, and an exact test of accuracy.
-
-    E160 unless both were asked the same.
-    """
-    ids, others = ([(record.id, record.expected) for record in result.records] for result in (first, second))
+def check_same_questions(ids: Sequence[tuple[str, str]], second: Result) -> None:
+    """E160 unless `second` was asked the questions of these ids and answers."""
+    others = [(record.id, record.expected) for record in second.records]
     if set(ids) != set(others) or len(ids) != len(others):
         apart = sorted(shown(name, 60) for name, _ in set(ids) ^ set(others))
         why = f"{len(apart)} questions stand in one of the two alone: {listed(apart, 3)}"
         fix = "ask both with the same --task, --sizes, --num_items, --lengths, --cut_share, --split and --seed"
         raise ThoughtxError("E160", "the two were not asked the same", where=str(second.system.get("path")), why=why, fix=fix)
+
+
+def compare(first: Result, second: Result) -> dict[str, Any]:
+    """Both systems on the same questions: values, differences second - first with 95 % intervals, and an exact test of accuracy.
+
+    E160 unless both were asked the same.
+    """
+    check_same_questions([(record.id, record.expected) for record in first.records], second)
     held = {record.id: record for record in second.records}
     pairs = [(record, held[record.id]) for record in first.of()]
     rows = [difference(name, task, [pair for pair in pairs if pair[0].task == task]) for task in first.tasks for name in PER_TASK]

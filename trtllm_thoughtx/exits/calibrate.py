@@ -32,6 +32,7 @@ from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.weights import EMBEDDING, HEAD, open_weights
 
+MAX_LENGTH = 2048  # tokens of a question and its traced answer
 MIN_ITEMS = 20  # of the user's own questions
 MAX_ADAPTER_TOKENS = 40_000
 SPLITS = ("train", "validation", "test")  # to fit, to choose, to report
@@ -76,8 +77,12 @@ def calibrate_exits(
         gain = source.read("transformer.ln_f.weight", "float32")
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
         held, num_bytes = source.exits, sum(source.num_bytes(name) for name in source.names())
-    text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
-    asked = _questions(tasks, dataset, num_items, seed, progress)
+    text = text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
+    asked, longest = _questions(tasks, dataset, num_items, seed, progress), min(config.longest, MAX_LENGTH)
+    for question in (question for questions in asked for question in questions):
+        if len(text.chat(question.prompt)) >= longest:
+            why = f"{question.id} has {len(text.chat(question.prompt))} tokens, and an answer must follow within {longest}"
+            raise ThoughtxError("E122", "a question is too long", where=str(dataset or model_dir), why=why, fix="leave it out")
     settings = {
         "fit_exit_head": fit_exit_head,
         "exit_layers": list(exit_layers),
@@ -94,13 +99,13 @@ def calibrate_exits(
     output.prepare(num_bytes)
     with tempfile.TemporaryDirectory(prefix="thoughtx-calibrate-") as folder:
         scratch = Path(folder)
-        length = min(config.longest, 2048)
-        options = {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": batch_size, "max_seq_len": length}
+        options = {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": batch_size, "max_seq_len": longest}
         build(model_dir, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)
         try:
             sets = [
-                measure(engine, questions, max_new_tokens, gain, exit_layers, progress, with_stops=fit_exit_head) for questions in asked
+                measure(engine, questions, max_new_tokens, gain, exit_layers, progress, model_dir, with_stops=fit_exit_head)
+                for questions in asked
             ]
         finally:
             engine.close()
@@ -151,6 +156,7 @@ def measure(
     gain: np.ndarray,
     layers: Sequence[int],
     progress: Progress,
+    model_dir: Path,
     *,
     with_stops: bool = True,
 ) -> TracedSet:
@@ -161,7 +167,7 @@ def measure(
         raise ThoughtxError(
             "E112",
             "the model does not think in steps",
-            where=str(engine.directory.root),
+            where=str(model_dir),
             why=why,
             fix="fit --exit_layers, which need no steps, or use a model that parts its thoughts by blank lines",
         )
