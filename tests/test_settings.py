@@ -143,6 +143,7 @@ def test_run_takes_all_of_them(root, capsys, tmp_path):
     assert (row["text"], row["answer"], row["stop_reason"], row["stop_string"]) == (said[: said.index(stop)],) * 2 + ("stop", stop)
     assert [one["id"] for one in row["logprobs"]] == row["output_ids"] and len(row["logprobs"][0]["top_logprobs"]) == 2
     assert row["logprobs"][0]["token"] == said[0]
+    assert "not applied: --logprobs" in command(capsys, *words, "--temperature", 0, "--logprobs", 2)[2]
     sampled = (*words, "--temperature", 1.5, "--min_p", 0.02, "--repetition_penalty", 1.1, "--presence_penalty", 0.5, "--json")
     first, several = (json.loads(command(capsys, *sampled, "--num_return_sequences", num)[1])["results"] for num in (1, 3))
     assert [row["index"] for row in several] == [0, 1, 2] and {row["id"] for row in several} == {"1"}

@@ -146,9 +146,10 @@ def run_requests(
         params = engine.default_params(**given)
         ignored = unused_settings(engine.generation_config, given)
         ignored += tuple(f"--{name}" for name in FILTERS if name in given and params.is_greedy)
+        ignored += ("--logprobs",) if "logprobs" in given and stream is not None else ()
         if ignored:
             progress.note(
-                f"not applied: {', '.join(ignored)} (decoding is greedy, or the checkpoint's setting is malformed or not supported)"
+                f"not applied: {', '.join(ignored)} (no use for it here, or the checkpoint's setting is malformed or not supported)"
             )
         requests = [request for request in requests for _ in range(params.num_return_sequences)]
         is_streamed = stream is not None and len(requests) == 1
