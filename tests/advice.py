@@ -26,6 +26,7 @@ BUILD = "build --checkpoint_dir @m --output_dir @out --backend onnxruntime"
 CALIBRATE = "calibrate --model_dir @m --output_dir @out --calib_data @data.jsonl --calib_size 4 --calib_seq_len 32"
 EXITS = "calibrate --model_dir @m --output_dir @out --num_items 3 --max_new_tokens 16 --dataset @q.jsonl"
 CHUNKS = "calibrate --model_dir @m --output_dir @out --chunk_report --calib_size 1 --eval_items 0"
+DISTILL = "distill --student_dir @m --output_dir @out --data @t.jsonl --supervised_steps 1 --preference_steps 0 --scored_steps 0 --eval_items 0 --no_gradient_checkpointing"
 RUN = "run --engine_dir @e --input_ids 1,2,3 --max_new_tokens 2"
 Make = Callable[[Path], Any]
 
@@ -197,6 +198,11 @@ def questions(count: int) -> Make:
     return lambda root: (
         (root / "q.jsonl").write_text("".join(json.dumps({"prompt": f"{k} ?", "answer": "2"}) + "\n" for k in range(count))) and None
     )
+
+
+def traces(root: Path) -> None:
+    rows = [{"prompt": f"{k} ?", "steps": ["a", "b"], "answer": "2"} for k in range(8)]
+    (root / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def model_with_tokenizer(root: Path) -> None:
@@ -842,6 +848,32 @@ CALIBRATIONS += [
         follow=again(tokenizer=True),
     ),
 ]
+DISTILLS = [
+    Row(
+        "a student without a tokenizer",
+        "E112",
+        "copy the model's tokenizer.json there",
+        steps(model(), traces),
+        DISTILL,
+        follow=model(tokenizer=True),
+    ),
+    Row(
+        "layers that a student lacks",
+        "E163",
+        "from 0 to (1)",
+        steps(model(tokenizer=True), traces),
+        f"{DISTILL} --layers 0,5 --dry_run",
+        then=f"{DISTILL} --layers 0,{{1}} --dry_run",
+    ),
+    Row(
+        "traces that are none",
+        "E161",
+        'each line is an object like {"prompt"',
+        steps(model(tokenizer=True), write("t.jsonl", "{}\n")),
+        DISTILL,
+        follow=traces,
+    ),
+]
 EVALS = [
     Row(
         "a question that does not fit",
@@ -1028,4 +1060,4 @@ RUNS = [
     ),
 ]
 
-ROWS = [*PATHS, *WEIGHTS, *CONFIGS, *OUTPUTS, *BUILDS, *CALIBRATIONS, *EVALS, *RUNS]
+ROWS = [*PATHS, *WEIGHTS, *CONFIGS, *OUTPUTS, *BUILDS, *CALIBRATIONS, *DISTILLS, *EVALS, *RUNS]

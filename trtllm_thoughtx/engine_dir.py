@@ -56,7 +56,7 @@ class EngineDir:
                 "E101",
                 "not an engine directory",
                 where=shown(str(root)),
-                why="it has no config.json" if root.is_dir() else "there is no such directory",
+                why="it has no config.json" if root.is_dir() else "it is a file" if root.exists() else "there is no such directory",
                 fix="give a directory that thoughtx-build wrote (its --output_dir)",
             )
         raw = read_json(root, CONFIG, code="E121")

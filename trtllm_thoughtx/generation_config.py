@@ -43,7 +43,11 @@ def read_generation_config(root: Path) -> dict[str, Any]:
         if not isinstance(raw, dict):
             where = shown(str(root / NAME), 400)
             raise ThoughtxError(
-                "E102", "the file must hold a JSON object", where=where, why=f"it is {shown(raw, 40)}", fix="correct the file"
+                "E102",
+                "the file must hold a JSON object",
+                where=where,
+                why=f"it is {shown(raw, 40)}",
+                fix="correct it there, or remove the file: it is optional",
             )
         return raw
     raw = read_json(root, "config.json") if os.path.lexists(root / "config.json") else {}

@@ -35,6 +35,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     Not AutoTokenizer: for a Qwen2 model transformers 5 puts Qwen2's own splitting in the place of the file's.
     """
+    if not (path / "tokenizer.json").is_file():
+        fix = "copy the model's tokenizer.json there; of an older model, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
+        raise ThoughtxError("E112", "no tokenizer.json", where=str(path), why="traces are texts", fix=fix)
     loaded: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     if loaded.chat_template is None:
         fix = "add its chat_template.jinja, or chat_template in tokenizer_config.json"
@@ -82,7 +85,7 @@ def load_student(path: Path, dtype: str, layers: tuple[int, ...] | None = None, 
         body, num = model.model, len(model.model.layers)
         if any(layer >= num for layer in layers):
             why = f"the model has layers 0 to {num - 1}, asked for: {', '.join(map(str, layers))}"
-            fix = "correct --layers. Nothing was written."
+            fix = f"give --layers from 0 to {num - 1}. Nothing was written."
             raise ThoughtxError("E163", "layers that the model does not have", where=str(path), why=why, fix=fix)
         body.layers = torch.nn.ModuleList(body.layers[layer] for layer in layers)
         for index, layer in enumerate(body.layers):

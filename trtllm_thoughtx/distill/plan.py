@@ -42,7 +42,13 @@ def plan(settings: Settings) -> dict[str, Any]:
     student = read_config(settings.student_dir)
     if settings.layers is not None and max(settings.layers) >= student.num_layers:
         why = f"the model has layers 0 to {student.num_layers - 1}"
-        raise ThoughtxError("E163", "layers that the model does not have", where=str(settings.student_dir), why=why, fix="correct --layers")
+        raise ThoughtxError(
+            "E163",
+            "layers that the model does not have",
+            where=str(settings.student_dir),
+            why=why,
+            fix=f"give --layers from 0 to {student.num_layers - 1}",
+        )
     teacher = read_config(settings.teacher_dir) if settings.teacher_dir is not None and settings.kd_weight else None
     if teacher is not None and abs(teacher.vocab_size - student.vocab_size) > 1024:
         why = f"{teacher.vocab_size} and {student.vocab_size} words: logits of other vocabularies cannot be learned"

@@ -130,9 +130,9 @@ def _run(
         why = f"{stage} compares with the model that it starts from, which has all its layers"
         fix = "run the supervised stage first, or leave --layers out"
         raise ThoughtxError("E163", "--layers belongs to the supervised stage", where=str(start), why=why, fix=fix)
+    tokenizer = models.load_tokenizer(settings.student_dir)
     models.torch.manual_seed(settings.seed)
     model = models.load_student(start, "float32", layers, gradient_checkpointing=settings.gradient_checkpointing)
-    tokenizer = models.load_tokenizer(settings.student_dir)
     if stage == "supervised":
         teacher = None
         if settings.teacher_dir is not None and settings.kd_weight:
@@ -176,7 +176,7 @@ def _rows(settings: Settings, written: list[traces.Trace], tokenizer: Any, progr
             made.append(row)
     if not made:
         why = f"all {len(written)} are longer than {settings.max_seq_len} tokens or than {settings.reasoning_steps} steps"
-        fix = "raise --max_seq_len or --reasoning_steps"
+        fix = "raise --max_seq_len, or give --reasoning_steps full"
         raise ThoughtxError("E161", "no row can be used", where=settings.data, why=why, fix=fix)
     if num_unusable:
         progress.note(f"{num_unusable} of {len(written)} traces are left out: longer than --max_seq_len or --reasoning_steps allows")

@@ -263,7 +263,10 @@ def check(engine: Engine, params: GenerationParams) -> None:
     """E122 for settings that this engine cannot follow, before any work."""
     text, flags = engine.text, params.thinking_flags
     if params.stop and text is None:
-        why, fix = "the engine was built without a tokenizer", "give --stop_token_ids, or build from a checkpoint with a tokenizer.json"
+        why, fix = (
+            "the engine was built without a tokenizer",
+            "give ids (thoughtx-run --stop_token_ids), or build from a checkpoint with a tokenizer.json",
+        )
         raise ThoughtxError("E122", "--stop needs a tokenizer", where=str(engine.directory.root), why=why, fix=fix)
     where, what = str(engine.directory.root), ", ".join(f"--{name}" for name in flags)
     if flags and (text is None or text.think_ids is None):
