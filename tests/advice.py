@@ -26,7 +26,8 @@ BUILD = "build --checkpoint_dir @m --output_dir @out --backend onnxruntime"
 CALIBRATE = "calibrate --model_dir @m --output_dir @out --calib_data @data.jsonl --calib_size 4 --calib_seq_len 32"
 EXITS = "calibrate --model_dir @m --output_dir @out --num_items 3 --max_new_tokens 16 --dataset @q.jsonl"
 CHUNKS = "calibrate --model_dir @m --output_dir @out --chunk_report --calib_size 1 --eval_items 0"
-DISTILL = "distill --student_dir @m --output_dir @out --data @t.jsonl --supervised_steps 1 --preference_steps 0 --scored_steps 0 --eval_items 0 --no_gradient_checkpointing"
+DISTILL = "distill --student_dir @m --output_dir @out --data @t.jsonl --supervised_steps 1"
+DISTILL += " --preference_steps 0 --scored_steps 0 --eval_items 0 --no_gradient_checkpointing"
 RUN = "run --engine_dir @e --input_ids 1,2,3 --max_new_tokens 2"
 Make = Callable[[Path], Any]
 
