@@ -201,7 +201,7 @@ def test_too_little_memory_is_refused_before_the_build(tmp_path: Path, monkeypat
 class TestModule:
     @pytest.mark.parametrize(("backend", "extra"), [("tensorrt-rtx", "[rtx]"), ("tensorrt", "[tensorrt]")])
     def test_absent(self, monkeypatch: pytest.MonkeyPatch, backend: str, extra: str) -> None:
-        monkeypatch.setitem(sys.modules, trt_module.MODULES[backend][0], None)  # what makes `import` fail
+        monkeypatch.setitem(sys.modules, trt_module.BACKENDS[backend].module, None)  # what makes `import` fail
         with pytest.raises(ThoughtxError) as caught:
             trt_module.load_module(backend)
         assert caught.value.code == "E201" and f'pip install "trtllm-thoughtx{extra}"' in caught.value.fix
@@ -373,7 +373,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     parts = []
     for name in ("stage0", "stage1", "head"):
         (tmp_path / f"rank0.{name}.engine").write_bytes(b"plan")
-        parts.append({"plans": {"tensorrt-rtx": {"file": f"rank0.{name}.engine"}}})
+        parts.append(SimpleNamespace(plans={"tensorrt-rtx": SimpleNamespace(file=f"rank0.{name}.engine")}))
     return SimpleNamespace(root=tmp_path, parts=parts, engines=engines, cuda=cuda, plans=plans)
 
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from trtllm_thoughtx import engine_dir, files, report
 from trtllm_thoughtx.build_options import refuse, resolve
-from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig
+from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, PartFiles, PlanFile
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.exit_weights import ExitWeights
 from trtllm_thoughtx.graph import external
@@ -90,7 +91,14 @@ def build(
             output.write(engine_dir.CONFIG, report.to_json(engine_dir.config_json(config, settings, parts)))
             output.hashes |= _hashes(parts)
         made = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
-    return {**plan, "up_to_date": False, "seconds": time.monotonic() - began, "parts": parts, "files": made, "checks": output.checks}
+    return {
+        **plan,
+        "up_to_date": False,
+        "seconds": time.monotonic() - began,
+        "parts": [part.as_dict() for part in parts],
+        "files": made,
+        "checks": output.checks,
+    }
 
 
 def _unused_exits(settings: BuildConfig, exits: ExitWeights) -> list[str]:
@@ -129,8 +137,8 @@ def _with_exits(settings: BuildConfig, exits: ExitWeights) -> BuildConfig:
 def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path) -> dict[str, Any]:
     """What a build will do and need, known before any work."""
     weights = [bound.num_bytes for bound in bounds]
-    plans = [backend for backend in settings.backends if backend != "onnxruntime"]
-    copies = len(plans) + ("onnxruntime" in settings.backends)
+    plans = [backend for backend in settings.backends if BACKENDS[backend].builds_plans]
+    copies = len(plans) + _runs_graph(settings)
     kv = source.config.kv_bytes_per_token(settings.dtype)
     return {
         "checkpoint_dir": str(source.path),
@@ -150,7 +158,7 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
 def _load_backends(settings: BuildConfig) -> None:
     """Fail before any work when a backend's package is missing or does not know a target."""
     for backend in settings.backends:
-        if backend != "onnxruntime":
+        if BACKENDS[backend].builds_plans:
             from trtllm_thoughtx.engines.tensorrt import load_module, targets
 
             targets(load_module(backend), backend, settings.compute_capabilities)
@@ -160,7 +168,7 @@ def _load_backends(settings: BuildConfig) -> None:
 class _Ready:
     """A part whose graph and weights are written, or held in memory, so that its plans can be built."""
 
-    entry: dict[str, Any]
+    entry: PartFiles
     held: HeldWeights | None
 
     def close(self) -> None:
@@ -170,7 +178,7 @@ class _Ready:
 
 def _build_parts(
     partial: Path, source: WeightSource, settings: BuildConfig, bounds: list[external.Bound], output_dir: Path, progress: Progress
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[PartFiles], list[dict[str, Any]]]:
     """Write every part's files into `partial`; returns the parts of config.json, and checks for the manifest.
 
     A builder keeps one core busy, so the next part's weights are read meanwhile.
@@ -189,10 +197,8 @@ def _build_parts(
                     if number < len(bounds):
                         upcoming = pool.submit(_prepare, partial, source, settings, bounds[number], stop, Progress.silent())
                     for backend in settings.backends:
-                        if backend != "onnxruntime":
-                            ready.entry["plans"][backend], found = _build_plan(
-                                partial, settings, bound, ready, backend, output_dir, progress
-                            )
+                        if BACKENDS[backend].builds_plans:
+                            ready.entry.plans[backend], found = _build_plan(partial, settings, bound, ready, backend, output_dir, progress)
                             checks += found
                     parts.append(ready.entry)
     finally:
@@ -207,29 +213,28 @@ def _prepare(
     """Write the part's graph, and its weights for onnxruntime; hold the weights for TensorRT."""
     part, onnx_file = bound.graph.part, f"{bound.graph.part.name}.onnx"
     (partial / onnx_file).write_bytes(bound.model)
-    entry: dict[str, Any] = {
-        "name": part.name,
-        "first_layer": part.first_layer,
-        "last_layer": part.last_layer,
-        "embeds": part.embeds,
-        "head": part.head,
-        "onnx": onnx_file,
-        "data": None,
-        "graph_sha256": bound.sha256,
-        "weights_sha256": None,
-        "plans": {},
-    }
-    data = partial / bound.location
-    if "onnxruntime" in settings.backends:
-        entry["data"] = bound.location
-        entry["weights_sha256"] = external.write_data(bound, source, data, progress)
-    if set(settings.backends) <= {"onnxruntime"}:
+    data, written = partial / bound.location, None
+    if _runs_graph(settings):
+        written = external.write_data(bound, source, data, progress)
+    entry = PartFiles(
+        name=part.name,
+        first_layer=part.first_layer,
+        last_layer=part.last_layer,
+        embeds=part.embeds,
+        head=part.head,
+        onnx=onnx_file,
+        data=bound.location if written else None,
+        graph_sha256=bound.sha256,
+        weights_sha256=written,
+        plans={},
+    )
+    if not any(BACKENDS[backend].builds_plans for backend in settings.backends):
         return _Ready(entry, None)
     from trtllm_thoughtx.engines.tensorrt import HeldWeights
 
     def initializers() -> Iterator[tuple[str, np.ndarray]]:
         arrays = ((item.name, value) for item, value in external.arrays(bound.graph, settings.dtype, source))
-        for pair in external.read_data(bound, data) if entry["data"] else arrays:
+        for pair in external.read_data(bound, data) if entry.data else arrays:
             if stop.is_set():
                 raise InterruptedError("another part failed")
             yield pair
@@ -239,35 +244,36 @@ def _prepare(
 
 def _build_plan(
     partial: Path, settings: BuildConfig, bound: external.Bound, ready: _Ready, backend: str, output_dir: Path, progress: Progress
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[PlanFile, list[dict[str, Any]]]:
     from trtllm_thoughtx.engines.tensorrt import build_plan
 
     graph = bound.graph
     assert ready.held
-    file = f"{graph.part.name}{engine_dir.PLAN_SUFFIX[backend]}"
+    record = BACKENDS[backend]
+    file = f"{graph.part.name}{record.plan_suffix}"
     info = build_plan(
         backend=backend,
         model=bound.model,
         initializers=ready.held,
         plan_path=partial / file,
         profiles=profiles_of(graph, settings),
-        compute_capabilities=settings.compute_capabilities if backend == "tensorrt-rtx" else (),
+        compute_capabilities=settings.compute_capabilities if record.has_targets else (),
         optimization_level=settings.optimization_level,
         num_attention=graph.num_attention,
         products=[(product.node, product.weight, product.both) for product in graph.products],
         float32=settings.dtype == "float32",
         log_path=_log_path(output_dir, backend),
         progress=progress,
-        plugin=settings.plugin if backend == "tensorrt" else "function",
-        plugin_library=partial / PLUGIN_LIBRARY if backend == "tensorrt" and settings.plugin == "cpp" else None,
+        plugin=settings.plugin if record.takes_plugins else "function",
+        plugin_library=partial / PLUGIN_LIBRARY if record.takes_plugins and settings.plugin == "cpp" else None,
     )
-    plan = {
-        "file": file,
-        "sha256": info.sha256,
-        "graph_sha256": bound.sha256,
-        "weights_sha256": ready.entry["weights_sha256"],
-        "compute_capabilities": list(settings.compute_capabilities) if backend == "tensorrt-rtx" else ["native"],
-    }
+    plan = PlanFile(
+        file=file,
+        sha256=info.sha256,
+        graph_sha256=bound.sha256,
+        weights_sha256=ready.entry.weights_sha256,
+        compute_capabilities=settings.compute_capabilities if record.has_targets else ("native",),
+    )
     evidence = {"expected": graph.num_attention, "found": info.num_attention, "form": settings.plugin}
     checks = [{"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}]
     if graph.products:
@@ -298,14 +304,18 @@ def _log_path(output_dir: Path, backend: str) -> Path:
     return output_dir.parent / f"{output_dir.name}.{backend}.log"
 
 
-def _hashes(parts: list[dict[str, Any]]) -> dict[str, str]:
+def _runs_graph(settings: BuildConfig) -> bool:
+    """Does a backend run the graph itself, so that its weights are written beside it?"""
+    return any(not BACKENDS[backend].builds_plans for backend in settings.backends)
+
+
+def _hashes(parts: list[PartFiles]) -> dict[str, str]:
     """sha256 of the parts' files, as known from writing them."""
-    hashes = {}
+    hashes: dict[str, str | None] = {}
     for part in parts:
-        hashes[part["onnx"]] = part["graph_sha256"]
-        hashes |= {part["data"]: part["weights_sha256"]} if part["data"] else {}
-        hashes |= {plan["file"]: plan["sha256"] for plan in part["plans"].values()}
-    return hashes
+        hashes |= {part.onnx: part.graph_sha256, **{plan.file: plan.sha256 for plan in part.plans.values()}}
+        hashes |= {part.data: part.weights_sha256} if part.data else {}
+    return {name: value for name, value in hashes.items() if value}
 
 
 def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trtllm_thoughtx.config import AUTO, BACKENDS, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.quantization import STORED
 
@@ -67,7 +68,7 @@ def _listed(value: object) -> tuple[Any, ...]:
 def _dtype(config: ModelConfig, asked: str, backends: tuple[str, ...]) -> str:
     if asked == "auto":
         # A CPU has no bfloat16 kernels; there, float32 is both faster and closer to the checkpoint.
-        return "float32" if backends == ("onnxruntime",) and config.dtype == "bfloat16" else config.dtype
+        return config.dtype if any(config.dtype in BACKENDS[name].dtypes for name in backends) else "float32"
     if asked not in DTYPES:
         raise refuse("dtype", asked, "there is no such type", f"choose from auto, {', '.join(DTYPES)}")
     return asked
@@ -125,7 +126,7 @@ def _plugin(given: Mapping[str, Any], backends: tuple[str, ...], dtype: str) -> 
         raise refuse("plugin", form, "it is a form of the chunked attention", "add --use_chunked_attention")
     if form == "function":
         return form
-    if "tensorrt" not in backends:
+    if not any(BACKENDS[name].takes_plugins for name in backends):
         why = f"only tensorrt engines hold plugins, and this build is for {', '.join(backends)}; all others run the function"
         raise refuse("plugin", form, why, "add --backend tensorrt, or leave it out")
     if dtype == "float32":
@@ -155,7 +156,7 @@ def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends:
         return edges
     if "num_stages" in given:
         count = _whole(given, "num_stages", 1, 1, num_layers)
-    elif set(backends) - {"onnxruntime"}:
+    elif any(BACKENDS[name].builds_plans for name in backends):
         return _stages_by_size(config, dtype)
     else:
         count = 1
@@ -190,7 +191,7 @@ def layer_weights(config: ModelConfig) -> int:
 def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
     """E103 for a quantized KV cache that a backend cannot hold."""
     kv_algo = config.quantization.kv_algo if config.quantization is not None else None
-    if kv_algo is None or (kv_algo == "INT8" and backends == ("onnxruntime",)):
+    if kv_algo is None or all(kv_algo in BACKENDS[name].kv_algos for name in backends):
         return
     where = f"--backend {','.join(backends)}"
     if kv_algo == "INT8":

@@ -31,8 +31,9 @@ from trtllm_thoughtx.command import (
     sampling_options,
     thinking_options,
 )
-from trtllm_thoughtx.config import BACKENDS, DTYPES, PLUGINS, BuildConfig
+from trtllm_thoughtx.config import DTYPES, PLUGINS, BuildConfig
 from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.progress import Progress
 
@@ -125,7 +126,7 @@ def build(
 @click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
 @click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
-@click.option("--backend", type=OneOf(BACKENDS), help="Judge this backend's part of the engine.  [default: all that it holds]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Judge this backend's part of the engine.  [default: all that it holds]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
 @exact_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
@@ -167,7 +168,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--input_ids", type=TOKENS, help="Token ids of one request, comma-separated.")
 @click.option("--prompts", type=PATH, help='JSONL file, one request a line: {"prompt": TEXT} or {"input_ids": [...]}.')
 @click.option("--no_chat_template", is_flag=True, help="Use the prompt's text as it is.")
-@click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.  [default: one that runs here]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
 @click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
 @click.option(
@@ -200,7 +201,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to time.")
 @click.option("--against", type=PATH, help="Hugging Face directory that transformers runs eagerly in the same process.")
-@click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to time.  [default: one that runs here]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to time.  [default: one that runs here]")
 @click.option("--prompt_len", type=POSITIVE, default=64, help="Tokens of each random prompt.")
 @click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
 @click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")

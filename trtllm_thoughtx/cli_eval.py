@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, exact_option, sampling_options, thinking_options
-from trtllm_thoughtx.config import BACKENDS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
 
@@ -44,7 +44,7 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 @click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Sample within this probability mass.")
 @sampling_options
 @click.option("--batch_size", type=POSITIVE, help="Questions at once; above 1 the times are those of a batch.  [default: 1]")
-@click.option("--backend", type=OneOf(BACKENDS), help="Which of the engine's plans to run.")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
 @thinking_options
 @exact_option

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 PLUGINS = ("function", "aot", "cpp")
 PLUGIN_LIBRARY = "libthoughtx_chunked_attention.so"  # in an engine directory whose plans need it
 AUTO = "auto"  # the chunk size of a request for which the engine chooses one
@@ -202,3 +201,33 @@ class BuildConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A TensorRT plan of one part, and the hashes of what it was built from."""
+
+    file: str
+    sha256: str | None
+    graph_sha256: str | None
+    weights_sha256: str | None  # None without `PartFiles.data`
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """One part of an engine on disk: layers first_layer .. last_layer - 1, its graph, weights and plans."""
+
+    name: str
+    first_layer: int
+    last_layer: int
+    embeds: bool
+    head: bool
+    onnx: str
+    data: str | None  # None: no backend of the engine runs the graph itself
+    graph_sha256: str
+    weights_sha256: str | None
+    plans: dict[str, PlanFile]  # by backend
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -100,7 +100,7 @@ def _engine(path: Path, kind: str) -> dict[str, Any]:
         "backends": list(engine.backends),
         "model": _model(engine.config),
         "build": engine.build.as_dict(),
-        "parts": engine.parts,
+        "parts": [part.as_dict() for part in engine.parts],
         "made_by": manifest.get("command"),
         "made_with": manifest.get("environment"),
         "created": manifest.get("created"),

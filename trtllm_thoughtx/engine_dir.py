@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__, report
-from trtllm_thoughtx.config import BACKENDS, CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig, PartFiles, PlanFile
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.exit_weights import is_threshold
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
@@ -33,18 +34,16 @@ CONFIG = "config.json"
 SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
 # An engine that was built without one of these must not read one that was added later.
 READ_WHERE_PRESENT = tuple(name for name in CARRIED if not name.startswith(("LICENSE", "NOTICE")))
-PLAN_SUFFIX = {"tensorrt-rtx": ".engine", "tensorrt": ".trt.engine"}
 
 
 @dataclass(frozen=True)
 class EngineDir:
-    """`parts` are dicts: name, first_layer, last_layer, embeds, head, onnx, data (None without onnxruntime), graph_sha256,
-    weights_sha256 (None without data), plans {backend: {file, sha256, graph_sha256, weights_sha256, compute_capabilities}}."""
+    """What config.json says; nothing is loaded."""
 
     root: Path
     config: ModelConfig
     build: BuildConfig
-    parts: list[dict[str, Any]]
+    parts: list[PartFiles]
 
     @classmethod
     def open(cls, root: Path) -> EngineDir:
@@ -72,10 +71,10 @@ class EngineDir:
         schema = _schema(mine, raw.get("version"), where)
         build = _build_config(_table(mine, "build", where), schema, where)
         parts = mine.get("parts")
-        if not isinstance(parts, list) or not parts or not all(_is_part(part) for part in parts):
+        if not isinstance(parts, list) or not parts:
             raise _malformed(where, "thoughtx.parts is not a list of parts")
         config = model_config_from_trtllm(_table(raw, "pretrained_config", where), where)
-        directory = cls(root, config, build, parts)
+        directory = cls(root, config, build, [_part(part, where) for part in parts])
         if not directory.backends:
             raise _malformed(where, "no backend has an engine for every part")
         return directory
@@ -83,15 +82,19 @@ class EngineDir:
     @property
     def backends(self) -> tuple[str, ...]:
         """What was built, in the order of preference for running."""
-        plans = [backend for backend in ("tensorrt", "tensorrt-rtx") if all(backend in part["plans"] for part in self.parts)]
-        return (*(["onnxruntime"] if all(part["data"] for part in self.parts) else []), *plans)
+        has_data = all(part.data for part in self.parts)
+        return tuple(
+            name
+            for name, backend in BACKENDS.items()
+            if (all(name in part.plans for part in self.parts) if backend.builds_plans else has_data)
+        )
 
     def files_of(self, backend: str) -> list[str]:
         """The files that `backend` loads."""
-        if backend == "onnxruntime":
-            return [part[key] for part in self.parts for key in ("onnx", "data")]
-        library = [PLUGIN_LIBRARY] if backend == "tensorrt" and self.build.plugin == "cpp" else []
-        return [*library, *(part["plans"][backend]["file"] for part in self.parts)]
+        if not BACKENDS[backend].builds_plans:
+            return [name for part in self.parts for name in (part.onnx, part.data) if name]
+        library = [PLUGIN_LIBRARY] if BACKENDS[backend].takes_plugins and self.build.plugin == "cpp" else []
+        return [*library, *(part.plans[backend].file for part in self.parts)]
 
     def choose(self, backend: str | None) -> str:
         """`backend`, or the first that this directory holds; E101 when it holds none such."""
@@ -119,7 +122,7 @@ class EngineDir:
         report.verify_files(self.root, needed, READ_WHERE_PRESENT)
 
 
-def config_json(config: ModelConfig, build: BuildConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def config_json(config: ModelConfig, build: BuildConfig, parts: list[PartFiles]) -> dict[str, Any]:
     """The engine's config.json: trtllm-build's three keys, and ours."""
     return {
         "version": __version__,
@@ -134,7 +137,7 @@ def config_json(config: ModelConfig, build: BuildConfig, parts: list[dict[str, A
             "strongly_typed": True,
             "plugin_config": {},
         },
-        "thoughtx": {"schema": SCHEMA, "build": build.as_dict(), "parts": parts},
+        "thoughtx": {"schema": SCHEMA, "build": build.as_dict(), "parts": [part.as_dict() for part in parts]},
     }
 
 
@@ -192,14 +195,29 @@ def _build_config(raw: Mapping[str, Any], schema: int, where: str) -> BuildConfi
     return build
 
 
-def _is_part(part: object) -> bool:
+def _part(raw: object, where: str) -> PartFiles:
+    """E121 for a part that names no files, or whose fields have other types."""
     names = dict.fromkeys(("name", "onnx", "graph_sha256"), str)
     kinds = {**names, "first_layer": int, "last_layer": int, "embeds": bool, "head": bool, "plans": dict}
-    return (
-        isinstance(part, dict)
-        and all(isinstance(part.get(key), kind) for key, kind in kinds.items())
-        and all(part.get(key) is None or isinstance(part[key], str) for key in ("data", "weights_sha256"))
-        and all(isinstance(plan, dict) and isinstance(plan.get("file"), str) for plan in part["plans"].values())
+    good = (
+        isinstance(raw, dict)
+        and all(isinstance(raw.get(key), kind) for key, kind in kinds.items())
+        and all(raw.get(key) is None or isinstance(raw[key], str) for key in ("data", "weights_sha256"))
+        and all(isinstance(plan, dict) and isinstance(plan.get("file"), str) for plan in raw["plans"].values())
+    )
+    if not good:
+        raise _malformed(where, "thoughtx.parts is not a list of parts")
+    assert isinstance(raw, dict)
+    plans = {
+        backend: PlanFile(
+            plan["file"],
+            **{key: plan.get(key) for key in ("sha256", "graph_sha256", "weights_sha256")},
+            compute_capabilities=tuple(plan.get("compute_capabilities") or ()),
+        )
+        for backend, plan in raw["plans"].items()
+    }
+    return PartFiles(
+        **{key: raw[key] for key in kinds if key != "plans"}, data=raw.get("data"), weights_sha256=raw.get("weights_sha256"), plans=plans
     )
 
 

@@ -28,6 +28,7 @@ from trtllm_thoughtx import golden as golden_file
 from trtllm_thoughtx import parity, quality, report
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.engine_dir import EngineDir
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.golden import Expected, Prompt, Truth
 from trtllm_thoughtx.progress import Progress
@@ -116,7 +117,7 @@ def validate(
     if record is not None:
         golden_file.write_golden(Path(record), expected)
     for name in backends:
-        checks += _backend_checks(directory, name, expected, bisect, exact and name == "onnxruntime", progress)
+        checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress)
     return Report(tuple(checks), expected.source)
 
 
@@ -226,7 +227,7 @@ def _files_check(directory: EngineDir) -> Check:
 def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
     from trtllm_thoughtx.runtime.engine import Engine
 
-    checks = [] if backend == "onnxruntime" else [_plan_check(directory, backend)]
+    checks = [_plan_check(directory, backend)] if BACKENDS[backend].builds_plans else []
     if any(check.status == "failed" for check in checks):
         return [*checks, Check(f"{backend}: runs", "skipped", "the plan belongs to another graph")]
     try:
@@ -242,7 +243,7 @@ def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bise
     with progress.stage(f"{backend} against the reference", 2 * len(expected.prompts), "steps") as stage:
         checks += logits_checks(engine, backend, expected, lambda: stage.advance(1))
         engine.close()
-    if backend != "onnxruntime":
+    if not BACKENDS[backend].runs_graph:
         return [*checks, Check(f"{backend}: layers", "skipped", "a plan has no outputs for hidden states")]
     tapped = Engine.load(directory.root, backend, tap_layers=True, exact=exact)
     checks += layers_checks(tapped, backend, expected, bisect)
@@ -255,10 +256,10 @@ def _plan_check(directory: EngineDir, backend: str) -> Check:
     hashes = {row["name"]: row["sha256"] for row in report.read_manifest(directory.root)["outputs"]}
     wrong, num = [], 0
     for part in directory.parts:
-        plan = part["plans"][backend]
-        wanted = [("graph_sha256", part["onnx"], plan.get("graph_sha256")), ("sha256", plan["file"], plan.get("sha256"))]
-        if part["data"]:
-            wanted.append(("weights_sha256", part["data"], plan.get("weights_sha256")))
+        plan = part.plans[backend]
+        wanted = [("graph_sha256", part.onnx, plan.graph_sha256), ("sha256", plan.file, plan.sha256)]
+        if part.data:
+            wanted.append(("weights_sha256", part.data, plan.weights_sha256))
         for what, file, recorded in wanted:
             num += 1
             if hashes.get(file) is None or hashes[file] != recorded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.engines.ort_experts import fuse_experts
 from trtllm_thoughtx.engines.ort_fused import Fused, fuse
 from trtllm_thoughtx.errors import ThoughtxError
@@ -42,7 +42,7 @@ class OnnxRuntimeRunner:
     def __init__(
         self,
         root: Path,
-        parts: list[dict[str, Any]],
+        parts: list[PartFiles],
         config: ModelConfig,
         build: BuildConfig,
         *,
@@ -62,21 +62,21 @@ class OnnxRuntimeRunner:
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
         self.bindings = [session.io_binding() for session in self.sessions]
 
-    def _session(self, root: Path, part: dict[str, Any], num_threads: int | None, tap_layers: bool) -> ort.InferenceSession:
+    def _session(self, root: Path, part: PartFiles, num_threads: int | None, tap_layers: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = QUIET
         options.enable_mem_pattern = False  # the live cache grows each step: no two steps have the same shapes
         options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
         providers = ["CPUExecutionProvider"] if self.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
-        graph = files.read_inside(root, part["onnx"], MAX_GRAPH_BYTES, code="E121")
+        graph = files.read_inside(root, part.onnx, MAX_GRAPH_BYTES, code="E121")
         try:
             model = onnx.ModelProto.FromString(graph)
             if is_bfloat16(model):
                 model = float32_twin(model)
             rewriters = self._rewriters()
-            if rewriters:
-                with files.open_inside(root, part["data"]) as data:
+            if rewriters and part.data:
+                with files.open_inside(root, part.data) as data:
                     found = [rewrite(model, data) for rewrite in rewriters]
                 arrays = {name: array for one in found for name, array in one.arrays.items()}
                 self.is_exact = self.is_exact and not any(one.num_rounding for one in found)
@@ -89,7 +89,7 @@ class OnnxRuntimeRunner:
             raise ThoughtxError(
                 "E121",
                 "onnxruntime cannot load the graph",
-                where=str(root / part["onnx"]),
+                where=str(root / part.onnx),
                 why=str(error).strip()[:500],
                 fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
             ) from None
@@ -101,8 +101,8 @@ class OnnxRuntimeRunner:
         products = self.config.quantization is not None and self.build.dtype == "float32"
         return [*([fuse] if products else []), *([fuse_experts] if self.config.experts is not None else [])]
 
-    def _tap(self, model: onnx.ModelProto, part: dict[str, Any]) -> None:
-        layers = [*([-1] if part["embeds"] else []), *range(part["first_layer"], part["last_layer"])]
+    def _tap(self, model: onnx.ModelProto, part: PartFiles) -> None:
+        layers = [*([-1] if part.embeds else []), *range(part.first_layer, part.last_layer)]
         elem_type = onnx.TensorProto.FLOAT16 if self.build.dtype == "float16" else onnx.TensorProto.FLOAT
         for layer in layers:
             model.graph.output.append(helper.make_tensor_value_info(layer_output(layer), elem_type, ["N", self.config.hidden_size]))
@@ -140,7 +140,7 @@ class OnnxRuntimeRunner:
             session.run_with_iobinding(binding)
             results = dict(zip(names, binding.get_outputs(), strict=True))
             hidden = results.get("hidden_states_out")
-            for layer in range(-1, part["last_layer"]):
+            for layer in range(-1, part.last_layer):
                 if layer_output(layer) in results:
                     self.tapped[layer] = results[layer_output(layer)].numpy()
         found = {name: results[name].numpy() for name in OUTPUTS if name in results}

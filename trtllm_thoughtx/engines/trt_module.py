@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
-# backend -> (module, extra that installs it, oldest version that parses opset 24's attention operators)
-MODULES = {
-    "tensorrt-rtx": ("tensorrt_rtx", "rtx", (1, 7)),
-    "tensorrt": ("tensorrt", "tensorrt", (10, 15)),
-}
 CUDA_DRIVER = "libcuda.so.1"
 
 
 def load_module(backend: str) -> Any:
     """Import the backend's module. E201: not installed, broken or too old; E202: `tensorrt` without a GPU, which it needs even to build."""
-    name, extra, oldest = MODULES[backend]
+    record = BACKENDS[backend]
+    name, extra, oldest = record.module, record.extra, record.oldest
     wanted = f"{name} {'.'.join(map(str, oldest))} or later"
     fix = f'pip install "trtllm-thoughtx[{extra}]"'
     try:
@@ -31,7 +28,7 @@ def load_module(backend: str) -> Any:
     if tuple(int(x) for x in version.split(".")[:2] if x.isdigit()) < oldest:
         why = f"{name} {shown(version)} is installed; its parser lacks operators that the graph uses"
         raise ThoughtxError("E201", f"backend {backend} needs {wanted}", where=f"import {name}", why=why, fix=f"{fix} --upgrade")
-    if backend == "tensorrt" and not num_gpus():
+    if not record.has_targets and not num_gpus():
         raise ThoughtxError(
             "E202",
             "backend tensorrt needs a GPU, also to build: it measures kernels on the GPU that will run the engine",
@@ -59,7 +56,7 @@ def targets(module: Any, backend: str, compute_capabilities: Sequence[str]) -> t
 
     Plain TensorRT has no such choice: an engine is for the GPU that built it, and the list is not used.
     """
-    if backend == "tensorrt" or not hasattr(module, "ComputeCapability"):
+    if not BACKENDS[backend].has_targets or not hasattr(module, "ComputeCapability"):
         return ()
     known = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
     found = {f"{name[2:-1]}.{name[-1]}": name for name in known}

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.engines.trt_module import load_module, num_gpus
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 
@@ -90,7 +90,7 @@ class TensorRTRunner:
 
     is_exact = True  # a plan is the graph
 
-    def __init__(self, root: Path, parts: list[dict[str, Any]], backend: str, config: ModelConfig, build: BuildConfig) -> None:
+    def __init__(self, root: Path, parts: list[PartFiles], backend: str, config: ModelConfig, build: BuildConfig) -> None:
         self.config, self.build, self.backend = config, build, backend
         self.trt = load_module(backend)
         if not num_gpus():
@@ -101,7 +101,7 @@ class TensorRTRunner:
         self.runtime = self.trt.Runtime(_logger(self.trt, self.errors))
         if build.plugin == "cpp":
             self._load_library(root / PLUGIN_LIBRARY)
-        self.parts = [self._load(root, part["plans"][backend]["file"]) for part in parts]
+        self.parts = [self._load(root, part.plans[backend].file) for part in parts]
         head = self.parts[-1].engine
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
         self.cache: dict[str, int] = {}

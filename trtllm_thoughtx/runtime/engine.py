@@ -112,7 +112,7 @@ class Engine:
     def part_bytes(self) -> list[int]:
         """Of the matrices of each part of the graph, as `Work.weight_bytes` counts them."""
         item = 4 if self.build.dtype == "float32" else 2
-        rows = ((part["first_layer"], part["last_layer"], bool(part["head"])) for part in self.directory.parts)
+        rows = ((part.first_layer, part.last_layer, part.head) for part in self.directory.parts)
         return [matrix_bytes(self.config, first, last, item, head=head) for first, last, head in rows]
 
     def close(self) -> None:
@@ -292,14 +292,14 @@ class Engine:
     ) -> dict[str, np.ndarray]:
         """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row, padding left out."""
         parts = self.directory.parts[first:last]
-        num_layers = parts[-1]["last_layer"] - parts[0]["first_layer"]
+        num_layers = parts[-1].last_layer - parts[0].first_layer
         item = 4 if self.build.dtype == "float32" else 2
         weight_bytes = sum(self.part_bytes[first:last])
-        if parts[-1]["head"]:
+        if parts[-1].head:
             weight_bytes += 2 * self.build.exit_head * self.config.hidden_size * item
         for part in parts:
-            if part["last_layer"] in self.build.draft_layers:
-                weight_bytes += self.directory.adapter_weights(part["last_layer"]) * item
+            if part.last_layer in self.build.draft_layers:
+                weight_bytes += self.directory.adapter_weights(part.last_layer) * item
         for row, number in enumerate(num_tokens):
             batch.layer_tokens[row] += number * num_layers
         self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), weight_bytes)
