@@ -14,6 +14,7 @@ from trtllm_thoughtx.calibrate.data import read_data
 from trtllm_thoughtx.capture.data import sequences_of
 from trtllm_thoughtx.cli import thoughtx
 from trtllm_thoughtx.config import AUTO
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import Written
@@ -209,3 +210,96 @@ def test_what_is_scored_is_the_answer(models, kind, said, answer):
     asked = Question(id="1", task="t", prompt="Where is <think>?", expected="Paris")
     found = evaluate(Said(loaded(models[kind]), [said]), [asked], GenerationParams(max_new_tokens=40)).records[0]
     assert found.answer == answer and found.correct == (answer == "Paris")
+
+
+# --- what the user tells the template -------------------------------------------------------------------------------------
+
+
+def run(*words) -> dict:
+    ran = CliRunner().invoke(thoughtx, ["run", "--json", "--max_new_tokens", "4", *map(str, words)])
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--enable_thinking", "false"], {"enable_thinking": False}),
+        (["--enable_thinking", "true"], {"enable_thinking": True}),
+        (["--chat_template_kwargs", '{"enable_thinking": false}'], {"enable_thinking": False}),
+        (["--chat_template_kwargs", '{"other": 1}'], {}),
+    ],
+)
+def test_run_tells_the_template(engines, monkeypatch, words, told, tmp_path):
+    fed = []
+    generate = Engine.generate
+    monkeypatch.setattr(
+        Engine, "generate", lambda self, prompts, *rest, **more: (fed.extend(prompts), generate(self, prompts, *rest, **more))[1]
+    )
+    asked = tmp_path / "asked.jsonl"
+    lines = [
+        {"prompt": "Hi"},
+        {"prompt": "Hi", "enable_thinking": True},
+        {"prompt": "Hi", "chat_template_kwargs": {"enable_thinking": False}},
+    ]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kind in ("hybrid", "early"):
+        engine, text = engines[kind], loaded(engines[kind].directory.root)
+        found = run("--engine_dir", engine.directory.root, "--prompts", asked, *words)
+        assert found["not_applied"] == ([] if told else ["other (the chat template does not read it)"])
+        assert fed == [text.chat("Hi", **told), text.chat("Hi", enable_thinking=True), text.chat("Hi", enable_thinking=False)]
+        fed.clear()
+    found = run("--engine_dir", engines["instruct"].directory.root, "--prompt", "Hi", "--enable_thinking", "false")
+    assert found["not_applied"] == ["enable_thinking (the chat template does not read it)"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--chat_template_kwargs", "[1]"],
+        ["--chat_template_kwargs", '{"messages": []}'],
+        ["--chat_template_kwargs", "{"],
+        ["--chat_template_kwargs", '{"enable_thinking": true}', "--enable_thinking", "false"],
+    ],
+)
+def test_what_a_template_cannot_be_told_is_refused(engines, words):
+    with pytest.raises(ThoughtxError) as caught:
+        run("--engine_dir", engines["hybrid"].directory.root, "--prompt", "Hi", *words)
+    assert caught.value.code == "E001"
+
+
+def test_eval_and_calibrate_tell_the_template(models, engines, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "Hi", "answer": "x"}\n')
+    words = ["eval", "--engine_dir", str(engines["hybrid"].directory.root), "--dataset", str(asked), "--max_new_tokens", "4"]
+    sizes = []
+    for more in ([], ["--enable_thinking", "false"]):
+        saved = tmp_path / f"saved{len(more)}.json"
+        ran = CliRunner().invoke(thoughtx, [*words, *more, "--output", str(saved)])
+        assert ran.exit_code == 0, ran.output
+        sizes.append(json.loads(saved.read_text())["records"][0]["num_prompt_tokens"])
+    text = loaded(models["hybrid"])
+    assert sizes == [len(text.chat("Hi")), len(text.chat("Hi", enable_thinking=False))]
+    pytest.importorskip("torch", reason="torch is not installed")
+    from trtllm_thoughtx.calibrate.job import calibrate
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi"}\n' * 2)
+    more = {"qformat": "int8_wo", "calib_data": rows, "calib_size": 2}
+    tokens = [
+        calibrate(models["hybrid"], tmp_path / str(switch), **more, enable_thinking=switch)["data"]["num_tokens"]
+        for switch in (None, "false")
+    ]
+    assert tokens == sizes
+
+
+def test_a_missing_template_is_said(tmp_path):
+    root = write_chat_model(tmp_path / "model", None)
+    build(root, tmp_path / "e", OPTIONS)
+    found = run("--engine_dir", tmp_path / "e", "--prompt", "Hi")
+    assert found["not_applied"] == ["chat template (the checkpoint has none: the prompt went in as it is)"]
+    assert run("--engine_dir", tmp_path / "e", "--prompt", "Hi", "--no_chat_template")["not_applied"] == []
+    assert run("--engine_dir", tmp_path / "e", "--input_ids", "5,6")["not_applied"] == []
+    ran = CliRunner().invoke(thoughtx, ["run", "--engine_dir", str(tmp_path / "e"), "--prompt", "Hi", "--max_new_tokens", "2"])
+    assert "the checkpoint has none" in ran.stderr

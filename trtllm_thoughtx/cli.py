@@ -29,6 +29,7 @@ from trtllm_thoughtx.command import (
     command,
     exact_option,
     sampling_options,
+    template_options,
     thinking_options,
 )
 from trtllm_thoughtx.config import DTYPES, PLUGINS, BuildConfig
@@ -180,6 +181,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--logprobs", type=Count(0, 1000), help="With --json: log-probabilities of each token and of the N likeliest in its place.")
 @click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
+@template_options
 @thinking_options
 @exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from trtllm_thoughtx.cli_eval import NAMES
-from trtllm_thoughtx.command import COUNT, LAYERS, PATH, POSITIVE, command
+from trtllm_thoughtx.command import COUNT, LAYERS, PATH, POSITIVE, command, template_options
 from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.errors import ThoughtxError
@@ -33,7 +33,8 @@ class Budget(click.ParamType):
         return float(match[1])
 
 
-# What a flag that was given can belong to; --seed and --force to all.
+OF_ALL = ("seed", "force", "enable_thinking", "chat_template_kwargs")
+# What a flag that was given can belong to, but for those of all.
 FLAGS_OF = {
     "--qformat": (
         *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
@@ -87,6 +88,7 @@ FLAGS_OF = {
 @click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to ask or trace instead.')
 @click.option("--num_items", type=POSITIVE, help="Generated questions of each task and set, for exits.  [default: 120]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of an answer.  [default: 512]")
+@template_options
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads, for exits.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -111,7 +113,7 @@ def calibrate(
         what = "one of --qformat, --chunk_report and --fit_exit_head (or --exit_layers) is needed"
         raise ThoughtxError("E001", what, where="thoughtx-calibrate", why=why, fix=fix)
     given = {name: value for name, value in options.items() if value is not None}
-    other = [f"--{'task' if name == 'tasks' else name}" for name in given if name not in (*FLAGS_OF[named[0]], "seed", "force")]
+    other = [f"--{'task' if name == 'tasks' else name}" for name in given if name not in (*FLAGS_OF[named[0]], *OF_ALL)]
     if other:
         why, fix = "it means nothing with this flag", "leave it out"
         raise ThoughtxError("E001", f"{', '.join(other)} cannot be used here", where=named[0], why=why, fix=fix)

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.command import CHUNK_SIZE, COUNT, PATH, POSITIVE, command, exact_option, sampling_options, thinking_options
+from trtllm_thoughtx.command import (
+    CHUNK_SIZE,
+    COUNT,
+    PATH,
+    POSITIVE,
+    command,
+    exact_option,
+    sampling_options,
+    template_options,
+    thinking_options,
+)
 from trtllm_thoughtx.console import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError
@@ -46,6 +56,7 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 @click.option("--batch_size", type=POSITIVE, help="Questions at once; above 1 the times are those of a batch.  [default: 1]")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
+@template_options
 @thinking_options
 @exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")

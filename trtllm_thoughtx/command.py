@@ -9,7 +9,7 @@ import click
 
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
-from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr
+from trtllm_thoughtx.console import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr, OneOf
 
 PATH = FilePath()
 POSITIVE = Count(min=1, max=1 << 24)
@@ -81,6 +81,16 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--stop_token_ids", type=TOKENS, help="Ids before which the answer's text ends, also with --ignore_eos."),
     )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def template_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What the chat template is told; `run`, `eval` and `calibrate` share them."""
+    for option in (
+        click.option("--chat_template_kwargs", metavar="JSON", help="Variables of the chat template, e.g. '{\"enable_thinking\": false}'."),
+        click.option("--enable_thinking", type=OneOf(("true", "false")), help="What a chat template that reads it is told."),
+    ):
         function = option(function)
     return function
 

@@ -54,6 +54,17 @@ def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
     return text.raw(request.prompt)
 
 
+def _template_notes(text: Text | None, requests: list[Prompt], use_template: bool, switch: str | None, kwargs: str | None) -> list[str]:
+    """Set the chat template's variables; what of them, or of the template, is not applied."""
+    if text is None:
+        given = (("enable_thinking", switch), ("chat_template_kwargs", kwargs))
+        return [f"--{name} (there is no tokenizer)" for name, value in given if value is not None]
+    unread = text.set_template(switch, kwargs)
+    if use_template and not text.has_template and any(request.prompt is not None for request in requests):
+        unread.append("chat template (the checkpoint has none: the prompt went in as it is)")
+    return unread
+
+
 def _streaming(text: Text | None, stream: TextIO, params: GenerationParams) -> tuple[Callable[[int, int], None], Callable[[], None]]:
     """What to call with each token of the one answer, and at its end. Without a tokenizer, ids are written."""
     if text is None:
@@ -120,6 +131,8 @@ def run_requests(
     input_ids: tuple[int, ...] | None = None,
     prompts: Path | None = None,
     no_chat_template: bool = False,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
     backend: str | None = None,
     chunk_size: int | str | None = None,
     num_threads: int | None = None,
@@ -141,12 +154,15 @@ def run_requests(
         report.check_file_output(output_logits_npy)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
     try:
+        unread = _template_notes(engine.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
         rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}
         params = engine.default_params(**given)
         ignored = unused_settings(engine.generation_config, given)
         ignored += tuple(f"--{name}" for name in FILTERS if name in given and params.is_greedy)
         ignored += ("--logprobs",) if "logprobs" in given and stream is not None else ()
+        if unread:
+            progress.note(f"not applied: {', '.join(unread)}")
         if ignored:
             progress.note(
                 f"not applied: {', '.join(ignored)} (no use for it here, or the checkpoint's setting is malformed or not supported)"
@@ -191,6 +207,6 @@ def run_requests(
         "num_read_again": stats.num_read_again,
         "num_drafted": stats.num_drafted,
         "num_accepted": stats.num_accepted,
-        "not_applied": list(ignored),
+        "not_applied": [*ignored, *unread],
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }

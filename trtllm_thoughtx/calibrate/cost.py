@@ -26,6 +26,7 @@ from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.text import Text
 
+Template = tuple[str | None, str | None]  # --enable_thinking, --chat_template_kwargs
 BATCH = 16
 NUM_ROUNDS, NUM_RUNS = 3, 3
 PROMPT_LEN, NEW_TOKENS = 64, 32
@@ -57,25 +58,35 @@ def capacity(
 
 
 def measure(
-    before: Path, after: Path, work: Path, questions: Sequence[Question], max_seq_len: int, max_new_tokens: int, progress: Progress
+    before: Path,
+    after: Path,
+    work: Path,
+    questions: Sequence[Question],
+    max_seq_len: int,
+    max_new_tokens: int,
+    progress: Progress,
+    template: Template = (None, None),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(answers, speed) of the checkpoints `before` and `after`, as calibration.json holds them."""
     options = {"backend": ("onnxruntime",), "max_seq_len": max_seq_len, "max_batch_size": BATCH}
     engines = [work / "before", work / "after"]
     for checkpoint, engine in zip((before, after), engines, strict=True):
         build(checkpoint, engine, options, force=True, progress=progress)
-    answers = _answers(engines, questions, max_new_tokens, progress)
+    answers = _answers(engines, questions, max_new_tokens, progress, template)
     speed = _speed(engines, progress)
     for engine in engines:
         shutil.rmtree(engine)
     return answers, speed
 
 
-def _answers(engines: Sequence[Path], questions: Sequence[Question], max_new_tokens: int, progress: Progress) -> dict[str, Any]:
+def _answers(
+    engines: Sequence[Path], questions: Sequence[Question], max_new_tokens: int, progress: Progress, template: Template
+) -> dict[str, Any]:
     results: list[Result] = []
     for engine in engines:
         system = EngineSystem(engine, None, None, BATCH)
         try:
+            system.text.set_template(*template)
             results.append(evaluate(system, questions, GenerationParams(max_new_tokens=max_new_tokens), progress))
         finally:
             system.close()

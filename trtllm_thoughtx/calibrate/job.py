@@ -75,6 +75,8 @@ def calibrate(
     dataset: Path | None = None,
     max_new_tokens: int = 512,
     seed: int = 0,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def calibrate(
         measures = fits_nothing(quant) and calib_size is None and not (sensitivity or accuracy_budget or target_bits or self_traces)
         calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
         calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
-        text = Text.load(model_dir)
+        text, template = Text.load(model_dir), (enable_thinking, chat_template_kwargs)
+        for unread in text.set_template(*template) if text else ():
+            progress.note(f"not applied: {unread}")
         data = read_data(
             calib_data,
             text,
@@ -133,6 +137,7 @@ def calibrate(
             "private_data": private_data,
             "questions": sha256_of_questions(questions),
             "max_new_tokens": max_new_tokens,
+            "template_kwargs": text.template_kwargs if text else {},
         }
         output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
         if output.is_current():
@@ -196,7 +201,7 @@ def calibrate(
 
         def ask(made: Path) -> None:
             if questions:
-                found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress)
+                found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template)
                 found["speed"]["conditions"]["load_before"] = load  # of others: later it is this calibration's own
 
         _write(output, source, replace(config, quantization=final), work, found, ask, progress)

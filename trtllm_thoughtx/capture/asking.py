@@ -28,8 +28,8 @@ MAX_NEW_TOKENS = 400
 class Asker:
     """Use as a context manager. Greedy answers, onnxruntime, `context` tokens of question and answer at most."""
 
-    def __init__(self, model_dir: Path, context: int, progress: Progress) -> None:
-        self.model_dir, self.context, self.progress = model_dir, context, progress
+    def __init__(self, model_dir: Path, context: int, progress: Progress, template: tuple[str | None, str | None] = (None, None)) -> None:
+        self.model_dir, self.context, self.progress, self.template = model_dir, context, progress, template
         self.root = Path(tempfile.mkdtemp(prefix="thoughtx-windows-"))
         self.params = GenerationParams(max_new_tokens=min(MAX_NEW_TOKENS, context // 2))
 
@@ -88,4 +88,6 @@ class Asker:
         path = self.root / "-".join(str(value) for value in options.values() if not isinstance(value, tuple))
         if not path.exists():
             build(self.model_dir, path, options)
-        return EngineSystem(path, None, None, BATCH_SIZE, chunk_size)
+        system = EngineSystem(path, None, None, BATCH_SIZE, chunk_size)
+        system.text.set_template(*self.template)
+        return system

@@ -53,6 +53,8 @@ def chunk_report(
     max_task_loss: float = 0.01,
     eval_items: int = 60,
     seed: int = 0,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -70,11 +72,14 @@ def chunk_report(
     if context > config.longest:
         why = f"the model was made for {config.longest} positions"
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")
-    text = need_text(Text.load(model_dir), model_dir)
+    text, template = need_text(Text.load(model_dir), model_dir), (enable_thinking, chat_template_kwargs)
+    for unread in text.set_template(*template):
+        progress.note(f"not applied: {unread}")
     sequences = sequences_of(text, calib_data, calib_size, context, seed)
     questions = questions_of(calib_data, eval_items, seed, progress)
     settings = {
         "context": context,
+        "template_kwargs": text.template_kwargs,
         "target_capture": target_capture,
         "max_task_loss": max_task_loss,
         "sequences": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
@@ -106,7 +111,7 @@ def chunk_report(
         "skipped": [],
     }
     if questions:
-        _ask(found, model_dir, questions, windows, enough, progress, has_tags=text.think_ids is not None)
+        _ask(found, model_dir, questions, windows, enough, progress, template, has_tags=text.think_ids is not None)
     else:
         found["skipped"].append("right answers and thresholds: no questions were asked for (--eval_items 0)")
         found["chosen"] = enough[0] if enough else None
@@ -164,13 +169,14 @@ def _ask(
     windows: list[ChunkSpec],
     enough: list[int],
     progress: Progress,
+    template: tuple[str | None, str | None],
     *,
     has_tags: bool,
 ) -> None:
     """Fill in `tasks`, `chosen` and `adaptive`: right answers under full attention, and under the windows from the smallest that
     captures enough upwards, until one loses no more than is allowed; and under some that are smaller."""
     max_loss, context = found["max_task_loss"], found["context"]
-    with Asker(model_dir, context, progress) as asker:
+    with Asker(model_dir, context, progress, template) as asker:
         asked = asker.fits(questions)
         if len(asked) < len(questions):
             found["skipped"].append(f"{len(questions) - len(asked)} questions: too long for --context {context}")

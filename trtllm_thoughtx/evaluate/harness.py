@@ -46,6 +46,7 @@ def run_harness(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     exact: bool = False,
+    template: tuple[str | None, str | None] = (None, None),
     return_samples: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def run_harness(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
         loaded = {name: _load_task(name, rows.get(name), num_fewshot, folder) for name in names}
         model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact)
+        if scorer is not None:
+            scorer.text.set_template(*template)
         ignored = (
             ()
             if scorer is None

@@ -55,6 +55,8 @@ def evaluation(
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def evaluation(
             num_fewshot,
             limit,
             use_chat_template=chat_template,
+            template=(enable_thinking, chat_template_kwargs),
             max_new_tokens=max_new_tokens,
             temperature=temperature or None,
             exact=exact,
@@ -106,7 +109,17 @@ def evaluation(
         flags: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "chunk_size": chunk_size, "exact": is_exact}
         check_system(one, **flags, engine_flags=tuple(params.engine_flags))
     results = [
-        _ask(one, asked, params, settings, context, progress, exact=exact and (one is path or kind_of(one) == "engine"), **options)
+        _ask(
+            one,
+            asked,
+            params,
+            settings,
+            context,
+            progress,
+            (enable_thinking, chat_template_kwargs),
+            exact=exact and (one is path or kind_of(one) == "engine"),
+            **options,
+        )
         for one in (path, *((compare,) if compare is not None and earlier is None else ()))
     ]
     if output is not None:
@@ -139,6 +152,7 @@ def _ask(
     given: Collection[str],
     context: int,
     progress: Progress,
+    template: tuple[str | None, str | None],
     *,
     backend: Any,
     exact: bool,
@@ -146,13 +160,17 @@ def _ask(
 ) -> Result:
     system = open_system(path, backend=backend, exact=exact, **options)
     try:
+        unread = system.text.set_template(*template)
+        unread += [] if system.text.has_template else ["chat template (the checkpoint has none: questions go in as they are)"]
+        for one in unread:
+            progress.note(f"{path.name}: not applied: {one}")
         own = system.text.default_params()
         params = replace(params, **{name: getattr(own, name) for name in CHECKPOINTS if name not in given})
         ignored = unused_settings(system.text.generation_config, {*given, *OWN})
         if ignored:
             progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
         result = evaluate(system, asked, params, progress)
-        result.conditions["not_applied"] = list(ignored)
+        result.conditions.update({"template_kwargs": system.text.template_kwargs, "not_applied": [*ignored, *unread]})
     finally:
         system.close()
     if context:

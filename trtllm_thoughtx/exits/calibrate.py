@@ -59,6 +59,8 @@ def calibrate_exits(
     batch_size: int = 16,
     seed: int = 0,
     num_threads: int | None = None,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +79,9 @@ def calibrate_exits(
         gain = source.read("transformer.ln_f.weight", "float32")
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
         held, num_bytes = source.exits, sum(source.num_bytes(name) for name in source.names())
-    text = text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head)
+    text, template = text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head), (enable_thinking, chat_template_kwargs)
+    for unread in text.set_template(*template):
+        progress.note(f"not applied: {unread}")
     asked, longest = _questions(tasks, dataset, num_items, seed, progress), min(config.longest, MAX_LENGTH)
     for question in (question for questions in asked for question in questions):
         if len(text.chat(question.prompt)) >= longest:
@@ -87,6 +91,7 @@ def calibrate_exits(
         "fit_exit_head": fit_exit_head,
         "exit_layers": list(exit_layers),
         "adapter_rank": adapter_rank,
+        "template_kwargs": text.template_kwargs,
         "max_new_tokens": max_new_tokens,
         "max_accuracy_loss": max_accuracy_loss,
         "batch_size": batch_size,
@@ -102,6 +107,7 @@ def calibrate_exits(
         options = {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": batch_size, "max_seq_len": longest}
         build(model_dir, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)
+        text_for(engine.text, model_dir, needs_tags=fit_exit_head).set_template(*template)
         try:
             sets = [
                 measure(engine, questions, max_new_tokens, gain, exit_layers, progress, model_dir, with_stops=fit_exit_head)

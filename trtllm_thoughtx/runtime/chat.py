@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.files import parse_json
 from trtllm_thoughtx.runtime.render import CPU_SECONDS
 
 WALL_SECONDS = 20.0  # of one rendering, start of the process included; processor time is bounded far below
 REPLY_BYTES = 64 << 20
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names in use for a message's reasoning, preferred first
 
 
@@ -90,6 +92,25 @@ class ChatTemplate:
             why="templates run in a sandbox, with bounds on time, memory and output",
             fix="correct the template, or give token ids, which need none: thoughtx-run --input_ids",
         )
+
+
+def template_settings(enable_thinking: object, kwargs: object, where: str, code: str = "E001") -> dict[str, Any]:
+    """The variables that a user gives a template, by the names that flags and lines have: true or false, and JSON as text or object."""
+    given: Any = parse_json(kwargs.encode(), where, code) if isinstance(kwargs, str) else {} if kwargs is None else kwargs
+    switch = {"true": True, "false": False}.get(str(enable_thinking).lower())
+    problem = None
+    if not isinstance(given, dict):
+        problem = f"chat_template_kwargs must be a JSON object, not {shown(given, 60)}"
+    elif taken := [name for name in RESERVED if name in given]:
+        problem = f"chat_template_kwargs cannot set {taken[0]}: the run itself does"
+    elif enable_thinking is not None and switch is None:
+        problem = f"enable_thinking must be true or false, not {shown(enable_thinking, 60)}"
+    elif switch is not None and given.get("enable_thinking", switch) != switch:
+        problem = "enable_thinking and chat_template_kwargs contradict each other"
+    if problem:
+        why, fix = "the chat template is rendered with these variables", 'give an object such as {"enable_thinking": false}'
+        raise ThoughtxError(code, problem, where=where, why=why, fix=fix)
+    return {**given, **({} if switch is None else {"enable_thinking": switch})}
 
 
 def plain_messages(messages: object, where: str) -> list[dict[str, Any]]:

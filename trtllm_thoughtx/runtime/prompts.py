@@ -13,9 +13,10 @@ from typing import Any
 
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.jsonl import Line, Rows, read_rows
-from trtllm_thoughtx.runtime.chat import plain_messages
+from trtllm_thoughtx.runtime.chat import plain_messages, template_settings
 
 FORMS = ("prompt", "messages", "input_ids")
+TEMPLATE = ("enable_thinking", "chat_template_kwargs")
 FIX = 'write one object per line, such as {"prompt": "What is 2 + 3?"}'
 
 
@@ -27,6 +28,7 @@ class Prompt:
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     input_ids: tuple[int, ...] | None = None
+    template_kwargs: dict[str, Any] | None = None  # of the line alone, over the command's
     where: str = field(default="the prompt", compare=False)
 
 
@@ -37,7 +39,7 @@ def read_prompts(path: Path, note: Callable[[str], object] | None = None) -> lis
 
 def prompt_rows(path: Path) -> Rows[Prompt]:
     """The same, bad lines kept apart."""
-    return read_rows(path, _prompt, code="E140", columns=FORMS, fix=FIX)
+    return read_rows(path, _prompt, code="E140", columns=(*FORMS, *TEMPLATE), fix=FIX)
 
 
 def _prompt(row: dict[str, Any], line: Line) -> Prompt:
@@ -51,7 +53,8 @@ def _prompt(row: dict[str, Any], line: Line) -> Prompt:
         value = token_ids(value)
     if form == "messages":
         value = tuple(plain_messages(value, line.where))
-    return Prompt(id=line.id, where=line.where, **{form: value})
+    settings = template_settings(row.get(TEMPLATE[0]), row.get(TEMPLATE[1]), line.where, "E140")
+    return Prompt(id=line.id, where=line.where, template_kwargs=settings or None, **{form: value})
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

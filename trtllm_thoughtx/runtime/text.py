@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.files import read_inside
 from trtllm_thoughtx.generation_config import read_generation_config
-from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages
+from trtllm_thoughtx.runtime.chat import ChatTemplate, plain_messages, template_settings
 from trtllm_thoughtx.runtime.opening import BEFORE, SWITCH, ChatIds, marked_messages, state_behind_mark, state_of, state_of_text
 from trtllm_thoughtx.runtime.prompts import Prompt, read_prompts
 from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
@@ -68,6 +68,7 @@ class Text:
         self.bos_id = next((i for i in (named["bos"], *stated["bos"]) if i is not None), None)
         self.pad_id = next((i for i in (named["pad"], *stated["pad"]) if i is not None), None)
         self.eos_ids = tuple(sorted({*stated["eos"], *(() if named["eos"] is None else (named["eos"],))}))
+        self.template_kwargs: dict[str, Any] = {}  # what every chat is rendered with, as the user set it
         self._add_bos = add_bos and self.bos_id is not None
         added = tokenizer.get_added_tokens_decoder()
         self._hidden = frozenset(i for i, token in added.items() if token.special)
@@ -162,6 +163,7 @@ class Text:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> ChatIds:
         """Token ids of a chat, ready for generation. A text is one user message.
 
@@ -170,21 +172,28 @@ class Text:
         """
         if not self._templates and isinstance(prompt, str):
             return self.raw(prompt)
-        rendered = self.render(prompt, enable_thinking, add_generation_prompt, tools)
+        rendered = self.render(prompt, enable_thinking, add_generation_prompt, tools, template_kwargs)
         ids = self._some(self.encode(rendered, add_special=False))
         if self.think_tags is None:
             return ChatIds(ids, BEFORE)
         messages = marked_messages(_messages(prompt), self.think_tags)
         try:
-            state = state_behind_mark(self, rendered, self.render(messages, enable_thinking, add_generation_prompt, tools))
+            state = state_behind_mark(self, rendered, self.render(messages, enable_thinking, add_generation_prompt, tools, template_kwargs))
         except ThoughtxError:  # the template minds the mark
             state = None
-        closed = functools.partial(self.chat, prompt, enable_thinking=False, add_generation_prompt=add_generation_prompt, tools=tools)
+        more: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools, "template_kwargs": template_kwargs}
+        closed = functools.partial(self.chat, prompt, enable_thinking=False, **more)
         return ChatIds(ids, state or state_of(self, ids), closed if self.reads(SWITCH) else None)
 
     def raw(self, prompt: str) -> ChatIds:
         """Token ids of a text that goes in as it is."""
         return ChatIds(self._some(self.encode(prompt)), state_of_text(self, prompt))
+
+    def set_template(self, enable_thinking: object = None, chat_template_kwargs: object = None) -> list[str]:
+        """Render every chat from now on with what the two flags say; returns which of it no template reads. E001 for wrong values."""
+        self.template_kwargs = template_settings(enable_thinking, chat_template_kwargs, "--enable_thinking, --chat_template_kwargs")
+        why = "the chat template does not read it" if self._templates else "there is no chat template"
+        return [f"{name} ({why})" for name in self.template_kwargs if not self.reads(name)]
 
     def reads(self, name: str) -> bool:
         """Whether a chat template mentions a variable."""
@@ -201,13 +210,13 @@ class Text:
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The text that `chat` tokenizes."""
         messages = _messages(prompt)
-        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        switch = {} if enable_thinking is None else {SWITCH: enable_thinking}
         return self._template("tool_use" if tools and "tool_use" in self._templates else "default").render(
-            **self.special,
-            **switch,
+            **{**self.special, **self.template_kwargs, **(template_kwargs or {}), **switch},
             messages=messages,
             tools=None if tools is None else list(tools),
             documents=None,
@@ -262,13 +271,13 @@ def _messages(prompt: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "the prompt")
 
 
-def prompt_ids(prompt: Prompt, text: Text | None, *, enable_thinking: bool | None = None) -> list[int]:
+def prompt_ids(prompt: Prompt, text: Text | None) -> list[int]:
     """Token ids of a prompt in any of its forms. E140 when it needs a tokenizer and there is none."""
     if prompt.input_ids is not None:
         return list(prompt.input_ids)
     if text is None:
         raise _bad_prompt("a text needs a tokenizer, and there is no tokenizer.json", "the engine was built from files without one")
-    return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), enable_thinking=enable_thinking)
+    return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), template_kwargs=prompt.template_kwargs)
 
 
 def _bad_prompt(what: str, why: str) -> ThoughtxError:
