@@ -111,12 +111,13 @@ def read_recipe(path: Path, command: click.Command, ctx: click.Context, others: 
         if key in lines:
             raise _refuse(path, line, f"{shown(key)} is set twice", f"it is also set in line {lines[key]}", "keep one of the two")
         if key not in params:
-            home = [other.name for other in others if other is not command and any(_flag(param) == key for param in other.params)]
+            have = [other for other in others if other is not command and any(_flag(param) == key for param in other.params)]
+            home = [f"thoughtx-{other.name}" for other in have]
             near = difflib.get_close_matches(key, params, n=1)
             fix = f"perhaps {near[0]} is meant" if near else f"thoughtx-{command.name} --help lists the flags"
             why = f"no flag of thoughtx-{command.name} has this name"
             if home:
-                why, fix = f"it is a flag of thoughtx-{home[0]}", f"remove it here, and give it to thoughtx-{home[0]}"
+                why, fix = f"it is a flag of {' and '.join(home)}", f"remove it here, and give it to {' or '.join(home)}"
             raise _refuse(path, line, f"unknown key {shown(key)}", why, fix)
         words, types = _wanted(params[key])
         if types == (int, float) and isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.ASCII | re.IGNORECASE):
