@@ -217,6 +217,28 @@ def test_odd_group_sizes_are_widened(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_builds_say_what_a_cpu_gains_nothing_from(tmp_path):
+    """FP8, a 16-bit engine, groups that no operator knows: named by the build and by inspect; the rest has no note."""
+    from trtllm_thoughtx.describe import describe
+
+    write_tiny(tmp_path / "m", **{**SIZES, "hidden_size": 96, "intermediate_size": 192})
+    cases = (
+        ("fp8", None, "float32", "FP8"),
+        ("int4_wo", 24, "float32", "groups of 24"),
+        ("int8_wo", None, "float16", "float16"),
+        ("int8_wo", None, "float32", None),
+        ("int8_sq", None, "float32", None),
+        ("int4_wo", 32, "float32", None),
+    )
+    for number, (qformat, group_size, dtype, word) in enumerate(cases):
+        checkpoint, engine = tmp_path / f"c{number}", tmp_path / f"e{number}"
+        calibrate(tmp_path / "m", checkpoint, qformat=qformat, group_size=group_size, calib_size=4, calib_seq_len=8)
+        made = build(checkpoint, engine, {**OPTIONS, "dtype": dtype})
+        assert made["notes"] == describe(engine)["notes"] and len(made["notes"]) == (word is not None)
+        if word is not None:
+            assert word in made["notes"][0] and "float32" in made["notes"][0]
+
+
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
 def test_a_product_of_two_rounded_sides_has_one_scale_on_each(tmp_path, qformat):
     """Engines put such scales into the product, whose result float16 then holds; scales per row come behind it."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_thoughtx import engine_dir, files, report
-from trtllm_thoughtx.build_options import refuse, resolve
+from trtllm_thoughtx.build_options import refuse, resolve, speed_notes
 from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, PartFiles, PlanFile
 from trtllm_thoughtx.engines import BACKENDS
 from trtllm_thoughtx.errors import ThoughtxError
@@ -71,7 +71,7 @@ def build(
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
-        for note in _unused_exits(settings, exits):
+        for note in [*_unused_exits(settings, exits), *speed_notes(config, settings)]:
             plan["notes"].append(note)
             progress.note(f"note: {note}")
         if dry_run:

@@ -217,3 +217,21 @@ def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _level(given: Mapping[str, Any]) -> int | None:
     return _whole(given, "optimization_level", 3, 0, 5) if "optimization_level" in given else None
+
+
+def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
+    """Where an engine is known to be no faster than float32 on a CPU, and what to build instead (`bench/quantized.py` measures it)."""
+    quant = config.quantization
+    if quant is None or quant.algo is None or "onnxruntime" not in settings.backends:
+        return []
+    if settings.dtype != "float32":
+        why = f"onnxruntime widens quantized weights of a {settings.dtype} engine in every step on a CPU"
+        return [f"slower than float32: {why}; for CPUs build with --backend onnxruntime --dtype float32"]
+    stored = STORED[quant.algo]
+    if stored == "F8_E4M3":
+        why = "no CPU computes with FP8; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
+        return [f"not faster than float32 on a CPU: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"]
+    if stored == "U8" and quant.group_size % 16:
+        why = f"onnxruntime has no product for groups of {quant.group_size}, and widens the weights to float32 when it loads them"
+        return [f"not faster than float32 on a CPU: {why}; use a --group_size that 16 divides"]
+    return []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx import checkpoint, files, report
+from trtllm_thoughtx.build_options import speed_notes
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.exit_weights import read_exits
@@ -100,6 +101,7 @@ def _engine(path: Path, kind: str) -> dict[str, Any]:
         "backends": list(engine.backends),
         "model": _model(engine.config),
         "build": engine.build.as_dict(),
+        "notes": speed_notes(engine.config, engine.build),
         "parts": [part.as_dict() for part in engine.parts],
         "made_by": manifest.get("command"),
         "made_with": manifest.get("environment"),

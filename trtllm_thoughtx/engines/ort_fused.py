@@ -175,6 +175,7 @@ def session_of(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch's threads have the CPU between two calls
     made = helper.make_model(graph, opset_imports=imports, ir_version=10)
     return ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
