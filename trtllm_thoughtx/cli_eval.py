@@ -26,6 +26,7 @@ from trtllm_thoughtx.progress import Progress
 NUMBERS = CommaList("LIST", r"\d{1,6}", int, "a whole number")
 GENERATED = ("chain", "lookup", "story", "loan")
 NAMES = CommaList("LIST", "|".join(GENERATED), str, f"one of {', '.join(GENERATED)}")
+MATCHES = ("exact", "normalized", "contains", "last_number", "choice", "boxed")
 BENCHMARKS = ("gsm8k", "hotpotqa", "boolq", "commonsense_qa")
 HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCHMARKS)}")
 
@@ -34,13 +35,16 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
     "eval",
     "thoughtx-eval --engine_dir ./engine --task chain,lookup --num_items 200 --plot accuracy.png",
     "thoughtx-eval --engine_dir ./engine --task chain --compare ./other-engine",
-    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --output result.json",
+    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --match contains --output result.json",
     "thoughtx-eval --model_dir ./model --harness gsm8k,boolq --data_dir ./data --limit 100",
 )
 @click.option("--engine_dir", type=PATH, help="Engine directory to ask.")
 @click.option("--model_dir", type=PATH, help="Hugging Face directory to ask, run by transformers.")
 @click.option("--task", "tasks", type=NAMES, help=f"Generated questions: {', '.join(GENERATED)}.")
-@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...}.')
+@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...}, - is stdin.')
+@click.option(
+    "--match", type=OneOf(MATCHES), help="How answers of --dataset are compared.  [default: by the answer's form: number, letter or words]"
+)
 @click.option("--harness", type=HARNESS, help=f"lm-eval tasks: {', '.join(BENCHMARKS)}.")
 @click.option("--compare", type=PATH, help="Another engine, model or saved result: both on the same questions.")
 @click.option("--num_items", type=POSITIVE, default=120, help="Questions of each task, spread over its sizes.")

@@ -8,13 +8,13 @@ setting: all passages are in the prompt, exact match and token F1 after SQuAD's 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import jsonl
 from trtllm_thoughtx.errors import shown
+from trtllm_thoughtx.evaluate.matching import normalized
 from trtllm_thoughtx.evaluate.statistics import word_f1
 from trtllm_thoughtx.jsonl import text_of, texts_of
 
@@ -83,12 +83,6 @@ def _passages_text(doc: dict[str, Any]) -> str:
     passages = zip(doc["context"]["title"], doc["context"]["sentences"], strict=True)
     shown_passages = "\n".join(f"{title}: {''.join(sentences).strip()}" for title, sentences in passages)
     return f"Answer with a few words from these passages.\n\n{shown_passages}\n\nQuestion: {doc['question'].strip()}\nAnswer:"
-
-
-def normalized(answer: str) -> str:
-    """SQuAD's form of an answer: lower case, no punctuation, no articles, single spaces."""
-    plain = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 def qa_scores(answer: str, expected: str) -> dict[str, float]:

@@ -53,6 +53,7 @@ def evaluation(
     plot: Path | None = None,
     data_dir: Path | None = None,
     limit: int | None = None,
+    match: str | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
     enable_thinking: str | None = None,
@@ -70,7 +71,7 @@ def evaluation(
     assert set(settings) <= {*THINKING, *DRAFTS, *SETTINGS}, settings
     settings = {name: value for name, value in settings.items() if value is not None}
     if harness is not None:
-        _refuse_unused({f"--{name}": value for name, value in settings.items()})
+        _refuse_unused({"--match": match, **{f"--{name}": value for name, value in settings.items()}})
         _refuse_unused(
             {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
         )
@@ -92,9 +93,9 @@ def evaluation(
         return {"path": str(path), "summary": None, "comparison": None, "harness": found}
     _refuse_unused({"--data_dir": data_dir, "--num_fewshot": num_fewshot, "--chat_template": chat_template or None})
     if tasks is not None:
-        _refuse_unused({"--limit": limit})
+        _refuse_unused({"--limit": limit, "--match": match})
     asked = (
-        from_file(dataset, limit, progress.note)
+        from_file(dataset, limit, progress.note, match)
         if dataset is not None
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )
@@ -103,7 +104,7 @@ def evaluation(
     context = memory_context if memory_context is not None else 2048 if compare is not None else 0
     options = {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size}
     if earlier is not None:
-        check_same_questions([(one.id, " ".join(one.expected.split())) for one in asked], earlier)
+        check_same_questions([(one.id, " | ".join(one.accepted), one.match) for one in asked], earlier)
     for one in (path, *((compare,) if compare is not None and earlier is None else ())):
         is_exact = exact and (one is path or kind_of(one) == "engine")
         flags: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "chunk_size": chunk_size, "exact": is_exact}

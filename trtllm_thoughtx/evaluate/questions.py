@@ -14,20 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.evaluate.matching import EXACT, MATCHES, accepted_answers, check_match, match_for
 from trtllm_thoughtx.evaluate.record import CUT, FREE
 from trtllm_thoughtx.jsonl import STDIN, Line, read_rows, text_of
 from trtllm_thoughtx.tasks import TASKS, draw, item
 from trtllm_thoughtx.tasks.item import Item
 
 SIZES = {"chain": tuple(range(1, 13)), "lookup": (1, 2, 3, 4), "story": (1, 2, 3, 4), "loan": (1, 2, 3, 4)}
-COLUMNS = ("prompt", "answer", "task")
+COLUMNS = ("prompt", "answer", "task", "match")
 FIX = 'each line is an object like {"prompt": "...", "answer": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """`thought` None: the system thinks for itself; else it is given this one, closed. `item` is known for generated tasks."""
+    """`thought` None: the system thinks for itself; else it is given this one, closed. `item` is known for generated tasks. `match` says
+    how answers are compared (see `matching`), with `expected` and with what `also` counts."""
 
     id: str
     task: str
@@ -37,6 +39,12 @@ class Question:
     thought: str | None = None
     item: Item | None = None
     traits: dict[str, int] = field(default_factory=dict)
+    match: str = EXACT
+    also: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        return (" ".join(self.expected.split()), *self.also)
 
     @property
     def mode(self) -> str:
@@ -45,7 +53,7 @@ class Question:
 
 def sha256_of_questions(questions: Sequence[Question]) -> str:
     """Of what is asked and expected: the setting that decides what was measured."""
-    return hashlib.sha256(json.dumps([[asked.id, asked.prompt, asked.expected] for asked in questions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([[asked.id, asked.prompt, *asked.accepted, asked.match] for asked in questions]).encode()).hexdigest()
 
 
 def generated(
@@ -90,13 +98,20 @@ def item_seed(seed: int, place: int) -> int:
     return seed * 1_000_003 + place
 
 
-def from_file(path: Path, limit: int | None = None, note: Callable[[str], object] | None = None) -> list[Question]:
-    """JSONL rows {"prompt", "answer"} with optional "id" and "task". E140 names the lines that cannot be used."""
+def from_file(
+    path: Path, limit: int | None = None, note: Callable[[str], object] | None = None, match: str | None = None
+) -> list[Question]:
+    """JSONL rows {"prompt", "answer"} with optional "id", "task" and "match" (else `match`, else what the answer's form suggests). An
+    answer is a text, a number, or a list of those that count. E140 names the lines that cannot be used."""
     task = "stdin" if path == STDIN else path.stem
 
     def question(row: dict[str, Any], line: Line) -> Question:
-        return Question(
-            id=line.id, task=text_of({"task": task, **row}, "task"), prompt=text_of(row, "prompt"), expected=text_of(row, "answer")
-        )
+        prompt, accepted = text_of(row, "prompt"), accepted_answers(row.get("answer"))
+        how = row.get("match", match or match_for(accepted))
+        if how not in MATCHES:
+            raise ValueError(f"match must be one of {', '.join(MATCHES)}, not {shown(how, 40)}")
+        check_match(how, accepted)
+        task_name = text_of({"task": task, **row}, "task")
+        return Question(id=line.id, task=task_name, prompt=prompt, expected=accepted[0], match=how, also=accepted[1:])
 
     return read_rows(path, question, code="E140", columns=COLUMNS, fix=FIX).all(note)[:limit]

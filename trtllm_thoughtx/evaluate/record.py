@@ -16,6 +16,7 @@ from typing import Any
 
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.evaluate.matching import EXACT, MATCHES
 from trtllm_thoughtx.files import atomic_file, parse_json, read_named
 
 SCHEMA = "thoughtx.result/1"
@@ -31,7 +32,8 @@ class Record:
     Tokens and steps are those that the system wrote; `num_redundant` of the steps repeat an earlier one. `seconds` run from the
     start of the batch to the last token. `confidence` is the probability of the answer's tokens in [0, 1], None without an answer;
     `coherence` the share of sound steps in [0, 1], None where the chain is not known. `truncated`: it ran out of tokens.
-    `thinking_stop` says why an engine's thinking ended; `num_layer_tokens` what the answer cost, in tokens times layers, 0 where not known.
+    `match` says how the answer was compared (see `matching`), `thinking_stop` why an engine's thinking ended, `num_layer_tokens` what the
+    answer cost, in tokens times layers, 0 where not known.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Record:
     thinking_stop: str | None = None
     num_layer_tokens: int = 0
     traits: dict[str, int] = field(default_factory=dict)
+    match: str = EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +102,10 @@ def load(path: Path) -> Result:
 def _wrong(row: Any) -> str:
     """What is wrong with one record; empty when it is good."""
     fields = {f.name: str(f.type) for f in dataclasses.fields(Record)}
-    if not isinstance(row, Mapping) or set(row) != set(fields):
+    if not isinstance(row, Mapping) or set(row) | {"match"} != set(fields):  # results of older versions do not name it
         return f"its keys must be {', '.join(fields)}"
     for name, kind in fields.items():
-        value, plain = row[name], kind.removesuffix(" | None")
+        value, plain = row.get(name, EXACT), kind.removesuffix(" | None")
         if value is None and plain != kind:
             continue
         if not isinstance(value, KINDS[plain]) or (plain != "bool" and isinstance(value, bool)):
@@ -112,4 +115,6 @@ def _wrong(row: Any) -> str:
     shares = [name for name in ("f1", "confidence", "coherence") if (row[name] or 0) > 1]
     if shares:
         return f"{shares[0]} must be at most 1"
+    if row.get("match", EXACT) not in MATCHES:
+        return f"match must be one of {', '.join(MATCHES)}"
     return "" if row["mode"] in (FREE, CUT) else f"mode must be {FREE} or {CUT}"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate.matching import MATCHES, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record, Result
-from trtllm_thoughtx.evaluate.statistics import word_f1
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answer import split_ids
@@ -22,7 +21,6 @@ from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks import item
 
 OFTEN_OFF = ("min_p", *PENALTIES, "stop", "stop_token_ids")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def evaluate(system: System, questions: Sequence[Question], params: GenerationParams, progress: Progress | None = None) -> Result:
@@ -56,6 +54,7 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
         "seed": params.seed,
         **params.engine_flags,
         "batch_size": system.batch_size,
+        "match": {match: num for match in MATCHES if (num := sum(asked.match == match for asked in questions))},
         "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
     }
     return Result(system=dict(system.description), conditions=conditions, records=tuple(records[i] for i in range(len(questions))))
@@ -78,23 +77,23 @@ def judged(asked: Question, prompt: Sequence[int], written: Written, text: Text)
     reply = split_ids(text, written.ids, is_open=is_open, text_end=written.text_end)
     steps = item.steps_of(reply.reasoning or "")
     answer = confidence = None
+    correct, f1 = False, 0.0
     if reply.answer is not None and reply.answer_ids is not None:
-        answer = " ".join(reply.answer.split())
-        boxed = BOXED.findall(answer)
-        answer = boxed[-1].strip() if boxed else answer
+        correct, f1 = judge(asked.match, reply.answer, asked.accepted)
+        answer = " ".join((boxed(reply.answer) or reply.answer).split())
         at = len(written.ids) - len(reply.answer_ids)
         said = [p for i, p in zip(written.ids[at:], written.logprobs[at:], strict=True) if i not in text.eos_ids]
         confidence = min(1.0, math.exp(sum(said))) if said else None
-    expected = " ".join(asked.expected.split())
     return Record(
         id=asked.id,
         task=asked.task,
         size=asked.size,
         mode=asked.mode,
-        expected=expected,
+        expected=" | ".join(asked.accepted),
         answer=answer,
-        correct=answer == expected,
-        f1=0.0 if answer is None else word_f1(answer.split(), expected.split()),
+        correct=correct,
+        f1=f1,
+        match=asked.match,
         num_prompt_tokens=len(prompt),
         num_tokens=len(written.ids),
         num_steps=len(steps),

@@ -11,6 +11,7 @@ import numpy as np
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.evaluate.matching import EXACT
 from trtllm_thoughtx.evaluate.record import CUT, Record, Result
 from trtllm_thoughtx.evaluate.statistics import calibration_error, mcnemar, mean_interval, wilson
 from trtllm_thoughtx.files import human_bytes
@@ -100,13 +101,13 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else math.nan
 
 
-def check_same_questions(ids: Sequence[tuple[str, str]], second: Result) -> None:
+def check_same_questions(ids: Sequence[tuple[str, str, str]], second: Result) -> None:
     """E160 unless `second` was asked the questions of these ids and answers."""
-    others = [(record.id, record.expected) for record in second.records]
+    others = [(record.id, record.expected, record.match) for record in second.records]
     if set(ids) != set(others) or len(ids) != len(others):
-        apart = sorted(shown(name, 60) for name, _ in set(ids) ^ set(others))
+        apart = sorted(shown(name, 60) for name, *_ in set(ids) ^ set(others))
         why = f"{len(apart)} questions stand in one of the two alone: {listed(apart, 3)}"
-        fix = "ask both with the same --task, --sizes, --num_items, --lengths, --cut_share, --split and --seed"
+        fix = "ask both with the same --dataset and --match, or --task, --sizes, --num_items, --lengths, --cut_share, --split and --seed"
         raise ThoughtxError("E160", "the two were not asked the same", where=str(second.system.get("path")), why=why, fix=fix)
 
 
@@ -115,7 +116,7 @@ def compare(first: Result, second: Result) -> dict[str, Any]:
 
     E160 unless both were asked the same.
     """
-    check_same_questions([(record.id, record.expected) for record in first.records], second)
+    check_same_questions([(record.id, record.expected, record.match) for record in first.records], second)
     held = {record.id: record for record in second.records}
     pairs = [(record, held[record.id]) for record in first.of()]
     rows = [difference(name, task, [pair for pair in pairs if pair[0].task == task]) for task in first.tasks for name in PER_TASK]
@@ -177,6 +178,9 @@ def result_tables(found: dict[str, Any]) -> list[Any]:
     ]
     if cuts:
         tables.append(report.table("thoughts cut short", ("task", "items", "said ? when due", "answered when it sufficed"), cuts))
+    matches = found["conditions"].get("match", {})
+    if set(matches) - {EXACT}:
+        tables.append(f"answers compared by {', '.join(f'{match}: {num}' for match, num in matches.items())} (--match)")
     stops = found["overall"].get("thinking_stops", {})
     if set(stops) - {"None", "end", "cut"}:
         tables.append(f"the thinking ended by {', '.join(f'{why}: {num}' for why, num in sorted(stops.items()))}")

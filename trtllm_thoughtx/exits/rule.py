@@ -14,7 +14,7 @@ import numpy as np
 
 from trtllm_thoughtx.evaluate.statistics import mcnemar
 from trtllm_thoughtx.exit_weights import READY, ExitHead
-from trtllm_thoughtx.exits.traces import Stop, Trace, plain
+from trtllm_thoughtx.exits.traces import Stop, Trace, is_right
 
 NEARLY = 0.015  # of all generated tokens
 GRID = (*(1 - 10.0 ** -np.arange(4, 1, -0.25)), *np.arange(0.98, 0.29, -0.02))
@@ -41,7 +41,7 @@ def outcome(trace: Trace, stop: Stop | None) -> Outcome:
         generated, right = trace.num_thinking_tokens + 1 + trace.num_answer_tokens, trace.is_right
     else:
         generated = stop.num_thinking_tokens + 1 + stop.num_answer_tokens
-        right = stop.answer == plain(trace.question.expected)
+        right = is_right(trace.question, stop.answer)
     return Outcome(right, generated, trace.num_prompt + generated)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate.matching import BOXED, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
-from trtllm_thoughtx.evaluate.run import BOXED
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answer import split_ids
@@ -51,14 +51,17 @@ class Trace:
 
     @property
     def is_right(self) -> bool:
-        return self.answer == plain(self.question.expected)
+        return self.answer is not None and is_right(self.question, self.answer)
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Of an answer that `plain` has been through."""
+    return judge(question.match, rf"\boxed{{{answer}}}" if question.match == BOXED else answer, question.accepted)[0]
 
 
 def plain(text: str) -> str:
-    """An answer as `thoughtx-eval` compares it."""
-    said = " ".join(text.split())
-    boxed = BOXED.findall(said)
-    return boxed[-1].strip() if boxed else said
+    """An answer in one line; of a boxed one what is in the box."""
+    return " ".join((boxed(text) or text).split())
 
 
 def text_for(text: Text | None, path: Path, *, needs_tags: bool) -> Text:
