@@ -152,6 +152,7 @@ READERS = {
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "requests.py": ("run",),
     "runtime/": ("run", "eval"),
+    "runtime/params.py": ("run",),
     "validate.py": ("validate",),
     "weights.py": ("convert", "build"),
 }
