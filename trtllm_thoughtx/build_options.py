@@ -233,5 +233,5 @@ def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
         return [f"not faster than float32 on a CPU: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"]
     if stored == "U8" and quant.group_size % 16:
         why = f"onnxruntime has no product for groups of {quant.group_size}, and widens the weights to float32 when it loads them"
-        return [f"not faster than float32 on a CPU: {why}; use a --group_size that 16 divides"]
+        return [f"not faster than float32 on a CPU: {why}; thoughtx-calibrate --group_size 16, or a multiple, is"]
     return []
