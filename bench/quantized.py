@@ -1,11 +1,11 @@
-"""Decode speed of quantized engines on a CPU beside the float32 engine of the same checkpoint, in turn in the same run.
+"""Decode and prefill speed of every quantized format on a CPU beside the float32 engine of the same checkpoint, in turn in one run.
 
-    python bench/quantized.py MODEL_DIR [--formats int8_wo,int4_wo] [--rounds 3] [--prompt_len 64] [--new_tokens 32] [--json]
+    python bench/quantized.py MODEL_DIR [--formats int8_wo,int4_wo,...] [--rounds 3] [--prompt_len 64] [--new_tokens 32] [--json]
 
 Formats are those of thoughtx-calibrate; the output matrix is quantized too (--quant_lm_head). Where onnxruntime-genai is installed, its
 own int8 and int4 models of the same checkpoint are measured too. Each measurement is a process of its own and the rounds interleave
 the systems, as in bench/decode.py. MODEL_DIR is a Hugging Face directory; the scales come from a few random tokens, since only speed is
-looked at.
+looked at. A format that is slower than float32 in either phase is named at the end, with what `thoughtx-build` says about it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from decode import GENAI, OURS, ROOT, measured
 GENAI_FORMATS = {"int8": ("int8", []), "int4": ("int4", ["int4_block_size=128", "int4_accuracy_level=4"])}
 
 
-def ratio(rows: list[dict[str, float]], others: list[dict[str, float]] | None) -> float | None:
-    """Of the decode rates, the median of the rounds."""
-    return round(statistics.median(a["decode"] / b["decode"] for a, b in zip(rows, others, strict=True)), 2) if others else None
+def ratio(rows: list[dict[str, float]], others: list[dict[str, float]] | None, phase: str = "decode") -> float | None:
+    """Of the rates of a phase, the median of the rounds."""
+    return round(statistics.median(a[phase] / b[phase] for a, b in zip(rows, others, strict=True)), 2) if others else None
 
 
 def genai_model(model_dir: Path, out: Path, precision: str, extra: list[str], num_threads: int) -> Path:
@@ -48,7 +48,7 @@ def weights_bytes(path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model_dir", type=Path)
-    parser.add_argument("--formats", default="int8_wo,int4_wo")
+    parser.add_argument("--formats", default="int8_wo,int8_sq,fp8,int4_wo,int4_awq")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt_len", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=32)
@@ -63,12 +63,13 @@ def main() -> None:
     options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256}
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         systems: dict[str, tuple[str, Path]] = {}
+        notes: dict[str, list[str]] = {}
         build(args.model_dir, Path(work, "float32"), options)
         systems["thoughtx float32"] = (OURS, Path(work, "float32"))
         for name in args.formats.split(","):
             checkpoint, engine = Path(work, f"ckpt-{name}"), Path(work, name)
             calibrate(args.model_dir, checkpoint, qformat=name, calib_size=4, calib_seq_len=16, quant_lm_head=True)
-            build(checkpoint, engine, options)
+            notes[f"thoughtx {name}"] = build(checkpoint, engine, options)["notes"]
             subprocess.run(["rm", "-r", str(checkpoint)], check=True)
             systems[f"thoughtx {name}"] = (OURS, engine)
         if importlib.util.find_spec("onnxruntime_genai"):
@@ -90,17 +91,30 @@ def main() -> None:
             "decode_max": round(max(r["decode"] for r in rows), 2),
             "prefill": round(statistics.median(r["prefill"] for r in rows), 1),
             "over_float32": ratio(rows, rates[base]),
+            "prefill_over_float32": ratio(rows, rates[base], "prefill"),
             "over_genai": ratio(rows, rates.get(f"onnxruntime-genai int{width}")),
             "weights_mib": round(sizes[name] / (1 << 20)),
         }
     if args.json:
         print(json.dumps({"rounds": args.rounds, "prompt_len": args.prompt_len, "threads": args.num_threads, "systems": result}))
         return
-    widths = {"decode": 14, "decode_min": 11, "decode_max": 11, "prefill": 9, "over_float32": 13, "over_genai": 11, "weights_mib": 12}
+    widths = {
+        "decode": 14,
+        "decode_min": 11,
+        "decode_max": 11,
+        "prefill": 9,
+        "over_float32": 13,
+        "prefill_over_float32": 21,
+        "over_genai": 11,
+        "weights_mib": 12,
+    }
     print("tokens a second\n" + f"{'system':<26}" + "".join(f"{key:>{width}}" for key, width in widths.items()))
     for name, row in result.items():
         cells = ("-" if row[key] is None else row[key] for key in widths)
         print(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True)))
+    for name, row in result.items():
+        if name in notes and min(row["over_float32"], row["prefill_over_float32"]) < 1:
+            print(f"slower than float32: {name}; the build says: {'; '.join(notes[name]) or 'NOTHING'}")
 
 
 if __name__ == "__main__":

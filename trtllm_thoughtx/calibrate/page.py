@@ -23,6 +23,7 @@ def calibration_tables(found: Mapping[str, Any]) -> list[Any]:
     loss, size = found["end_to_end"], found["size"]
     rows = [
         ["KL divergence, mean (nats)", loss["kl"]],
+        ["the same, onnxruntime on a CPU", found["backends"]["onnxruntime"]["end_to_end"]["kl"]],
         ["KL divergence, worst position", loss["worst_kl"]],
         ["same top token", loss["top1_agreement"]],
         ["perplexity before", loss["perplexity_reference"]],
@@ -91,7 +92,13 @@ def report_html(found: Mapping[str, Any]) -> str:
         _table(["on held-out positions", ""], [[name, value] for name, value in found["end_to_end"].items()]),
         "<p>KL is in nats, of the unquantized model's distribution from the quantized one's. An engine of this checkpoint is judged "
         "by <code>thoughtx-validate</code> with these limits:</p>",
-        _table(["limit", ""], [[name, value] for name, value in found["limits"].items()]),
+        _table(
+            ["way to run", "computes", "KL, mean", *found["limits"]],
+            [
+                [way, one["runs"], one["end_to_end"]["kl"], *(one["limits"][name] for name in found["limits"])]
+                for way, one in found["backends"].items()
+            ],
+        ),
         "<h2>Size</h2>",
         _table(["linear layers", ""], [[name, value] for name, value in found["size"].items()]),
         *_engines(found),
