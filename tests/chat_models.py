@@ -37,7 +37,8 @@ def write_chat_model(root: Path, template: str | None, *, tags: bool = True, fil
         raw["added_tokens"] = [token for token in raw["added_tokens"] if "think" not in token["content"]]
         tokenizer = type(tokenizer).from_str(json.dumps(raw))
     size = tokenizer.get_vocab_size() + 3
-    write_tiny(root, vocab_size=size, config={"eos_token_id": tokenizer.token_to_id("<|im_end|>")}, **options)
+    options = {"vocab_size": size, **options}
+    write_tiny(root, config={"eos_token_id": tokenizer.token_to_id("<|im_end|>")}, **options)
     tokenizer.save(str(root / "tokenizer.json"))
     (root / "tokenizer_config.json").write_text(json.dumps(CONFIG | {"model_max_length": 512}))
     if template is not None:

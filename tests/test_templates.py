@@ -303,3 +303,32 @@ def test_a_missing_template_is_said(tmp_path):
     assert run("--engine_dir", tmp_path / "e", "--input_ids", "5,6")["not_applied"] == []
     ran = CliRunner().invoke(thoughtx, ["run", "--engine_dir", str(tmp_path / "e"), "--prompt", "Hi", "--max_new_tokens", "2"])
     assert "the checkpoint has none" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokenizer.json": None}, "there is no tokenizer.json"),
+        ({"chat_template.jinja": None}, "there is no chat template"),
+        ({"chat_template.jinja": "{% for %}"}, "cannot be put into the chat template"),
+        ({"tokenizer.json": "{}"}, "no engine will load with this tokenizer"),
+        ({"config.json": 300}, "no engine will load with this tokenizer: the tokenizer's highest token id is"),
+        ({}, None),
+    ],
+)
+def test_what_the_tokenizer_lacks_is_said_before_run(change, said, tmp_path):
+    small = change.get("config.json")
+    root = write_chat_model(tmp_path / "model", "opens", **({"vocab_size": small} if small else {}))
+    for name, content in change.items():
+        (root / name).unlink() if content is None else (root / name).write_text(content) if isinstance(content, str) else None
+    words = {
+        "convert": ["--model_dir", root, "--output_dir", tmp_path / "checkpoint"],
+        "build": ["--checkpoint_dir", root, "--output_dir", tmp_path / "engine", "--backend", "onnxruntime", "--max_seq_len", "64"],
+        "inspect": [tmp_path / "engine"],
+    }
+    for command, flags in words.items():
+        ran = CliRunner().invoke(thoughtx, [command, *map(str, flags), "--json"])
+        assert ran.exit_code == 0, ran.output
+        notes = [note for note in json.loads(ran.stdout)["notes"] if "token" in note or "template" in note]
+        assert len(notes) == (said is not None) and all(said in note for note in notes), command
+        assert command == "inspect" or (said or "") in ran.stderr

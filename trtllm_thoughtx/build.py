@@ -32,6 +32,7 @@ from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
 from trtllm_thoughtx.outputs import Output
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.recorded import command_line
+from trtllm_thoughtx.runtime.text_notes import text_notes
 from trtllm_thoughtx.weights import WeightSource, open_weights
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def build(
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
-        for note in [*_unused_exits(settings, exits), *speed_notes(config, settings)]:
+        notes = [*_unused_exits(settings, exits), *speed_notes(config, settings), *text_notes(checkpoint_dir, config.vocab_size)]
+        for note in notes:
             plan["notes"].append(note)
             progress.note(f"note: {note}")
         if dry_run:

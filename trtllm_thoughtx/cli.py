@@ -62,12 +62,16 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
     """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
     from trtllm_thoughtx.calibrate.imported import import_quantized, is_quantized, only_plain
     from trtllm_thoughtx.convert import convert
-    from trtllm_thoughtx.describe import summary_table
+    from trtllm_thoughtx.describe import describe, summary_table
 
     if is_quantized(model_dir):
         summary = import_quantized(model_dir, output_dir, progress=Progress(quiet=quiet), **only_plain(options))
     else:
         summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
+    found = describe(output_dir)["notes"]
+    for note in found:
+        Progress(quiet=quiet).note(f"note: {note}")
+    summary["notes"] = [*summary.get("notes", ()), *found]
     following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
     if summary["up_to_date"]:
         following = f"up to date: the same inputs and settings made what is there, and its files are intact\n{following}"

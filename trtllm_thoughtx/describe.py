@@ -18,6 +18,7 @@ from trtllm_thoughtx.build_options import speed_notes
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.exit_weights import read_exits
+from trtllm_thoughtx.runtime.text_notes import text_notes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,6 +72,7 @@ def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
     types = Counter(info.dtype for info in tensors)
     return {
         **facts,
+        "notes": text_notes(path, config.vocab_size),
         "model": _model(config),
         "num_tensors": len(tensors),
         "num_parameters": sum(math.prod(info.shape) for info in tensors),
@@ -101,7 +103,7 @@ def _engine(path: Path, kind: str) -> dict[str, Any]:
         "backends": list(engine.backends),
         "model": _model(engine.config),
         "build": engine.build.as_dict(),
-        "notes": speed_notes(engine.config, engine.build),
+        "notes": [*speed_notes(engine.config, engine.build), *text_notes(path, engine.config.vocab_size)],
         "parts": [part.as_dict() for part in engine.parts],
         "made_by": manifest.get("command"),
         "made_with": manifest.get("environment"),
