@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt tests/trt_bindings.txt
 	@touch $@
 
 demo: $(STAMP) ## sample checkpoint -> engine -> proof -> answer, in ./demo-out
-	@$(VENV)/bin/python -m trtllm_thoughtx.demo
+	@$(VENV)/bin/python -m trtllm_thoughtx.cli.demo
 
 test: $(STAMP) ## all tests that this machine can run
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=10
@@ -37,7 +37,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(VENV)/bin/mypy
 
 bench: $(STAMP) ## tokens per second of the demo's engine beside transformers eager
-	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.demo
+	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.cli.demo
 	@$(VENV)/bin/thoughtx-bench --engine_dir demo-out/engine --against trtllm_thoughtx/samples/thoughtx-tiny
 
 real: $(STAMP) ## a real model the whole way, checked: make real [MODEL=smollm2|qwen], in ./real-out (downloads 90 or 480 MB)

@@ -58,8 +58,8 @@ def plant(source: Path, target: Path, factor: float, seed: int = 3) -> None:
     """Copy a Hugging Face directory. In each layer `NUM_PLANTED` channels in front of each linear layer become `factor` times as large, and
     what reads them as much smaller; a channel of the values is read by every query head of its group."""
     assert np.frexp(factor)[0] == 0.5, "a power of two, so that nothing is rounded"
-    from trtllm_thoughtx.checkpoint import read_tensors
-    from trtllm_thoughtx.weights import NUMPY_DTYPES, STORED_DTYPES
+    from trtllm_thoughtx.checkpoint.directory import read_tensors
+    from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, STORED_DTYPES
 
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text())
@@ -100,7 +100,7 @@ def plant(source: Path, target: Path, factor: float, seed: int = 3) -> None:
 
 def ours(task: dict[str, Any]) -> dict[str, Any]:
     """thoughtx-calibrate's own work; it judges the held-out rows while it walks."""
-    from trtllm_thoughtx.calibrate.job import calibrate
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
 
     options = {key: task[key] for key in ("calib_size", "calib_seq_len", "seed")}
     data = Path(task["calib_data"]) if task["calib_data"] else None
@@ -121,11 +121,11 @@ def theirs(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from trtllm_thoughtx.calibrate.data import read_data
+    from trtllm_thoughtx.checkpoint.weights import open_weights
     from trtllm_thoughtx.config import ModelConfig
-    from trtllm_thoughtx.divergence import Divergence
-    from trtllm_thoughtx.reference import load_model
-    from trtllm_thoughtx.runtime.text import Text
-    from trtllm_thoughtx.weights import open_weights
+    from trtllm_thoughtx.text.text import Text
+    from trtllm_thoughtx.validate.divergence import Divergence
+    from trtllm_thoughtx.validate.reference import load_model
 
     mtq: Any = importlib.import_module("modelopt.torch.quantization")
     exporter: Any = importlib.import_module("modelopt.torch.export.unified_export_hf")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from convert import ROOT, SHAPES, make_checkpoint
 
-BUILD = "import sys; from trtllm_thoughtx.cli import build_main; sys.argv[0] = 'thoughtx-build'; build_main()"
+BUILD = "import sys; from trtllm_thoughtx.cli.commands import build_main; sys.argv[0] = 'thoughtx-build'; build_main()"
 BARE = """
 import json, sys
 import tensorrt_rtx as trt
@@ -69,12 +69,12 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 def bare_seconds(checkpoint: Path, engine: Path, work: Path) -> float:
     """Seconds of the bare calls, summed over the parts of `engine`."""
-    from trtllm_thoughtx.build import profiles_of
-    from trtllm_thoughtx.engine_dir import EngineDir
+    from trtllm_thoughtx.build.build import profiles_of
+    from trtllm_thoughtx.build.engine_dir import EngineDir
+    from trtllm_thoughtx.checkpoint.weights import open_weights
     from trtllm_thoughtx.graph import external
     from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
     from trtllm_thoughtx.progress import Progress
-    from trtllm_thoughtx.weights import open_weights
 
     build, total = EngineDir.open(engine).build, 0.0
     with open_weights(checkpoint) as source:

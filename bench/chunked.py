@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.build.build import build
 
     batches = [int(batch) for batch in args.batches.split(",")]
     length = args.long or args.length

@@ -35,7 +35,7 @@ SHARD_BYTES = 4_000_000_000
 CONVERT = """
 import re, sys
 from pathlib import Path
-from trtllm_thoughtx.convert import convert
+from trtllm_thoughtx.checkpoint.convert import convert
 convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

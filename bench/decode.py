@@ -37,7 +37,7 @@ print(json.dumps({"prefill": stats.num_prefilled / stats.prefill_seconds, "decod
 TRANSFORMERS = """
 import sys, json
 from pathlib import Path
-from trtllm_thoughtx.reference import time_decode
+from trtllm_thoughtx.validate.reference import time_decode
 n, new = int(sys.argv[2]), int(sys.argv[3])
 seen = time_decode(Path(sys.argv[1]), prompt_len=n, new_tokens=new, batch=1, dtype="float32", num_threads=int(sys.argv[4]))
 print(json.dumps({"prefill": n / seen["prefill_seconds"], "decode": seen["decode_tokens_per_second"]}))
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.build.build import build
 
     with tempfile.TemporaryDirectory() as work:
         systems: dict[str, tuple[str, Path]] = {}

@@ -21,13 +21,13 @@ import numpy as np
 from convert import make_checkpoint
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.convert import convert
-from trtllm_thoughtx.exit_weights import ExitAdapter, ExitHead, ExitWeights, write_exits
-from trtllm_thoughtx.exits.cost import break_even
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.exits.cost import break_even
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.runtime import generation
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.weights import open_weights
 
 RANK = 64
 

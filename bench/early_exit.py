@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.exits import cost, rule
+from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits, measure
+from trtllm_thoughtx.calibrate.exits.traces import Stop, Trace
+from trtllm_thoughtx.checkpoint.exits import read_exits
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.record import Record, Result
@@ -34,10 +39,6 @@ from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.statistics import mean_interval, wilson
 from trtllm_thoughtx.evaluate.summary import compare
 from trtllm_thoughtx.evaluate.systems import EngineSystem
-from trtllm_thoughtx.exit_weights import read_exits
-from trtllm_thoughtx.exits import cost, rule
-from trtllm_thoughtx.exits.calibrate import calibrate_exits, measure
-from trtllm_thoughtx.exits.traces import Stop, Trace
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.plot import tradeoff_plot
@@ -45,7 +46,6 @@ from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.report import to_json
 from trtllm_thoughtx.runtime.completion import head_in_layers, layer_parameters
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.weights import open_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("chain", "lookup", "story", "loan")

@@ -52,8 +52,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from trtllm_thoughtx import Engine
-    from trtllm_thoughtx.divergence import Divergence
-    from trtllm_thoughtx.engines import ort_fused
+    from trtllm_thoughtx.backends import ort_fused
+    from trtllm_thoughtx.validate.divergence import Divergence
 
     def logits(path: Path, rows: list[list[int]], *, exact: bool) -> list[np.ndarray]:
         engine = Engine.load(path, "onnxruntime", exact=exact)

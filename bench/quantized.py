@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from trtllm_thoughtx.build import build
-    from trtllm_thoughtx.calibrate.job import calibrate
+    from trtllm_thoughtx.build.build import build
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
 
     options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256}
     with tempfile.TemporaryDirectory(dir=args.work) as work:

@@ -32,11 +32,11 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from trtllm_thoughtx import Engine
-    from trtllm_thoughtx.build import build
-    from trtllm_thoughtx.calibrate.job import calibrate
-    from trtllm_thoughtx.divergence import Divergence
+    from trtllm_thoughtx.build.build import build
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
     from trtllm_thoughtx.evaluate.questions import SIZES, generated
     from trtllm_thoughtx.runtime.sampling import GenerationParams
+    from trtllm_thoughtx.validate.divergence import Divergence
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

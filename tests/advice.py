@@ -187,7 +187,7 @@ def converted(*flags: str, **kwargs: Any) -> Make:
     """@m becomes a TensorRT-LLM checkpoint, @hf what it was made from."""
 
     def do(root: Path) -> None:
-        from trtllm_thoughtx.convert import convert
+        from trtllm_thoughtx.checkpoint.convert import convert
 
         tiny.write_tiny(root / "hf")
         convert(root / "hf", root / "m", **kwargs)
@@ -450,7 +450,7 @@ WEIGHTS = [
         steps(
             fp8,
             data,
-            lambda root: __import__("trtllm_thoughtx.calibrate.imported", fromlist=["x"]).import_quantized(root / "m", root / "q"),
+            lambda root: __import__("trtllm_thoughtx.checkpoint.quantized", fromlist=["x"]).import_quantized(root / "m", root / "q"),
         ),
         f"{CALIBRATE} --qformat int8_wo".replace("@m", "@q"),
         follow=model(),

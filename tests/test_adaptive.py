@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
@@ -103,7 +103,7 @@ def test_rows_of_a_batch_get_chunks_of_their_own(model, tmp_path):
 
 
 def test_an_easy_prompt_is_answered_in_a_single_step(tmp_path):
-    from trtllm_thoughtx.cli import thoughtx
+    from trtllm_thoughtx.cli.commands import thoughtx
 
     build(SAMPLE, tmp_path / "e", {**BASE, "max_seq_len": 256, "max_chunk_size": 64, "base_size": 40.0, "threshold_low": 19.0})
     engine = Engine.load(tmp_path / "e", num_threads=1)
@@ -150,7 +150,7 @@ def test_an_engine_without_a_base_size_cannot_choose(model, tmp_path):
 
 
 def test_the_manifest_names_a_command_that_makes_the_same_engine(model, tmp_path):
-    from trtllm_thoughtx.cli import thoughtx
+    from trtllm_thoughtx.cli.commands import thoughtx
 
     options = {"max_chunk_size": 64, "base_size": 12.5, "threshold_low": 0.25}
     build(model, tmp_path / "a", {**BASE, **options})

@@ -6,8 +6,8 @@ import pytest
 from test_thinking import several_token_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from trtllm_thoughtx.runtime.answer import split_ids, split_text
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.answer import split_ids, split_text
+from trtllm_thoughtx.text.text import Text
 
 TAGS = ("<think>", "</think>")
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from badfiles import CATALOGUE, BadFile
 
-from trtllm_thoughtx.convert import convert, open_weights
+from trtllm_thoughtx.checkpoint.convert import convert, open_weights
 from trtllm_thoughtx.errors import CODES, Exit, ThoughtxError
 
 MAX_SECONDS = 10.0  # of processor time; a quadratic reader takes minutes
@@ -76,7 +76,7 @@ def test_a_refusal_is_small(name: str, tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from trtllm_thoughtx.convert import open_weights
+from trtllm_thoughtx.checkpoint.convert import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
-from trtllm_thoughtx.weights import open_weights  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.model import Head, Layer, Rotary, read  # noqa: E402
+from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench" / "beside_modelopt.py"

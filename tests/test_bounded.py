@@ -9,7 +9,7 @@ import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.chunked_attention import visible

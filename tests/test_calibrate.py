@@ -17,18 +17,18 @@ torch.set_num_threads(1)
 
 
 from trtllm_thoughtx import Engine  # noqa: E402
-from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.calibrate import grid, page  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
-from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
-from trtllm_thoughtx.calibrate.layers import Walk, _Judge, picks_of  # noqa: E402
-from trtllm_thoughtx.calibrate.model import Head, Layer, Rotary, read  # noqa: E402
-from trtllm_thoughtx.calibrate.search import Found, Inputs, search  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize import grid, page  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.layers import Walk, _Judge, picks_of  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.model import Head, Layer, Rotary, read  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search  # noqa: E402
+from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QuantConfig  # noqa: E402
-from trtllm_thoughtx.divergence import Divergence  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
-from trtllm_thoughtx.runtime.text import Text  # noqa: E402
-from trtllm_thoughtx.weights import open_weights  # noqa: E402
+from trtllm_thoughtx.text.text import Text  # noqa: E402
+from trtllm_thoughtx.validate.divergence import Divergence  # noqa: E402
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position": 256}
 
@@ -558,7 +558,7 @@ def test_nothing_is_left_behind_by_a_refusal(tmp_path):
 
 def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, monkeypatch):
     """Short sequences beside a long one, which takes nearly the whole sample: each of them counts."""
-    from trtllm_thoughtx.calibrate import layers
+    from trtllm_thoughtx.calibrate.quantize import layers
 
     seen = []
     real = layers.search
@@ -573,7 +573,7 @@ def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, mon
 @pytest.mark.parametrize("flags", [[], ["--quiet"]])
 def test_data_that_stand_for_the_users_are_named_before_the_walk(tmp_path, capsys, monkeypatch, flags):
     """Also with --quiet: what they are, and about how long it will take; and calibration.json keeps it."""
-    from trtllm_thoughtx.cli import calibrate as command
+    from trtllm_thoughtx.cli.commands import calibrate as command
 
     sample, said = Path(__file__).parent.parent / "trtllm_thoughtx" / "samples" / "thoughtx-tiny", []
     real = Walk.run

@@ -17,21 +17,21 @@ torch.set_num_threads(1)
 from test_calibrate import SIZES, ids, lines, stored_bytes  # noqa: E402
 
 from trtllm_thoughtx import Engine  # noqa: E402
-from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.calibrate import traces  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
+from trtllm_thoughtx.calibrate import self_traces as traces  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
-from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
-from trtllm_thoughtx.calibrate.layers import Walk  # noqa: E402
-from trtllm_thoughtx.cli import calibrate as command  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.layers import Walk  # noqa: E402
+from trtllm_thoughtx.cli.commands import calibrate as command  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.evaluate.questions import from_file  # noqa: E402
 from trtllm_thoughtx.evaluate.run import evaluate  # noqa: E402
 from trtllm_thoughtx.evaluate.systems import EngineSystem  # noqa: E402
 from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
 from trtllm_thoughtx.runtime.sampling import GenerationParams  # noqa: E402
-from trtllm_thoughtx.runtime.text import Text  # noqa: E402
 from trtllm_thoughtx.tasks import draw  # noqa: E402
-from trtllm_thoughtx.validate import validate  # noqa: E402
+from trtllm_thoughtx.text.text import Text  # noqa: E402
+from trtllm_thoughtx.validate.validate import validate  # noqa: E402
 
 SAMPLE = Path(__file__).parent.parent / "trtllm_thoughtx" / "samples" / "thoughtx-tiny"
 CHAINS = [{"prompt": one.prompt, "answer": one.answer} for one in (draw("chain", "test", size=2, seed=seed) for seed in range(4))]
@@ -158,7 +158,7 @@ def test_public_rows_have_their_own_limits(tmp_path):
     for name, source in (("o", "m"), ("e", "c")):
         build(tmp_path / source, tmp_path / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256})
     original, engine = (Engine.load(tmp_path / name, num_threads=1, exact=True) for name in ("o", "e"))
-    from trtllm_thoughtx.divergence import Divergence, spread
+    from trtllm_thoughtx.validate.divergence import Divergence, spread
 
     seen = Divergence()
     for row in found["validation"]:
@@ -269,7 +269,7 @@ def test_weight_bytes_are_those_of_the_stored_matrices(tmp_path, qformat, bits):
     numbers = config.num_layers * layer_parameters(config) + config.vocab_size * config.hidden_size
     assert read[0] == 4 * numbers
     names = ("weight", "scaling_factor", "per_channel_scale")
-    from trtllm_thoughtx.weights import open_weights
+    from trtllm_thoughtx.checkpoint.weights import open_weights
 
     with open_weights(tmp_path / "c") as kept:
         of_file = sum(

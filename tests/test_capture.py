@@ -10,10 +10,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from trtllm_thoughtx.capture import adaptive
-from trtllm_thoughtx.capture.recall import NUM_BINS, Recall, masks_of
-from trtllm_thoughtx.capture.windows import NUM_SINKS, candidates, num_slots
-from trtllm_thoughtx.golden import ChunkSpec
+from trtllm_thoughtx.calibrate.chunks import adaptive
+from trtllm_thoughtx.calibrate.chunks.recall import NUM_BINS, Recall, masks_of
+from trtllm_thoughtx.calibrate.chunks.windows import NUM_SINKS, candidates, num_slots
+from trtllm_thoughtx.validate.golden import ChunkSpec
 
 SAMPLE = "trtllm_thoughtx/samples/longcot-tiny"
 
@@ -75,7 +75,7 @@ def test_the_reference_hands_out_the_softmax_of_every_layer():
     pytest.importorskip("torch")
     from pathlib import Path
 
-    from trtllm_thoughtx.reference import Reference
+    from trtllm_thoughtx.validate.reference import Reference
 
     seen = {}
     reference = Reference(Path(SAMPLE), "float32")
@@ -127,7 +127,7 @@ def test_rank_correlation_with_ties():
 
 
 def command(*words):
-    from trtllm_thoughtx.cli import thoughtx
+    from trtllm_thoughtx.cli.commands import thoughtx
 
     return CliRunner().invoke(thoughtx, ["calibrate", *map(str, words)])
 
@@ -160,7 +160,7 @@ def test_the_report_picks_the_smallest_window_that_keeps_enough(report):
 def test_questions_that_leave_no_room_for_an_answer_are_left_out():
     from pathlib import Path
 
-    from trtllm_thoughtx.capture.asking import Asker
+    from trtllm_thoughtx.calibrate.chunks.asking import Asker
     from trtllm_thoughtx.evaluate.questions import generated
     from trtllm_thoughtx.progress import Progress
 
@@ -173,7 +173,7 @@ def test_questions_that_leave_no_room_for_an_answer_are_left_out():
 
 
 def test_the_recipe_it_writes_builds_an_engine_that_chooses(report, tmp_path):
-    from trtllm_thoughtx.cli import thoughtx
+    from trtllm_thoughtx.cli.commands import thoughtx
 
     out, found = report
     flags = yaml.safe_load((out / "build.yaml").read_text())
@@ -231,16 +231,16 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(tmp_path, cap
     pytest.importorskip("torch")
     (tmp_path / "BAD").write_text('{"prompt": "a", "thought": "b", "answer": "c"}\n{"prompt": ""}\n')
     words = [str(tmp_path / word) if word == "BAD" else word for word in words]
-    from trtllm_thoughtx.cli import calibrate
-    from trtllm_thoughtx.console import run
+    from trtllm_thoughtx.cli.commands import calibrate
+    from trtllm_thoughtx.cli.params import run
 
     assert run(calibrate, "thoughtx-calibrate", [*words, "--output_dir", str(tmp_path / "out")]) == status
     assert text in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_existing_report_is_kept(tmp_path, capsys):
-    from trtllm_thoughtx.cli import calibrate
-    from trtllm_thoughtx.console import run
+    from trtllm_thoughtx.cli.commands import calibrate
+    from trtllm_thoughtx.cli.params import run
 
     shutil.copytree(SAMPLE, tmp_path / "out")
     assert run(calibrate, "thoughtx-calibrate", ["--model_dir", SAMPLE, "--chunk_report", "--output_dir", str(tmp_path / "out")]) == 3

@@ -19,9 +19,9 @@ from badfiles import FILES, HEADERS, SINGLE, entry, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_thoughtx import checkpoint
+from trtllm_thoughtx.checkpoint import directory as checkpoint
+from trtllm_thoughtx.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, parse_header
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.header import DTYPE_BYTES, MAX_TENSORS, parse_header
 
 
 def parse(blob: bytes) -> dict:

@@ -13,7 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from trtllm_thoughtx import cli, console, report
+from trtllm_thoughtx import report
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +65,7 @@ def engine(checkpoint):
 def test_help_is_light_and_complete(name):
     """None of the modules that take long to import is loaded."""
     probe = (
-        "import sys\nfrom trtllm_thoughtx.cli import thoughtx\nfrom trtllm_thoughtx.console import run\n"
+        "import sys\nfrom trtllm_thoughtx.cli.commands import thoughtx\nfrom trtllm_thoughtx.cli.params import run\n"
         "code = run(thoughtx, 'thoughtx', sys.argv[1:] + ['--help'])\n"
         "print('loaded', sorted(sys.modules), file=sys.stderr)\nsys.exit(code)"
     )
@@ -113,7 +115,7 @@ def test_no_command_prints_help(capsys):
 def test_installed_scripts_exist():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in NAMES:
-        assert f'thoughtx-{name} = "trtllm_thoughtx.entry:{name}_main"' in text
+        assert f'thoughtx-{name} = "trtllm_thoughtx.cli.entry:{name}_main"' in text
         assert callable(getattr(cli, f"{name}_main"))
 
 
@@ -397,7 +399,7 @@ def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(target
 
 def validated(statuses: dict[str, str]):
     """A stand-in for `validate.validate`: this file tests what the command makes of a report."""
-    from trtllm_thoughtx.validate import Check, Report
+    from trtllm_thoughtx.validate.validate import Check, Report
 
     checks = tuple(Check(name, status, "" if status == "passed" else f"{name} says so", {"rms": 0.5}) for name, status in statuses.items())
     return lambda engine_dir, **options: Report(checks, "a test")
@@ -413,8 +415,8 @@ def validated(statuses: dict[str, str]):
     ],
 )
 def test_validate_says_what_was_checked(statuses, flags, status, closing, engine, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("transformers", reason="trtllm_thoughtx.validate is tested with its reference installed")
-    monkeypatch.setattr("trtllm_thoughtx.validate.validate", validated(statuses))
+    pytest.importorskip("transformers", reason="trtllm_thoughtx.validate.validate is tested with its reference installed")
+    monkeypatch.setattr("trtllm_thoughtx.validate.validate.validate", validated(statuses))
     words = ("--engine_dir", engine, "--reference", SAMPLE, "--junit", tmp_path / "r.xml", *flags)
     assert run("validate", *words) == status
     assert capsys.readouterr().out.splitlines()[-1] == closing
@@ -568,7 +570,9 @@ def test_debug_prints_the_traceback(capsys):
 
 
 def test_a_reader_that_leaves_is_no_error(engine):
-    script = "import sys\nfrom trtllm_thoughtx.cli import inspect_main\nsys.argv = ['thoughtx-inspect', sys.argv[1]]\ninspect_main()"
+    script = (
+        "import sys\nfrom trtllm_thoughtx.cli.commands import inspect_main\nsys.argv = ['thoughtx-inspect', sys.argv[1]]\ninspect_main()"
+    )
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", script, str(engine)], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
@@ -578,7 +582,7 @@ def test_a_reader_that_leaves_is_no_error(engine):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell):
-    script = "from trtllm_thoughtx.cli import main; main()"
+    script = "from trtllm_thoughtx.cli.commands import main; main()"
     environment = {**os.environ, "_THOUGHTX_COMPLETE": f"{shell}_source"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     if "Bash version" in done.stderr or "bash" in done.stderr:
@@ -587,7 +591,7 @@ def test_completion_scripts(shell):
 
 
 def test_run_says_which_settings_it_does_not_apply(tmp_path, engine):
-    from trtllm_thoughtx.requests import run_requests
+    from trtllm_thoughtx.cli.run import run_requests
 
     with_penalty = tmp_path / "e"
     shutil.copytree(engine, with_penalty)

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from tiny import tiny_values, write_tiny
 
-from trtllm_thoughtx import convert as convert_module
-from trtllm_thoughtx import weights as weights_module
-from trtllm_thoughtx.convert import convert, open_weights, rank_layers
+from trtllm_thoughtx.checkpoint import convert as convert_module
+from trtllm_thoughtx.checkpoint import weights as weights_module
+from trtllm_thoughtx.checkpoint.convert import convert, open_weights, rank_layers
+from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, cast_into
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.weights import NUMPY_DTYPES, cast_into
 
 FAMILIES = {
     "qwen2": {},
@@ -433,7 +433,7 @@ def test_a_write_error_in_a_thread_is_reported(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "from trtllm_thoughtx.convert import convert; from trtllm_thoughtx.errors import ThoughtxError\n"
+        "from trtllm_thoughtx.checkpoint.convert import convert; from trtllm_thoughtx.errors import ThoughtxError\n"
         "try: convert(sys.argv[1], sys.argv[2])\n"
         "except ThoughtxError as error: print(error.code)"
     )

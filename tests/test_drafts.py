@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_exits import checkpoint, some_exits
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.exits.calibrate import calibrate_exits
 from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Drafter, Pace, Timer
 from trtllm_thoughtx.runtime.sampling import GenerationParams, penalized
 

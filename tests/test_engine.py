@@ -9,7 +9,7 @@ import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 
@@ -191,7 +191,7 @@ def test_build_twice_does_nothing_and_force_gives_the_same_bytes(tmp_path):
 
 
 def test_a_converted_checkpoint_builds_the_same_engine(tmp_path):
-    from trtllm_thoughtx.convert import convert
+    from trtllm_thoughtx.checkpoint.convert import convert
 
     root = made(tmp_path)
     convert(tmp_path / "m", tmp_path / "c")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx import Engine, cli, report
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.console import run
-from trtllm_thoughtx.engine_dir import READ_WHERE_PRESENT, EngineDir
+from trtllm_thoughtx import Engine, report
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.build.engine_dir import READ_WHERE_PRESENT, EngineDir
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli.params import run
 from trtllm_thoughtx.errors import ThoughtxError
 
 CARRIED = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.build.engine_dir import SCHEMA, EngineDir
 from trtllm_thoughtx.config import BuildConfig
-from trtllm_thoughtx.engine_dir import SCHEMA, EngineDir
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
@@ -111,7 +111,8 @@ def test_a_setting_of_a_later_schema_takes_its_default(monkeypatch, tmp_path):
     """As if one more setting had come with the next schema: the present form stays readable."""
     import dataclasses
 
-    from trtllm_thoughtx import config, engine_dir
+    from trtllm_thoughtx import config
+    from trtllm_thoughtx.build import engine_dir
 
     extended = dataclasses.make_dataclass(
         "BuildConfig", [("warp_speed", int, config.since(SCHEMA + 1, 7))], bases=(BuildConfig,), frozen=True, kw_only=True

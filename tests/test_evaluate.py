@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtllm_thoughtx import cli, console, plot
+from trtllm_thoughtx import plot
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 from trtllm_thoughtx.evaluate import record, statistics
 from trtllm_thoughtx.evaluate.questions import from_file, generated
@@ -19,8 +21,8 @@ from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.summary import compare, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.systems import Written
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks import TASKS, item
+from trtllm_thoughtx.text.text import Text
 
 vocabulary = pytest.importorskip("trtllm_thoughtx.distill.vocabulary")
 PARAMS = GenerationParams(max_new_tokens=200)
@@ -215,7 +217,7 @@ def test_word_f1_is_symmetric_and_one_for_the_same_words(first, second):
 def systems(tmp_path_factory):
     """A random Qwen2 that knows the words, and the engine built from it."""
     models = pytest.importorskip("trtllm_thoughtx.distill.models", reason="torch is not installed")
-    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.build.build import build
 
     root = tmp_path_factory.mktemp("systems")
     models.new_model(root / "model", num_layers=2, hidden_size=64, intermediate_size=64, max_positions=2304, seed=1)

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("torch")
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.calibrate.job import calibrate
-from trtllm_thoughtx.cli import thoughtx
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.quantize.job import calibrate
+from trtllm_thoughtx.cli.commands import thoughtx
 
 SAMPLE = Path(__file__).parent.parent / "trtllm_thoughtx" / "samples" / "thoughtx-tiny"
 

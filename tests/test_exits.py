@@ -11,19 +11,19 @@ from click.testing import CliRunner
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.cli import thoughtx
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.exits import fit, rule
+from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
+from trtllm_thoughtx.calibrate.exits.traces import Stop, Trace, normed
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.config import BuildConfig
-from trtllm_thoughtx.convert import convert
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question
-from trtllm_thoughtx.exit_weights import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
-from trtllm_thoughtx.exits import fit, rule
-from trtllm_thoughtx.exits.calibrate import calibrate_exits
-from trtllm_thoughtx.exits.traces import Stop, Trace, normed
 from trtllm_thoughtx.runtime import probe
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.weights import open_weights
 
 SAMPLE = "trtllm_thoughtx/samples/longcot-tiny"
 
@@ -387,7 +387,7 @@ def test_thresholds_that_cannot_be_are_refused_by_name(flag, value):
 
 
 def test_an_engine_whose_exits_contradict_each_other_is_malformed(tmp_path):
-    from trtllm_thoughtx.engine_dir import EngineDir
+    from trtllm_thoughtx.build.engine_dir import EngineDir
 
     path = checkpoint(tmp_path, some_exits(64, (1,)), num_layers=2)
     build(path, tmp_path / "e", {"backend": ("onnxruntime",), "max_seq_len": 64, "early_exit_layers": (1,)})

@@ -15,20 +15,21 @@ from safetensors.numpy import load_file, save_file
 
 hf_models = pytest.importorskip("hf_models")
 
-from trtllm_thoughtx import Engine, quality  # noqa: E402
-from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.build_options import layer_weights  # noqa: E402
-from trtllm_thoughtx.calibrate.imported import import_quantized  # noqa: E402
-from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
+from trtllm_thoughtx import Engine  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
+from trtllm_thoughtx.build.engine_dir import EngineDir  # noqa: E402
+from trtllm_thoughtx.build.options import layer_weights  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
+from trtllm_thoughtx.checkpoint.convert import convert  # noqa: E402
+from trtllm_thoughtx.checkpoint.quantized import import_quantized  # noqa: E402
+from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import ExpertsConfig  # noqa: E402
-from trtllm_thoughtx.convert import convert  # noqa: E402
-from trtllm_thoughtx.engine_dir import EngineDir  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.graph import experts  # noqa: E402
 from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
 from trtllm_thoughtx.runtime.sampling import GenerationParams  # noqa: E402
-from trtllm_thoughtx.validate import identity_of, run_reference, validate  # noqa: E402
-from trtllm_thoughtx.weights import open_weights  # noqa: E402
+from trtllm_thoughtx.validate import quality  # noqa: E402
+from trtllm_thoughtx.validate.validate import identity_of, run_reference, validate  # noqa: E402
 
 FAMILIES = ["qwen2_moe", "qwen3_moe"]
 OPTIONS: dict[str, Any] = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 96, "max_input_len": 32}
@@ -110,8 +111,8 @@ def engine_graph(path: Path) -> Any:
 def test_onnxruntime_runs_its_own_operator(tmp_path, dtype):
     import onnx
 
-    from trtllm_thoughtx.engines.ort_experts import fuse_experts
-    from trtllm_thoughtx.graph.twin import float32_twin
+    from trtllm_thoughtx.backends.ort_bfloat16 import float32_twin
+    from trtllm_thoughtx.backends.ort_experts import fuse_experts
 
     build(hf_models.save(tmp_path / "m", "qwen3_moe"), tmp_path / "e", {**OPTIONS, "dtype": dtype})
     model = onnx.load(tmp_path / "e" / "rank0.onnx", load_external_data=False)

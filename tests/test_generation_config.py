@@ -9,14 +9,14 @@ from chat_models import write_chat_model
 from click.testing import CliRunner
 from tiny import write_tiny
 
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.calibrate.job import calibrate
-from trtllm_thoughtx.cli import thoughtx
-from trtllm_thoughtx.convert import convert
-from trtllm_thoughtx.generation_config import IDS, read_generation_config
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.quantize.job import calibrate
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.generation_config import IDS, read_generation_config
+from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.text import Text
 
 CASES = [
     ({"eos_token_id": 5}, None),

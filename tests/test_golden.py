@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hf_models import save
 
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.validate import validate
+from trtllm_thoughtx.validate.validate import validate
 
 CHUNKS = {"use_chunked_attention": True, "chunk_size": 6, "sink_tokens": 2, "left_chunks": 1}
 
@@ -55,7 +55,7 @@ def test_a_golden_file_is_the_same_for_the_same_model(hf: Path, engine_dir: Path
 def test_checking_a_golden_file_needs_neither_torch_nor_transformers(engine_dir: Path, golden: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from pathlib import Path; from trtllm_thoughtx.validate import validate\n"
+        "from pathlib import Path; from trtllm_thoughtx.validate.validate import validate\n"
         f"r = validate(Path({str(engine_dir)!r}), golden=Path({str(golden)!r})); print(r.ok, r.count['passed'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tiny import write_tiny
 
+from trtllm_thoughtx.backends import ort_bfloat16 as twin
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, RopeConfig
-from trtllm_thoughtx.graph import chunked_attention, external, rope, twin
+from trtllm_thoughtx.graph import chunked_attention, external, rope
 from trtllm_thoughtx.graph.decoder import decoder_graph, layer_output, parts_of
-from trtllm_thoughtx.weights import open_weights
 
 ROPES = {
     "none": {"rope_theta": 10000.0},
@@ -191,7 +192,7 @@ def test_twin_computes_in_float32_and_rounds_every_result(tmp_path):
 
 
 def test_stage_edges_are_checked_by_name(tmp_path):
-    from trtllm_thoughtx.build_options import resolve
+    from trtllm_thoughtx.build.options import resolve
     from trtllm_thoughtx.errors import ThoughtxError
 
     write_tiny(tmp_path / "m", num_layers=4)
@@ -223,7 +224,7 @@ def test_stage_edges_are_checked_by_name(tmp_path):
 
 
 def test_large_models_are_cut_into_stages_for_tensorrt_only(tmp_path):
-    from trtllm_thoughtx.build_options import STAGE_BYTES, layer_weights, resolve
+    from trtllm_thoughtx.build.options import STAGE_BYTES, layer_weights, resolve
 
     write_tiny(tmp_path / "m")
     with open_weights(tmp_path / "m") as source:

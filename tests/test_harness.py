@@ -20,7 +20,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 
-from trtllm_thoughtx.build import build  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.evaluate import harness  # noqa: E402
 from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, TASKS, qa_scores  # noqa: E402

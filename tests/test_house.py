@@ -23,55 +23,46 @@ LIMIT_LINES = 400
 
 # A file imports from its own row and the rows above it.
 LAYERS = (
-    ("__init__", "outside", "interrupt", "errors", "config", "plugins"),
-    ("strictjson", "progress", "tasks", "host"),
-    ("files", "header", "jsonl"),
-    ("checkpoint", "generation_config", "report"),
+    ("__init__", "errors", "config", "process", "plugins"),
+    ("strictjson", "progress", "tasks"),
+    ("files",),
+    ("jsonl", "report", "plot"),
     ("families",),
-    ("tensor_check", "tensor_file", "members", "recorded"),
-    ("exit_weights", "outputs"),
-    ("weights",),
-    ("convert",),
+    ("checkpoint",),
     ("graph",),
-    ("engine_dir", "engines"),
-    ("runtime", "build_options"),
+    ("backends",),
+    ("text",),
     ("build",),
-    ("divergence", "golden", "parity", "reference"),
-    ("quality",),
+    ("runtime", "inspection"),
     ("validate",),
-    ("describe", "bench", "requests", "plot"),
+    ("bench",),
     ("evaluate",),
-    ("calibrate", "exits"),
     ("distill",),
-    ("capture",),
-    ("console", "recipes"),
-    ("command",),
-    ("cli_calibrate", "cli_distill", "cli_eval"),
+    ("calibrate",),
     ("cli",),
-    ("entry",),
-    ("__main__", "demo"),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # file -> why it reads something that does not come through files.py
 READERS = {
     "files.py": "it is the door",
-    "calibrate/states.py": "its own states between two layers",
-    "console.py": "writes the traceback of a bug; points stdout at the null device",
+    "calibrate/quantize/states.py": "its own states between two layers",
+    "cli/params.py": "writes the traceback of a bug; points stdout at the null device",
     "distill/loop.py": "appends to its own log",
     "distill/sample.py": "its own log and its own times",
-    "engines/tensorrt.py": "passes the weights that this build wrote to the builder's process",
-    "engines/trt_builder.py": "the kernel's account of its own memory use",
+    "backends/tensorrt.py": "passes the weights that this build wrote to the builder's process",
+    "backends/trt_builder.py": "the kernel's account of its own memory use",
     "graph/external.py": "reads back the weights that this build wrote",
     "evaluate/memory.py": "the kernel's account of its own memory use",
-    "host.py": "the kernel's memory table",
+    "process/machine.py": "the kernel's memory table",
 }
 RUNTIMES = {
-    "onnxruntime": "engines/",
-    "tensorrt": "engines/",
-    "tensorrt_rtx": "engines/",
-    "torch": ("reference.py", "evaluate/models.py", "distill/", "calibrate/"),
-    "transformers": ("reference.py", "evaluate/models.py", "distill/"),
+    "onnxruntime": "backends/",
+    "tensorrt": "backends/",
+    "tensorrt_rtx": "backends/",
+    "torch": ("validate/reference.py", "evaluate/models.py", "distill/", "calibrate/"),
+    "transformers": ("validate/reference.py", "evaluate/models.py", "distill/"),
     "trl": "distill/",
     "datasets": ("distill/", "calibrate/data.py"),
     "accelerate": "distill/",
@@ -188,8 +179,8 @@ def test_every_error_code_is_documented_and_used():
 
 
 def test_every_recipe_parses():
-    from trtllm_thoughtx import cli
-    from trtllm_thoughtx.recipes import read_recipe
+    from trtllm_thoughtx.cli import commands as cli
+    from trtllm_thoughtx.cli.recipe import read_recipe
 
     recipes = sorted(ROOT.glob("build_configs/*.yaml"))
     assert len(recipes) >= 3
@@ -206,10 +197,10 @@ def test_every_recipe_parses():
 
 def test_every_recipe_resolves():
     """Each recipe fits the model that its name says."""
-    from trtllm_thoughtx import cli
-    from trtllm_thoughtx.build_options import resolve
+    from trtllm_thoughtx.build.options import resolve
+    from trtllm_thoughtx.cli import commands as cli
+    from trtllm_thoughtx.cli.recipe import read_recipe
     from trtllm_thoughtx.config import ModelConfig, RopeConfig
-    from trtllm_thoughtx.recipes import read_recipe
 
     layers = {"thoughtx-tiny": 8, "qwen2.5-0.5b": 24, "qwen2.5-7b": 28}
     for path in sorted(set(ROOT.glob("build_configs/[!d]*.yaml")) - set(ROOT.glob("build_configs/*-batch.yaml"))):

@@ -13,11 +13,11 @@ import tiny
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.calibrate.imported import import_quantized, is_quantized, unpack_words
-from trtllm_thoughtx.cli import convert
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.checkpoint.quantized import import_quantized, is_quantized, unpack_words
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.cli.commands import convert
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.weights import open_weights
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position": 256}
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -458,7 +458,7 @@ def test_biases_of_zeros_add_nothing(tmp_path):
     ],
 )
 def test_a_damaged_order_is_refused_by_name(tmp_path, change, code, word):
-    from trtllm_thoughtx import tensor_file
+    from trtllm_thoughtx.checkpoint import tensor_file
 
     four_bits(tmp_path / "q", "gptq", act_order=True)
     import_quantized(tmp_path / "q", tmp_path / "c")

@@ -27,7 +27,7 @@ class Hook:
     is_on = False
 
     def find_spec(self, name, path=None, target=None):
-        Hook.is_on = Hook.is_on or name == "trtllm_thoughtx.cli"  # what entry imports once it is on guard
+        Hook.is_on = Hook.is_on or name == "trtllm_thoughtx.cli.commands"  # what entry imports once it is on guard
         if Hook.is_on and LOG:
             with open(LOG, "a") as log:
                 log.write(name + "\\n")
@@ -58,7 +58,7 @@ if WHEN == "in a callback":
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.build.build import build
 
     work = tmp_path_factory.mktemp("engine")
     write_tiny(work / "m", num_layers=1, max_position=64, tokenizer=True)
@@ -93,7 +93,7 @@ def moments(tmp_path: Path, start: list[str], args: list[str], step: int) -> lis
     done = struck(tmp_path, start, args, log=str(log))
     assert done.returncode == 0, done.stderr
     names = list(dict.fromkeys(log.read_text().split()))
-    assert names[0] == "trtllm_thoughtx.cli" and len(names) > 50
+    assert names[0] == "trtllm_thoughtx.cli.commands" and len(names) > 50
     return [*names[:2], *names[2:-1:step], names[-1]]
 
 
@@ -125,12 +125,12 @@ def test_a_process_that_ignores_it_goes_on(engine: Path, tmp_path: Path) -> None
     """As a shell starts what runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        done = struck(tmp_path, as_script("inspect"), [str(engine)], when="trtllm_thoughtx.describe")
+        done = struck(tmp_path, as_script("inspect"), [str(engine)], when="trtllm_thoughtx.inspection")
     finally:
         signal.signal(signal.SIGINT, before)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_library_leaves_signals_alone() -> None:
-    code = "import signal, trtllm_thoughtx.cli; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    code = "import signal, trtllm_thoughtx.cli.commands; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

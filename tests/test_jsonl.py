@@ -16,7 +16,7 @@ from trtllm_thoughtx.distill.traces import read_traces
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.benchmarks import read_rows as benchmark_rows
 from trtllm_thoughtx.evaluate.questions import from_file
-from trtllm_thoughtx.runtime.prompts import read_prompts
+from trtllm_thoughtx.text.prompts import read_prompts
 
 
 def _calibration(path: Path, note: Any) -> list[Any]:
@@ -91,7 +91,7 @@ def test_null_is_absent_and_ids_are_kept_apart(tmp_path):
 
 def test_a_dash_is_stdin_as_often_as_it_is_read():
     code = (
-        "import sys; from pathlib import Path; from trtllm_thoughtx.runtime.prompts import read_prompts\n"
+        "import sys; from pathlib import Path; from trtllm_thoughtx.text.prompts import read_prompts\n"
         "print([one.prompt for _ in range(2) for one in read_prompts(Path('-'))])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=b'{"prompt": "a"}\n{"prompt": "b"}', capture_output=True, check=True)

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx import cli, files, outputs, recorded
-from trtllm_thoughtx.build_options import KNOWN
-from trtllm_thoughtx.console import FilePath, run
-from trtllm_thoughtx.convert import convert
-from trtllm_thoughtx.exit_weights import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
-from trtllm_thoughtx.weights import open_weights
+from trtllm_thoughtx import files
+from trtllm_thoughtx.build.options import KNOWN
+from trtllm_thoughtx.checkpoint import outputs, recorded
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli.params import FilePath, run
 
 torch = pytest.importorskip("torch", reason="torch is needed to quantize and to look at attention")
 
@@ -146,11 +148,11 @@ def parsed(words: list[str]) -> dict:
 
 
 def library_functions():
-    from trtllm_thoughtx.build import build
-    from trtllm_thoughtx.calibrate.imported import import_quantized
-    from trtllm_thoughtx.calibrate.job import calibrate
-    from trtllm_thoughtx.capture.job import chunk_report
-    from trtllm_thoughtx.exits.calibrate import calibrate_exits
+    from trtllm_thoughtx.build.build import build
+    from trtllm_thoughtx.calibrate.chunks.job import chunk_report
+    from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
+    from trtllm_thoughtx.checkpoint.quantized import import_quantized
 
     return {"convert": [convert, import_quantized], "calibrate": [calibrate, chunk_report, calibrate_exits], "build": [build]}
 

@@ -98,7 +98,7 @@ def place(tmp_path: Path, guard: Path | None) -> Place:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the commands work on, made by the commands' own functions in this process."""
-    from trtllm_thoughtx.build import build
+    from trtllm_thoughtx.build.build import build
 
     work = tmp_path_factory.mktemp("made")
     write_tiny(work / "m", num_layers=2, max_position=256, tokenizer=True)
@@ -193,7 +193,7 @@ def test_compiled_kernels_leave_no_cache(place: Place) -> None:
 
 def test_what_the_user_has_set_stays(place: Place) -> None:
     code = (
-        "import os, trtllm_thoughtx; from trtllm_thoughtx.outside import CACHES, own_caches; own_caches();"
+        "import os, trtllm_thoughtx; from trtllm_thoughtx.process.outside import CACHES, own_caches; own_caches();"
         "print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['MPLCONFIGDIR'], all(os.path.isdir(os.environ[c]) for c in CACHES[1:]))"
     )
     done = place.run(sys.executable, "-c", code, ORT_DISABLE_TELEMETRY="0", MPLCONFIGDIR="mine")

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hf_models import save
 
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.convert import convert
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.validate import Report, validate
+from trtllm_thoughtx.validate.validate import Report, validate
 
 CHUNKS: dict[str, Any] = {"use_chunked_attention": True, "chunk_size": 5, "sink_tokens": 2, "left_chunks": 1}
 TIED: dict[str, Any] = {"tie_word_embeddings": True}

@@ -17,14 +17,14 @@ import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.build_options import resolve
+from trtllm_thoughtx.backends import tensorrt, trt_builder
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.build.options import resolve
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig
-from trtllm_thoughtx.engine_dir import EngineDir
-from trtllm_thoughtx.engines import tensorrt, trt_builder
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
-from trtllm_thoughtx.weights import open_weights
 
 ROOT = Path(__file__).parent.parent
 CHUNKED = {"use_chunked_attention": True, "chunk_size": 16, "sink_tokens": 2, "left_chunks": 1, "max_seq_len": 128}
@@ -67,7 +67,7 @@ def test_onnxruntime_takes_the_function_of_such_a_graph(model, tmp_path, form, m
     """The same graph with and without the attributes of a plugin: the same logits, bit for bit."""
     options = {**CHUNKED, "backend": ("onnxruntime",), "dtype": "float16", "num_anchors": 1}
     build(model, tmp_path / "plain", options)
-    import trtllm_thoughtx.build as module
+    from trtllm_thoughtx.build import build as module
 
     monkeypatch.setattr(module, "resolve", lambda config, given: BuildConfig(**{**resolve(config, given).__dict__, "plugin": form}))
     monkeypatch.setattr(module, "_check_library", lambda *_: None)
@@ -143,7 +143,7 @@ class TestInTheRtxParser:
     def test_a_plugin_that_nobody_registered_becomes_the_function_and_is_refused(self, model, tmp_path, monkeypatch):
         from test_tensorrt import CONFIG, job
 
-        from trtllm_thoughtx.build import profiles_of
+        from trtllm_thoughtx.build.build import profiles_of
         from trtllm_thoughtx.graph import external
 
         sizes = {"dtype": "float16", "max_chunk_size": 16, "max_batch_size": 2, "max_input_len": 16}

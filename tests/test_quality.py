@@ -12,11 +12,11 @@ hf_models = pytest.importorskip("hf_models")
 
 from test_quantized import damaged  # noqa: E402
 
-from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
-from trtllm_thoughtx.quality import Limits  # noqa: E402
-from trtllm_thoughtx.validate import validate  # noqa: E402
+from trtllm_thoughtx.validate.quality import Limits  # noqa: E402
+from trtllm_thoughtx.validate.validate import validate  # noqa: E402
 
 OPTIONS = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 96, "max_input_len": 32}
 

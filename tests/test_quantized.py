@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 from trtllm_thoughtx import Engine, report  # noqa: E402
-from trtllm_thoughtx.build import build  # noqa: E402
-from trtllm_thoughtx.calibrate import grid  # noqa: E402
-from trtllm_thoughtx.calibrate.job import calibrate  # noqa: E402
+from trtllm_thoughtx.build.build import build  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize import grid  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
+from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QUANT_ALGOS  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
-from trtllm_thoughtx.weights import open_weights  # noqa: E402
 
 ROWS = [[5, 9, 2, 44, 7], [1] * 3, list(range(40)), [90, 3]]
 OPTIONS = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, "max_input_len": 16}
@@ -97,7 +97,7 @@ def test_engines_with_rounded_inputs_compute_what_the_calibration_did(tmp_path, 
     build(tmp_path / "c", tmp_path / "e", OPTIONS)
     engine = Engine.load(tmp_path / "e", num_threads=1)
     original = build(tmp_path / "m", tmp_path / "o", OPTIONS) and Engine.load(tmp_path / "o", num_threads=1)
-    from trtllm_thoughtx.divergence import Divergence
+    from trtllm_thoughtx.validate.divergence import Divergence
 
     seen = Divergence()
     for row in found["validation"]:
@@ -125,7 +125,7 @@ def fused_graph(engine: Path):
     """(graph as it runs on a CPU, what was rewritten)."""
     import onnx
 
-    from trtllm_thoughtx.engines.ort_fused import fuse
+    from trtllm_thoughtx.backends.ort_fused import fuse
 
     model = onnx.load(engine / "rank0.onnx", load_external_data=False)
     with (engine / "rank0.data").open("rb") as data:
@@ -154,7 +154,7 @@ def test_integer_products_are_exact_at_the_extremes(tmp_path, monkeypatch, signe
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
-    from trtllm_thoughtx.engines import ort_fused
+    from trtllm_thoughtx.backends import ort_fused
 
     if signed and not ort_fused.takes_signed_weights():
         pytest.skip("this CPU saturates unsigned by signed products, so they are not used")
@@ -193,7 +193,7 @@ def test_integer_products_are_exact_at_the_extremes(tmp_path, monkeypatch, signe
 @pytest.mark.parametrize("room", [1 << 40, 0])
 def test_fp8_matrices_are_widened_once_where_memory_has_room(tmp_path, monkeypatch, room):
     """What is widened when the engine is loaded is what the graph would widen in each step, bit for bit."""
-    from trtllm_thoughtx.engines import ort_fused
+    from trtllm_thoughtx.backends import ort_fused
 
     write_tiny(tmp_path / "m", **SIZES)
     calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=4, calib_seq_len=16, quant_lm_head=True)
@@ -219,7 +219,7 @@ def test_odd_group_sizes_are_widened(tmp_path):
 
 def test_builds_say_what_a_cpu_gains_nothing_from(tmp_path):
     """FP8, a 16-bit engine, groups that no operator knows: named by the build and by inspect; the rest has no note."""
-    from trtllm_thoughtx.describe import describe
+    from trtllm_thoughtx.inspection import describe
 
     write_tiny(tmp_path / "m", **{**SIZES, "hidden_size": 96, "intermediate_size": 192})
     cases = (
@@ -260,7 +260,7 @@ def test_the_checkpoint_has_tensorrt_llm_names_and_scales(tmp_path):
     calibrate(tmp_path / "m", tmp_path / "c", qformat="fp8", calib_size=8, calib_seq_len=32)
     section = json.loads((tmp_path / "c" / "config.json").read_text())["quantization"]
     assert (section["quant_algo"], section["exclude_modules"], section["pre_quant_scale"]) == ("FP8", ["lm_head"], False)
-    from trtllm_thoughtx.checkpoint import read_tensors
+    from trtllm_thoughtx.checkpoint.directory import read_tensors
 
     stored = read_tensors(tmp_path / "c", ["rank0.safetensors"])
     for module, shape in (("attention.qkv", (128, 64)), ("attention.dense", (64, 64)), ("mlp.fc", (128, 64)), ("mlp.proj", (64, 128))):
@@ -376,7 +376,7 @@ def test_a_product_that_the_builder_does_not_fuse_is_named(tmp_path):
 
 
 def test_a_layer_that_fell_back_is_named():
-    from trtllm_thoughtx.engines.trt_builder import fallbacks
+    from trtllm_thoughtx.backends.trt_builder import fallbacks
 
     int8, half = "{ Name: x, Datatype: Int8, }", "{ Name: x, Datatype: Half, }"
     layers = [
@@ -406,8 +406,8 @@ def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
 
 def damaged(path: Path, name: str, change) -> None:
     """Rewrite one tensor of a checkpoint."""
-    from trtllm_thoughtx import tensor_file
-    from trtllm_thoughtx.checkpoint import read_tensors
+    from trtllm_thoughtx.checkpoint import tensor_file
+    from trtllm_thoughtx.checkpoint.directory import read_tensors
 
     infos = read_tensors(path, ["rank0.safetensors"])
     tensors = tensor_file.read_all(path, "rank0.safetensors")

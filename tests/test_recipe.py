@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("trl", reason="the [distill] extra is not installed")
 
 import trtllm_thoughtx  # noqa: E402
-from trtllm_thoughtx import cli, console  # noqa: E402
+from trtllm_thoughtx.cli import commands as cli  # noqa: E402
+from trtllm_thoughtx.cli import params as console  # noqa: E402
 from trtllm_thoughtx.distill import ablation, loop, models, plan, preference, reward, rows, traces  # noqa: E402
 from trtllm_thoughtx.distill.settings import Settings  # noqa: E402
 from trtllm_thoughtx.errors import CODES, ThoughtxError  # noqa: E402

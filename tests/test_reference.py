@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hf_models import FAMILIES, ROPES, save, torch, transformers
 
-from trtllm_thoughtx import reference
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.golden import ChunkSpec
-from trtllm_thoughtx.reference import Reference, additive_mask, time_decode
+from trtllm_thoughtx.validate import reference
+from trtllm_thoughtx.validate.golden import ChunkSpec
+from trtllm_thoughtx.validate.reference import Reference, additive_mask, time_decode
 
 IDS = [int(n) for n in np.random.default_rng(7).integers(0, 97, 23)]
 
@@ -165,7 +165,7 @@ def test_without_torch_it_says_what_to_install(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from trtllm_thoughtx.errors import ThoughtxError\n"
-        "try:\n import trtllm_thoughtx.reference\nexcept ThoughtxError as e:\n print(e.code, e.fix)"
+        "try:\n import trtllm_thoughtx.validate.reference\nexcept ThoughtxError as e:\n print(e.code, e.fix)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("E201") and 'pip install "trtllm-thoughtx[reference]"' in done.stdout

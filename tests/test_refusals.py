@@ -16,9 +16,10 @@ import pytest
 import tiny
 from advice import ROWS, Row
 
-from trtllm_thoughtx import cli, console
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES
-from trtllm_thoughtx.weights import open_weights
 
 CONVERT = "convert --model_dir @m --output_dir @out"
 BUILD = "build --checkpoint_dir @m --output_dir @out --backend onnxruntime"
@@ -130,33 +131,39 @@ RUNNING = ("run", "eval", "bench", "validate", "calibrate")
 READERS = {
     "": tuple(cli.COMMANDS),
     "bench.py": ("bench",),
-    "build.py": ("build",),
-    "build_options.py": ("build",),
+    "build/build.py": ("build",),
+    "build/options.py": ("build",),
     "calibrate/": ("calibrate",),
-    "calibrate/imported.py": ("convert",),
+    "checkpoint/quantized.py": ("convert",),
     "capture/": ("calibrate",),
-    "convert.py": ("convert",),
+    "checkpoint/convert.py": ("convert",),
     "distill/": ("distill",),
     "engines/ort": RUNNING,
-    "engines/onnxruntime.py": RUNNING,
-    "engines/tensorrt.py": ("build",),
-    "engines/trt_builder.py": ("build",),
-    "engines/trt_module.py": ("build",),
-    "engines/trt_runner.py": ("run", "eval", "bench", "validate"),
-    "engine_dir.py": ("run", "eval", "bench", "validate"),
+    "backends/onnxruntime.py": RUNNING,
+    "backends/tensorrt.py": ("build",),
+    "backends/trt_builder.py": ("build",),
+    "backends/trt_module.py": ("build",),
+    "backends/trt_runner.py": ("run", "eval", "bench", "validate"),
+    "build/engine_dir.py": ("run", "eval", "bench", "validate"),
     "evaluate/": ("eval",),
     "exits/": ("calibrate",),
     "files.py": ("convert", "build", "calibrate", "distill"),
-    "golden.py": ("validate",),
-    "quality.py": ("validate",),
+    "validate/golden.py": ("validate",),
+    "validate/quality.py": ("validate",),
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
-    "requests.py": ("run",),
+    "cli/run.py": ("run",),
     "runtime/": ("run", "eval"),
-    "runtime/params.py": ("run",),
-    "validate.py": ("validate",),
-    "weights.py": ("convert", "build"),
+    "text/params.py": ("run",),
+    "validate/validate.py": ("validate",),
+    "checkpoint/weights.py": ("convert", "build"),
 }
-NO_ADVICE = ("cli", "command.py", "demo.py", "distill/plan.py", "distill/sample.py")  # flags' own help, scripts, accelerate's flags
+NO_ADVICE = (
+    "cli",
+    "cli/framework.py",
+    "cli/demo.py",
+    "distill/plan.py",
+    "distill/sample.py",
+)  # flags' own help, scripts, accelerate's flags
 NOT_COMMANDS = {"tiny", "bug", "weights", "windows", "harness"}  # the sample's name; directories in the system's temporary place
 FLAGS = {
     name: {option.lstrip("-").replace("-", "_") for param in command.params for option in (*param.opts, *param.secondary_opts)} | {"help"}

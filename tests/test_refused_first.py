@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx import cli
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.console import run
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli.params import run
 
 QUESTION = '{"prompt": "1 + 1", "answer": "2"}\n'
 
@@ -37,8 +37,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the work had begun")
 
     monkeypatch.setattr("trtllm_thoughtx.runtime.engine.open_runner", stop)
-    monkeypatch.setattr("trtllm_thoughtx.exits.calibrate.build", stop)
-    monkeypatch.setattr("trtllm_thoughtx.capture.job._look", stop)
+    monkeypatch.setattr("trtllm_thoughtx.calibrate.exits.calibrate.build", stop)
+    monkeypatch.setattr("trtllm_thoughtx.calibrate.chunks.job._look", stop)
 
 
 EVAL = "eval --engine_dir {0}/e --dataset {0}/questions.jsonl --max_new_tokens 8"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import trtllm_thoughtx
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.summary import numbers, summarize

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from trtllm_thoughtx.errors import Exit, ThoughtxError
-from trtllm_thoughtx.runtime.params import DEFAULTS, NEUTRAL
 from trtllm_thoughtx.runtime.sampling import (
     GenerationParams,
     Sampler,
@@ -18,6 +17,7 @@ from trtllm_thoughtx.runtime.sampling import (
     uniform,
     unused_settings,
 )
+from trtllm_thoughtx.text.params import DEFAULTS, NEUTRAL
 
 GRID = [
     {"temperature": 0.6, "top_k": 20, "top_p": 0.95},

@@ -10,7 +10,7 @@ import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer
 from trtllm_thoughtx.runtime.sampling import GenerationParams

@@ -12,12 +12,14 @@ import pytest
 import tiny
 import torch
 
-from trtllm_thoughtx import Engine, cli, console, report
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx import Engine, report
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.evaluate.job import evaluation
 from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.stream import StopStream
+from trtllm_thoughtx.text.stream import StopStream
 
 PROMPTS = [[40, 66, 7, 7, 9], [13, 80, 2], [5, 33, 61, 20, 70, 8, 1]]
 OPTIONS = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 160, "max_batch_size": 4}

@@ -10,11 +10,11 @@ import hf_models
 import numpy as np
 import pytest
 
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.convert import convert
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.weights import open_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,19 +9,19 @@ import pytest
 from chat_models import write_chat_model
 from click.testing import CliRunner
 
-from trtllm_thoughtx.build import build
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.chunks.data import sequences_of
 from trtllm_thoughtx.calibrate.data import read_data
-from trtllm_thoughtx.capture.data import sequences_of
-from trtllm_thoughtx.cli import thoughtx
+from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import Written
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.opening import BEFORE, BEHIND, INSIDE, closed, opened, state_of
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.opening import BEFORE, BEHIND, INSIDE, closed, opened, state_of
+from trtllm_thoughtx.text.text import Text
 
 KINDS = ("opens", "hybrid", "early", "instruct")
 ASKED = {
@@ -282,7 +282,7 @@ def test_eval_and_calibrate_tell_the_template(models, engines, tmp_path):
     text = loaded(models["hybrid"])
     assert sizes == [len(text.chat("Hi")), len(text.chat("Hi", enable_thinking=False))]
     pytest.importorskip("torch", reason="torch is not installed")
-    from trtllm_thoughtx.calibrate.job import calibrate
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Hi"}\n' * 2)

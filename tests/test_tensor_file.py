@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trtllm_thoughtx import tensor_file
+from trtllm_thoughtx.checkpoint import tensor_file
 
 PACKAGE = Path(tensor_file.__file__).parent
 

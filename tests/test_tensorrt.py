@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from trtllm_thoughtx.build import build, profiles_of
+from trtllm_thoughtx.backends import tensorrt, trt_builder, trt_module, trt_runner
+from trtllm_thoughtx.build.build import build, profiles_of
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, RopeConfig
-from trtllm_thoughtx.engines import tensorrt, trt_builder, trt_module, trt_runner
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of

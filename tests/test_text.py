@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import trtllm_thoughtx
 from trtllm_thoughtx.errors import Exit, ThoughtxError
-from trtllm_thoughtx.runtime.chat import ChatTemplate
-from trtllm_thoughtx.runtime.text import Prompt, Text, prompt_ids, read_generation_config, read_prompts
+from trtllm_thoughtx.text.chat import ChatTemplate
+from trtllm_thoughtx.text.text import Prompt, Text, prompt_ids, read_generation_config, read_prompts
 
 SAMPLE = Path(trtllm_thoughtx.__file__).parent / "samples" / "thoughtx-tiny"
 
@@ -463,7 +463,7 @@ def test_templates_work_from_threads() -> None:
 def test_a_fork_gets_a_process_of_its_own() -> None:
     code = """if True:
         import os
-        from trtllm_thoughtx.runtime.chat import ChatTemplate
+        from trtllm_thoughtx.text.chat import ChatTemplate
         template = ChatTemplate("{{ n }}", "t")
         template.render(n=1)
         mine = template._process
@@ -584,7 +584,7 @@ def test_a_directory_without_tokenizer_has_no_text(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, trtllm_thoughtx.runtime.text; print([m for m in ('torch', 'jinja2', 'tokenizers') if m in sys.modules])"
+    code = "import sys, trtllm_thoughtx.text.text; print([m for m in ('torch', 'jinja2', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

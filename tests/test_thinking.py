@@ -11,15 +11,15 @@ from tiny import write_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.cli import thoughtx
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime import thinking
-from trtllm_thoughtx.runtime.chat import ChatTemplate
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.text import Text
-from trtllm_thoughtx.runtime.thinking import Thinking
 from trtllm_thoughtx.tasks.item import steps_of
+from trtllm_thoughtx.text import thinking
+from trtllm_thoughtx.text.chat import ChatTemplate
+from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.thinking import Thinking
 
 SAMPLE = "trtllm_thoughtx/samples/longcot-tiny"
 PIECES = ["</", "think", ">", "<", "a", "b", " ", ".", "\n", "\n\n", ".\n\n", ".</", ">\n", "\n\nNow", "b\n", "é"[:1], "/"]

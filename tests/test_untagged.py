@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from tiny import write_tiny
 
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.cli import calibrate, thoughtx
-from trtllm_thoughtx.console import run
-from trtllm_thoughtx.engines import open_runner
+from trtllm_thoughtx.backends import open_runner
+from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.cli.commands import calibrate, thoughtx
+from trtllm_thoughtx.cli.params import run
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.engine import Engine
 

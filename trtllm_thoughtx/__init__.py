@@ -1,6 +1,6 @@
 """trtllm-thoughtx: distilled reasoning checkpoints in, engines that can be shipped out."""
 
-from trtllm_thoughtx.outside import keep_in
+from trtllm_thoughtx.process.outside import keep_in
 
 keep_in()
 __version__ = "0.1.0"

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import __version__, report
-from trtllm_thoughtx.checkpoint import kind_of
+from trtllm_thoughtx.checkpoint.directory import kind_of
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.weights import open_weights
 
 BUSY = 0.25  # load per CPU, one-minute average, above which timings say more about the neighbours
 
@@ -153,7 +153,7 @@ def _check_against(path: Path) -> None:
 
 
 def _transformers_rows(against: Path, conditions: dict[str, Any], repeats: int, progress: Progress) -> list[Row]:
-    from trtllm_thoughtx.reference import time_decode
+    from trtllm_thoughtx.validate.reference import time_decode
 
     prefill, decode, seen = [], [], {}
     batch, length, new = (conditions[key] for key in ("batch_size", "prompt_len", "new_tokens"))

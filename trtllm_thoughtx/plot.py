@@ -9,7 +9,7 @@ from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file
-from trtllm_thoughtx.outside import own_caches
+from trtllm_thoughtx.process.outside import own_caches
 
 FORMATS = ("png", "svg", "pdf")
 SIZE_NAMES = {"chain": "operands", "lookup": "hops", "story": "operations", "loan": "rules"}

@@ -76,7 +76,7 @@ def download(source: Source, folder: Path) -> Path:
 
 def widen(source: Source, gguf: Path, output_dir: Path) -> None:
     """Save the GGUF model as bfloat16 safetensors. A model read from GGUF refuses to be saved, so its weights go into a fresh one."""
-    from trtllm_thoughtx.outside import own_caches
+    from trtllm_thoughtx.process.outside import own_caches
 
     own_caches()
     import torch

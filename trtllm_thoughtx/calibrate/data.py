@@ -22,11 +22,11 @@ from typing import Any
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
-from trtllm_thoughtx.runtime.chat import plain_messages
-from trtllm_thoughtx.runtime.opening import opened
-from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks import TASKS, draw
 from trtllm_thoughtx.tasks.item import BOUNDARY, steps_of, thought
+from trtllm_thoughtx.text.chat import plain_messages
+from trtllm_thoughtx.text.opening import opened
+from trtllm_thoughtx.text.text import Text
 
 COLUMNS = ("text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient", "id")
 FIX = 'each line is an object like {"prompt": "...", "answer": "..."}, {"text": "..."} or {"input_ids": [1, 2]}. Nothing was written.'

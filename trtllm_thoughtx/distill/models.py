@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from trtllm_thoughtx.checkpoint.members import CALIBRATION, CARRIED, CARRIED_LIMIT
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_dir, read_inside
-from trtllm_thoughtx.members import CALIBRATION, CARRIED, CARRIED_LIMIT
-from trtllm_thoughtx.reference import load_model
+from trtllm_thoughtx.validate.reference import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MADE_ANEW = ("generation_config.json", CALIBRATION)  # saved from the model; of other weights

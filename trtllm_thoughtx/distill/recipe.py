@@ -18,12 +18,12 @@ from typing import Any
 from accelerate import PartialState
 
 from trtllm_thoughtx import plot, report
+from trtllm_thoughtx.checkpoint.members import CALIBRATION, EXITS
 from trtllm_thoughtx.distill import ablation, loop, models, preference, rows, scored, supervised, traces
 from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file, read_json
-from trtllm_thoughtx.members import CALIBRATION, EXITS
 from trtllm_thoughtx.progress import Progress
 
 MODEL = "model"

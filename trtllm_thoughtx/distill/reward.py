@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trtllm_thoughtx.distill.traces import Trace
-from trtllm_thoughtx.runtime.answer import split_text
-from trtllm_thoughtx.runtime.text import THINK_TAGS
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.tasks.item import Item
+from trtllm_thoughtx.text.answer import split_text
+from trtllm_thoughtx.text.text import THINK_TAGS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx import interrupt, plot, report
+from trtllm_thoughtx import plot, report
 from trtllm_thoughtx.distill import loop, models
 from trtllm_thoughtx.distill.card import card
 from trtllm_thoughtx.distill.settings import STAGES
@@ -28,6 +28,7 @@ from trtllm_thoughtx.evaluate.models import ModelSystem
 from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.files import atomic_dir, sha256_of
+from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 

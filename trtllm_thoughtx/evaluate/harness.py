@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.checkpoint import kind_of
+from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, read_rows
 from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer, Source

@@ -10,7 +10,7 @@ from typing import Any
 from trtllm_thoughtx import plot as pictures
 from trtllm_thoughtx import report
 from trtllm_thoughtx.bench import BUSY
-from trtllm_thoughtx.checkpoint import kind_of
+from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated

@@ -15,9 +15,9 @@ import torch
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import Written, need_text
-from trtllm_thoughtx.reference import load_model, version
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.validate.reference import load_model, version
 
 
 class ModelSystem:

@@ -14,11 +14,11 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record, Result
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.answer import split_ids
-from trtllm_thoughtx.runtime.opening import INSIDE, opened, state_of
 from trtllm_thoughtx.runtime.sampling import PENALTIES, GenerationParams
-from trtllm_thoughtx.runtime.text import Text
 from trtllm_thoughtx.tasks import item
+from trtllm_thoughtx.text.answer import split_ids
+from trtllm_thoughtx.text.opening import INSIDE, opened, state_of
+from trtllm_thoughtx.text.text import Text
 
 OFTEN_OFF = ("min_p", *PENALTIES, "stop", "stop_token_ids")
 

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Stage
-from trtllm_thoughtx.runtime.answer import split_text
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
-from trtllm_thoughtx.runtime.text import Text
-from trtllm_thoughtx.weights import open_weights
+from trtllm_thoughtx.text.answer import split_text
+from trtllm_thoughtx.text.text import Text
 
 STEPPED = 32  # continuations up to this long are fed token by token: the logits of a whole prompt may take gigabytes
 LOOK_EVERY = 8  # tokens between two looks for a stop string
@@ -94,7 +94,7 @@ class ModelSource:
     batch_size = 1
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
-        from trtllm_thoughtx.reference import Reference
+        from trtllm_thoughtx.validate.reference import Reference
 
         with open_weights(path, allow_nonfinite=True) as source:
             self.max_length = source.config.max_position

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trtllm_thoughtx.checkpoint import kind_of
-from trtllm_thoughtx.engine_dir import EngineDir
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.text import Text
 
 TRUNCATED = ("length", "capacity")
 

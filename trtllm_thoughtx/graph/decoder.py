@@ -23,8 +23,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.exit_weights import ExitWeights
 from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
 
 IR_VERSION = 11

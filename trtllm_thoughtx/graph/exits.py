@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
-from trtllm_thoughtx.exit_weights import ExitAdapter, ExitHead
+from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead
 
 if TYPE_CHECKING:
     from trtllm_thoughtx.graph.decoder import Builder

@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, WeightSource
 from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.weights import NUMPY_DTYPES, WeightSource
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor

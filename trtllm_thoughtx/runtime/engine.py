@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx.backends import Runner, open_runner
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.engine_dir import EngineDir
-from trtllm_thoughtx.engines import Runner, open_runner
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.generation_config import read_generation_config
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import AUTO, Choice
@@ -31,7 +31,7 @@ from trtllm_thoughtx.runtime.completion import Completion, Stats, Work, matrix_b
 from trtllm_thoughtx.runtime.drafts import Pace
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
-from trtllm_thoughtx.runtime.text import Text
+from trtllm_thoughtx.text.text import Text
 
 __all__ = ["Completion", "Engine", "Stats", "Work"]
 STREAMS_APART = 1 << 40  # the random streams of a prompt's several answers: no request has so many prompts

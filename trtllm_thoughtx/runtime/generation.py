@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trtllm_thoughtx.checkpoint.exits import READY
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.exit_weights import READY
-from trtllm_thoughtx.runtime import opening, probe, thinking
+from trtllm_thoughtx.runtime import probe
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, Pace, Timer, check_policy
 from trtllm_thoughtx.runtime.row import Row
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability, top_logprobs
-from trtllm_thoughtx.runtime.thinking import Thinking
+from trtllm_thoughtx.text import opening, thinking
+from trtllm_thoughtx.text.thinking import Thinking
 
 if TYPE_CHECKING:
     from trtllm_thoughtx.runtime.engine import Engine

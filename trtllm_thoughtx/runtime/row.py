@@ -10,8 +10,8 @@ from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.probe import Trials
 from trtllm_thoughtx.runtime.sampling import GenerationParams
-from trtllm_thoughtx.runtime.stream import StopStream
-from trtllm_thoughtx.runtime.thinking import Thinking
+from trtllm_thoughtx.text.stream import StopStream
+from trtllm_thoughtx.text.thinking import Thinking
 
 
 @dataclass

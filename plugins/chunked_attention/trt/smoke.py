@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx.build import build
-from trtllm_thoughtx.engines.trt_module import load_module
+from trtllm_thoughtx.backends.trt_module import load_module
+from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.engine import Engine
 

@@ -1,0 +1,109 @@
+"""Backends: each builds engine files from a graph, runs them, or both. Only this package imports a runtime.
+
+| backend       | builds on            | runs on                         | module                 |
+|---------------|----------------------|---------------------------------|------------------------|
+| onnxruntime   | any CPU              | CPU; CUDA provider when present | engines.onnxruntime    |
+| tensorrt-rtx  | any CPU, no GPU      | RTX GPUs                        | engines.tensorrt       |
+| tensorrt      | a host with its GPU  | that GPU                        | engines.tensorrt       |
+
+`BACKENDS` has one record for each; everything else in the package that depends on a backend reads it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
+from trtllm_thoughtx.errors import ThoughtxError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What the rest of the package must know of a backend. `module`, `extra` and `oldest`: what is imported, how it is installed."""
+
+    name: str
+    module: str
+    extra: str = ""
+    oldest: tuple[int, ...] = ()
+    plan_suffix: str = ""  # of the plan beside a part's graph; empty: the graph and its weights are the engine
+    has_targets: bool = False  # a plan is for the compute capabilities that are named, not for the GPU at hand
+    takes_plugins: bool = False
+    runs_graph: bool = False  # hidden states can be tapped, and quantized products run as they stand (exact)
+    kv_algos: tuple[str, ...] = ()  # quantized KV caches that it holds
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # computed in without emulation
+
+    @property
+    def builds_plans(self) -> bool:
+        return bool(self.plan_suffix)
+
+
+# In the order of preference for running.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(name="onnxruntime", module="onnxruntime", runs_graph=True, kv_algos=("INT8",), dtypes=("float32", "float16")),
+        # the oldest TensorRT is the first whose parser has opset 24's attention operators
+        Backend(name="tensorrt", module="tensorrt", extra="tensorrt", oldest=(10, 15), plan_suffix=".trt.engine", takes_plugins=True),
+        Backend(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", oldest=(1, 7), plan_suffix=".engine", has_targets=True),
+    )
+}
+
+
+class Runner(Protocol):
+    """A loaded engine: all parts of one model and their KV cache. Shapes as in `graph.decoder`."""
+
+    is_exact: bool  # quantized products are computed as the graph has them, with no rounding of a faster operator's own
+    max_logit_rows: int  # how many rows of logits one step can return for a sequence
+
+    def start(self, batch_size: int) -> None:
+        """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
+        ...
+
+    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """One call through all parts: feeds by input name (input_ids, positions, kv_positions, write_indices, logit_indices,
+        chunk_size) -> logits float32 [B, K, vocab]. The KV cache is updated in place."""
+        ...
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+        """The parts `first` to `last - 1` alone. `feeds` has the inputs of `step`, as far as they take them, and `hidden_states`
+        [B, S, H] unless the first part is among them. Outputs of the last of them by name: hidden_states_out [B, S, H], draft_states
+        [B, S, H] and draft_confidence [B, S] where it has an exit adapter; logits, exit."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_runner(
+    root: Path,
+    parts: list[PartFiles],
+    backend: str,
+    config: ModelConfig,
+    build: BuildConfig,
+    *,
+    num_threads: int | None,
+    tap_layers: bool,
+    exact: bool = False,
+) -> Runner:
+    """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
+
+    `tap_layers` (onnxruntime only, else E001) also keeps every layer's hidden state of the last step, for validation.
+    `exact` (onnxruntime only, else E001) runs quantized products as the graph has them, not on faster operators that round a little more.
+    """
+    for name, is_given in (("tap_layers", tap_layers), ("exact", exact)):
+        if is_given and not BACKENDS[backend].runs_graph:
+            why = f"a {backend} plan is run as it was built; hidden states and unfused products are those of the graph"
+            fix = 'load the engine with backend="onnxruntime", or leave it out'
+            raise ThoughtxError("E001", f"{name} cannot be used with {backend}", where=str(root), why=why, fix=fix)
+    if not BACKENDS[backend].builds_plans:
+        from trtllm_thoughtx.backends.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(root, parts, config, build, num_threads=num_threads, tap_layers=tap_layers, exact=exact)
+    from trtllm_thoughtx.backends.tensorrt import TensorRTRunner
+
+    return TensorRTRunner(root, parts, backend, config, build)

@@ -1,0 +1,150 @@
+"""The onnxruntime backend: the graph itself is the engine. Runs on any CPU, and on CUDA where that provider is installed.
+
+The KV cache is one buffer per tensor, bound as past and as present, so that TensorScatter writes in place. A bfloat16 graph runs as
+its float32 twin (`graph.twin`), since onnxruntime has no bfloat16 kernels on CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper
+
+from trtllm_thoughtx import files
+from trtllm_thoughtx.backends.ort_bfloat16 import float32_twin, is_bfloat16
+from trtllm_thoughtx.backends.ort_experts import fuse_experts
+from trtllm_thoughtx.backends.ort_fused import Fused, fuse
+from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.graph.decoder import layer_output
+
+MAX_GRAPH_BYTES = 256 << 20  # a graph without its weights takes kilobytes per layer
+OUTPUTS = ("logits", "exit", "hidden_states_out", "draft_states", "draft_confidence")
+QUIET = 3  # errors only: warnings here are about folded constants
+
+
+def available_device() -> str:
+    """ "cuda" when onnxruntime has the CUDA provider (which still needs a GPU to run), else "cpu"."""
+    return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
+
+
+class OnnxRuntimeRunner:
+    """`Runner` over one session per part. `tapped` holds, after a step with `tap_layers`, hidden states [N, H] by layer (-1: embedding)."""
+
+    max_logit_rows = 1 << 30
+
+    def __init__(
+        self,
+        root: Path,
+        parts: list[PartFiles],
+        config: ModelConfig,
+        build: BuildConfig,
+        *,
+        num_threads: int | None = None,
+        tap_layers: bool = False,
+        exact: bool = False,
+    ) -> None:
+        """`exact`: quantized products and experts run as the graph has them."""
+        self.config, self.build, self.parts, self.exact = config, build, parts, exact
+        self.device = available_device()
+        self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
+        if config.quantization is not None and config.quantization.kv_algo == "INT8":
+            self.kv_dtype = np.int8
+        self.tapped: dict[int, np.ndarray] = {}
+        self.cache: dict[str, ort.OrtValue] = {}
+        self.is_exact = True
+        self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
+        self.bindings = [session.io_binding() for session in self.sessions]
+
+    def _session(self, root: Path, part: PartFiles, num_threads: int | None, tap_layers: bool) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = QUIET
+        options.enable_mem_pattern = False  # the live cache grows each step: no two steps have the same shapes
+        options.intra_op_num_threads = num_threads or len(os.sched_getaffinity(0))
+        providers = ["CPUExecutionProvider"] if self.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
+        graph = files.read_inside(root, part.onnx, MAX_GRAPH_BYTES, code="E121")
+        try:
+            model = onnx.ModelProto.FromString(graph)
+            if is_bfloat16(model):
+                model = float32_twin(model)
+            rewriters = self._rewriters()
+            if rewriters and part.data:
+                with files.open_inside(root, part.data) as data:
+                    found = [rewrite(model, data) for rewrite in rewriters]
+                arrays = {name: array for one in found for name, array in one.arrays.items()}
+                self.is_exact = self.is_exact and not any(one.num_rounding for one in found)
+                values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+                options.add_external_initializers(list(arrays), values)
+            if tap_layers:
+                self._tap(model, part)
+            return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+        except Exception as error:  # onnxruntime raises its own types, all of them derived from Exception alone
+            raise ThoughtxError(
+                "E121",
+                "onnxruntime cannot load the graph",
+                where=str(root / part.onnx),
+                why=str(error).strip()[:500],
+                fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
+            ) from None
+
+    def _rewriters(self) -> list[Callable[[onnx.ModelProto, BinaryIO], Fused]]:
+        """What replaces nodes of the graph by this runtime's own operators."""
+        if self.exact or self.device != "cpu":
+            return []
+        products = self.config.quantization is not None and self.build.dtype == "float32"
+        return [*([fuse] if products else []), *([fuse_experts] if self.config.experts is not None else [])]
+
+    def _tap(self, model: onnx.ModelProto, part: PartFiles) -> None:
+        layers = [*([-1] if part.embeds else []), *range(part.first_layer, part.last_layer)]
+        elem_type = onnx.TensorProto.FLOAT16 if self.build.dtype == "float16" else onnx.TensorProto.FLOAT
+        for layer in layers:
+            model.graph.output.append(helper.make_tensor_value_info(layer_output(layer), elem_type, ["N", self.config.hidden_size]))
+
+    def start(self, batch_size: int) -> None:
+        shape = (batch_size, self.config.num_kv_heads, self.build.kv_capacity, self.config.head_dim)
+        names = [f"{kind}_{layer}" for layer in range(self.config.num_layers) for kind in ("key", "value")]
+        if names and names[0] in self.cache and tuple(self.cache[names[0]].shape()) == shape:
+            return  # stale positions are masked by kv_positions; what they hold is finite
+        self.cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.kv_dtype), self.device, 0) for name in names}
+
+    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.run(feeds, 0, len(self.parts))["logits"]
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+        hidden: ort.OrtValue | None = None
+        self.tapped = {}
+        results: dict[str, ort.OrtValue] = {}
+        for part, session, binding in list(zip(self.parts, self.sessions, self.bindings, strict=True))[first:last]:
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()
+            for value in session.get_inputs():
+                if value.name.startswith("past_"):
+                    binding.bind_ortvalue_input(value.name, self.cache[value.name[5:]])
+                elif value.name == "hidden_states" and hidden is not None:
+                    binding.bind_ortvalue_input(value.name, hidden)
+                else:
+                    binding.bind_cpu_input(value.name, feeds[value.name])
+            names = [value.name for value in session.get_outputs()]
+            for name in names:
+                if name.startswith("present_"):
+                    binding.bind_ortvalue_output(name, self.cache[name[8:]])
+                else:
+                    binding.bind_output(name, self.device if name == "hidden_states_out" else "cpu")
+            session.run_with_iobinding(binding)
+            results = dict(zip(names, binding.get_outputs(), strict=True))
+            hidden = results.get("hidden_states_out")
+            for layer in range(-1, part.last_layer):
+                if layer_output(layer) in results:
+                    self.tapped[layer] = results[layer_output(layer)].numpy()
+        found = {name: results[name].numpy() for name in OUTPUTS if name in results}
+        return found
+
+    def close(self) -> None:
+        self.sessions, self.bindings, self.cache = [], [], {}

@@ -1,0 +1,48 @@
+"""One weight-only linear layer on the operators that an onnxruntime engine runs it on, on a CPU: what a calibration measures with."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from trtllm_thoughtx.backends import ort_fused
+
+OPERATORS = {
+    "rows": "QGemm twice, inputs rounded to 16 bits",
+    "blocks": f"MatMulNBits at accuracy level {ort_fused.LEVEL}, inputs rounded to 8 bits by blocks",
+}
+
+
+class FusedProduct:
+    """Callable: float32 [tokens, in] -> [tokens, out], without bias. `stored` is int8 [out, in] or uint8 [out, in / 2], `scale` [out] or
+    [out, in / group]."""
+
+    def __init__(self, stored: np.ndarray, scale: np.ndarray) -> None:
+        num_out = len(stored)
+        if stored.dtype == np.uint8:
+            num_in = 2 * stored.shape[1]
+            group = num_in // scale.shape[1]
+            arrays = dict(zip("ws", ort_fused.blocked(stored, scale, group), strict=True))
+            nodes = [ort_fused.blocks_node("x", ("w", "s"), "y", num_out, num_in, group)]
+        else:
+            num_in, arrays = stored.shape[1], {"w": stored, "s": scale, **ort_fused.CONSTANTS}
+            if not ort_fused.takes_signed_weights():
+                arrays["w"] = stored.view(np.uint8) ^ np.uint8(ort_fused.SIGN[8])
+            zero = ort_fused.ZERO if arrays["w"].dtype == np.int8 else ort_fused.MIDDLE
+            nodes = ort_fused.rows_nodes("x", "w", "s", zero, "y")
+        tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in arrays.items()]
+        inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", num_in])]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", num_out])]
+        self.session = ort_fused.session_of(nodes, inputs, outputs, tensors)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        out: np.ndarray = self.session.run(None, {"x": x})[0]
+        return out
+
+
+def kind_of(stored_as: str, group_size: int) -> str | None:
+    """What `ort_fused` makes of a weight-only format: a key of `OPERATORS`, or None where the graph's own numbers are computed."""
+    if stored_as == "I8":
+        return "rows"
+    return "blocks" if stored_as == "U8" and ort_fused.block_of(group_size) else None

@@ -1,0 +1,44 @@
+"""The sequences that attention is looked at on, and the questions that cost is counted on: generated, or from the user's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtllm_thoughtx.distill.traces import Trace, read_traces
+from trtllm_thoughtx.evaluate.questions import Question, generated
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tasks.item import BOUNDARY
+from trtllm_thoughtx.text.opening import opened
+from trtllm_thoughtx.text.text import Text
+
+SPLIT = "validation"  # neither trained on nor asked in an evaluation
+LENGTHS = (0, 128, 256, 512, 1000)  # words of context of generated lookups
+TASKS = ("chain", "lookup", "story", "loan")
+
+
+def questions_of(data: Path | None, num_items: int, seed: int, progress: Progress) -> list[Question]:
+    """`num_items` of each generated task, or as many rows of a file of traces (E161 for rows that cannot be used)."""
+    if data is None:
+        return generated(TASKS, SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
+    return [_question(trace) for trace in read_traces(data, progress.note)[:num_items]]
+
+
+def _question(trace: Trace) -> Question:
+    return Question(id=trace.id, task="file", prompt=trace.prompt, expected=trace.answer)
+
+
+def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, seed: int) -> list[list[int]]:
+    """Token ids of whole traces, question, thought and answer, cut behind `context` tokens; without thinking tags none are written."""
+    if data is None:
+        drawn = generated(TASKS, SPLIT, num_items=-(-num_samples // len(TASKS)), seed=seed, lengths=LENGTHS[::-1], sizes=(4,))
+        told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
+    else:
+        told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]
+    last = text.think_ids[1] if text.think_ids else ()
+    found = []
+    for prompt, steps, answer in told[:num_samples]:
+        ids = opened(text, text.chat(prompt)) if text.think_ids else list(text.chat(prompt))
+        for step in steps:
+            ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
+        found.append([*ids, *last, *text.encode(answer, add_special=False)][:context])
+    return found

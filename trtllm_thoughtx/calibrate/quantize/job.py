@@ -1,0 +1,393 @@
+"""`thoughtx-calibrate --qformat`: a checkpoint and data in, a quantized TensorRT-LLM checkpoint out, with a report of what it cost.
+
+Everything that can be refused is refused before the first layer. The walk keeps its state beside the output, in a hidden directory that
+a run with the same inputs and settings goes on from; the output appears whole or not at all.
+
+    data (-> answers of the model itself) -> walk -> layers that are kept -> checkpoint (-> questions to engines) -> report
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtllm_thoughtx import __version__, files, report
+from trtllm_thoughtx.backends.ort_product import OPERATORS
+from trtllm_thoughtx.calibrate.data import Data, read_data
+from trtllm_thoughtx.calibrate.quantize import cost
+from trtllm_thoughtx.calibrate.quantize.page import report_html
+from trtllm_thoughtx.calibrate.self_traces import answered
+from trtllm_thoughtx.checkpoint import tensor_file
+from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
+from trtllm_thoughtx.checkpoint.outputs import Output
+from trtllm_thoughtx.checkpoint.recorded import command_line
+from trtllm_thoughtx.checkpoint.weights import STORED_DTYPES, WeightSource, open_weights
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.evaluate.questions import sha256_of_questions
+from trtllm_thoughtx.families import Tensor
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, with_quantization
+from trtllm_thoughtx.families.trtllm_config import trtllm_config
+from trtllm_thoughtx.progress import Progress, duration
+from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.validate.quality import EXACT, ORT
+
+SMOOTHED = ("int8_sq", "int4_awq")
+GROUPS = (128, 64, 32, 16)
+EXITS_CARRIED = (
+    "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
+    "to calibrate them on the quantized model, fit them again from this output"
+)
+WALK = 2  # form of the state that a walk keeps
+SIZES, MEASURED = (128, 512), (16, 256)  # sequences and their tokens: to fit scales on; only to measure what rounding loses
+GRAPH = "the graph as it stands"
+AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
+NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
+
+
+def calibrate(
+    model_dir: Path,
+    output_dir: Path,
+    *,
+    qformat: str,
+    calib_data: Path | None = None,
+    calib_size: int | None = None,
+    calib_seq_len: int | None = None,
+    batch_size: int = 8,
+    group_size: int | None = None,
+    exclude: Sequence[str] = (),
+    quant_lm_head: bool = False,
+    kv_cache_dtype: str = "auto",
+    plain_rounding: bool = False,
+    sensitivity: bool = False,
+    accuracy_budget: float | None = None,
+    target_bits: float | None = None,
+    self_traces: bool = False,
+    private_data: bool = False,
+    eval_items: int = 0,
+    dataset: Path | None = None,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
+
+    `accuracy_budget` is a mean KL in nats that the result holds, `target_bits` a mean of bits that it uses: layers that cost most stay.
+    `self_traces`: the model's own answers to the data's prompts calibrate it. `private_data`: no token of the data is written.
+    `eval_items` questions of each task, or those of `dataset`, are put to engines of both checkpoints, with `max_new_tokens` at most.
+    E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
+    """
+    command = command_line("thoughtx-calibrate", locals())
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    progress, load = progress or Progress.silent(), os.getloadavg()[0]
+    with open_weights(model_dir, progress=progress) as source:
+        config = source.config
+        if accuracy_budget is not None and target_bits is not None:
+            fix = "give one of the two"
+            raise ThoughtxError(
+                "E001", "two goals", where="--accuracy_budget, --target_bits", why="each decides which layers stay", fix=fix
+            )
+        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
+        quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
+        measures = fits_nothing(quant) and calib_size is None and not (sensitivity or accuracy_budget or target_bits or self_traces)
+        calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
+        calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
+        text, template = Text.load(model_dir), (enable_thinking, chat_template_kwargs)
+        for unread in text.set_template(*template) if text else ():
+            progress.note(f"not applied: {unread}")
+        data = read_data(
+            calib_data,
+            text,
+            vocab_size=config.vocab_size,
+            num_samples=calib_size,
+            max_len=min(calib_seq_len, config.longest),
+            seed=seed,
+            pad_id=text.pad_id if text else None,
+            only_prompts=self_traces,
+            is_private=private_data,
+            only_measures=measures,
+        )
+        questions = cost.questions_of(dataset, eval_items, seed, progress)
+        room = cost.capacity(questions, max_new_tokens, text, config, kv_cache_dtype, model_dir) if questions else 0
+        settings = {
+            "walk": WALK,
+            "qformat": qformat,
+            "group_size": quant.group_size,
+            "kv_cache_dtype": kv_cache_dtype,
+            "plain_rounding": plain_rounding,
+            "sensitivity": sensitivity,
+            "accuracy_budget": accuracy_budget,
+            "target_bits": target_bits,
+            "exclude": list(quant.exclude),
+            "calib_seq_len": calib_seq_len,
+            "calib_size": calib_size,
+            "seed": seed,
+            "data": data.facts["tokens_sha256"],
+            "self_traces": self_traces,
+            "private_data": private_data,
+            "questions": sha256_of_questions(questions),
+            "max_new_tokens": max_new_tokens,
+            "template_kwargs": text.template_kwargs if text else {},
+        }
+        output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+        if output.is_current():
+            return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
+        carried_exits = [EXITS_CARRIED.format(source.exits)] if source.exits else []
+        _check_target(config, quant, target_bits)
+        num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging * 3]]
+        num_states = 3 * sum(num_tokens) * config.hidden_size * 4
+        num_engines = 2 if questions else int(self_traces)  # in float32, at most twice the source
+        output.prepare(2 * (1 + num_engines) * source_bytes(source) + num_states)
+        walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
+        work = working_dir(output_dir, {**walked, "inputs": output.inputs(), "version": __version__}, progress)
+        say = progress.warn if data.facts["is_generic"] else progress.note
+        say(told(data, quant))
+        if self_traces:
+            data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
+        for warning in data.warnings:
+            progress.note(f"warning: {warning}")
+        from trtllm_thoughtx.calibrate.quantize import budget, estimate
+        from trtllm_thoughtx.calibrate.quantize.layers import Walk
+
+        walk = Walk(source, data, quant, work, batch_size)
+        say(f"about {duration(estimate.seconds(walk))} on this machine, by one row")
+        walk.run(progress)
+        modules, losses = walk.facts()
+        kept: frozenset[str] = frozenset()
+        if sensitivity or accuracy_budget is not None or target_bits is not None:
+            alone = budget.sensitivities(walk, modules, progress)
+            modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
+            seen: budget.Losses = {}
+            if accuracy_budget is not None and max(whole["kl"] for whole, _ in losses.values()) > accuracy_budget:
+                kept, seen = budget.keep_for_budget(walk, modules, alone, accuracy_budget, progress)
+            elif target_bits is not None:
+                size = sizes(config, quant, modules)
+                kept = budget.keep_for_bits(
+                    _judged_modules(modules, quant), alone, stored_bits(quant), wide_bits(config), int(size["num_weights"]), target_bits
+                )
+                seen = budget.measured(walk, [kept], progress)[0]
+            if seen:
+                losses = {way: [one.summary() for one in pair] for way, pair in seen.items()}
+            modules = {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}
+        final = with_excluded(quant, modules)
+        found = {
+            "schema": "trtllm-thoughtx/calibration/1",
+            "qformat": qformat,
+            "quantization": report.plain(final),
+            "data": data.facts,
+            "end_to_end": losses[EXACT][0],
+            "limits": limits_of(losses[EXACT][1]),
+            "backends": backends_of(losses, walk.kind),
+            "size": sizes(config, final, modules),
+            "modules": modules,
+            "warnings": [*data.warnings, *carried_exits, *_warnings(modules)],
+            "answers": None,
+            "speed": None,
+            "skipped": [] if questions else [NOT_ASKED],
+            "validation": walk.stored_rows(),
+        }
+        for warning in [*carried_exits, *_warnings(modules)]:
+            progress.note(f"warning: {warning}")
+
+        def ask(made: Path) -> None:
+            if questions:
+                found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template)
+                found["speed"]["conditions"]["load_before"] = load  # of others: later it is this calibration's own
+
+        _write(output, source, replace(config, quantization=final), work, found, ask, progress)
+        shutil.rmtree(work, ignore_errors=True)
+    return {**found, "output_dir": str(output_dir), "up_to_date": False}
+
+
+def fits_nothing(quant: QuantConfig) -> bool:
+    """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
+    return not quant.prequant and quant.algo not in STATIC_ACTIVATIONS and quant.kv_algo is None
+
+
+def told(data: Data, quant: QuantConfig) -> str:
+    """What the data are, and what for, before they are used."""
+    facts = data.facts
+    use = "measures what rounding loses" if fits_nothing(quant) else "fits the scales, the last of them measure the loss"
+    own = " in place of your own prompts (--calib_data)" if facts["is_generic"] else ""
+    num = facts["num_sequences"] + facts["num_held_out"]
+    return f"{facts['source']}{own}: {num} sequences, {facts['num_tokens']} tokens and {sum(map(len, data.held))} held out; this {use}"
+
+
+def quant_config(
+    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
+) -> QuantConfig:
+    """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
+    if config.quantization is not None:
+        why = f"it holds {config.quantization.algo or config.quantization.kv_algo} tensors; rounding them again loses twice"
+        raise ThoughtxError(
+            "E103", "the checkpoint is already quantized", where="--model_dir", why=why, fix="calibrate the original checkpoint"
+        )
+    if config.experts is not None:
+        why, fix = "the searches know dense MLPs", "build it in bfloat16 or float16"
+        raise ThoughtxError("E103", "mixtures of experts cannot be quantized yet", where="--model_dir", why=why, fix=fix)
+    if qformat not in QUANT_ALGOS:
+        why = f"known are {', '.join(QUANT_ALGOS)}"
+        raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
+    algo, size = QUANT_ALGOS[qformat], group_size or 128
+    if STORED[algo] == "U8":
+        widths = (config.hidden_size, config.q_size, config.intermediate_size)
+        fitting = [g for g in GROUPS if all(width % g == 0 for width in widths)]
+        size = group_size or (fitting[0] if fitting else 0)
+        if not size or size % 2 or any(width % size for width in widths):
+            why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
+            fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
+            raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
+    excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
+    quant = QuantConfig(algo=algo, group_size=size, prequant=qformat in SMOOTHED and not plain, exclude=excluded)
+    known = linear_modules(config)
+    idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
+    if idle:
+        why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
+        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix=fix)
+    if not any(quant.covers(module) for module in known):
+        raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
+    return quant
+
+
+def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
+    """The same with the layers by name that were covered and stay as they are."""
+    kept = [name for name, facts in modules.items() if not facts["quantized"] and quant.covers(name)]
+    return replace(quant, exclude=(*quant.exclude, *kept))
+
+
+def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
+    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding."""
+    return {
+        "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
+        "min_top1_agreement": round(max(0.0, seen["top1_agreement"] - 0.02), 6),
+        "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
+    }
+
+
+def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str | None) -> dict[str, Any]:
+    """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
+    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
+    measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
+    return {
+        way: {"runs": runs[way], "end_to_end": dict(whole), "limits": limits_of(on_stored)} for way, (whole, on_stored) in measured.items()
+    }
+
+
+def stored_bits(quant: QuantConfig) -> float:
+    """Bits of a quantized weight; a 4-bit one has its share of a 16-bit scale."""
+    stored_as = STORED[quant.algo or ""]
+    return 4 + 16 / quant.group_size if stored_as == "U8" else 8.0
+
+
+def wide_bits(config: ModelConfig) -> int:
+    return 32 if config.dtype == "float32" else 16
+
+
+def _judged_modules(modules: Mapping[str, Any], quant: QuantConfig) -> dict[str, Any]:
+    """The layers whose bits count: the head only when it is quantized, for it shares the embedding otherwise."""
+    return {name: facts for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")}
+
+
+def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them."""
+    wide, counted = wide_bits(config), _judged_modules(modules, quant)
+    total = sum(facts["num_weights"] for facts in counted.values())
+    used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
+    return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
+
+
+def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
+    if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
+        why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
+        fix = f"give a number from {stored_bits(quant):g} to {wide_bits(config)}"
+        raise ThoughtxError("E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix=fix)
+
+
+def source_bytes(source: WeightSource) -> int:
+    return sum(source.num_bytes(name) for name in source.names())
+
+
+def _warnings(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    silent = [name for name, facts in modules.items() if not facts["input_amax"]]
+    wide = [name for name, facts in modules.items() if facts["exceeds_float16"]]
+    found = []
+    if silent:
+        found.append(f"always zero inputs, so kept as they are: {', '.join(silent)}")
+    if wide:
+        found.append(f"inputs beyond float16's range (build with bfloat16 or float32): {', '.join(wide)}")
+    return found
+
+
+def working_dir(output_dir: Path, key: Mapping[str, Any], progress: Progress) -> Path:
+    """Where the walk keeps its state: emptied unless a run with the same key left it."""
+    real = output_dir.resolve()
+    work = real.parent / f".{real.name}.calibration"
+    digest = hashlib.sha256(json.dumps(report.plain(key), sort_keys=True).encode()).hexdigest()
+    try:
+        if (work / "key.json").is_file() and files.read_json(work, "key.json") == {"key": digest}:
+            done = len(list(work.glob("layer.*.json")))
+            progress.note(f"going on from an earlier run: {done} layers are done")
+            return work
+    except ThoughtxError:
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with files.atomic_file(work / "key.json") as out:
+        out.write(report.to_json({"key": digest}).encode())
+    return work
+
+
+def _write(
+    output: Output,
+    source: WeightSource,
+    config: ModelConfig,
+    work: Path,
+    found: Mapping[str, Any],
+    ask: Callable[[Path], None],
+    progress: Progress,
+) -> None:
+    table = with_quantization(source.tensors(), config)
+    entries = [(t.name, t.stored or _stored_name(config.dtype), t.shape) for t in table]
+    with output.writing() as partial:
+        with progress.stage("write", len(table)) as stage:
+
+            def values() -> Iterator[np.ndarray]:
+                for value in _values(table, source, work):
+                    stage.advance(1)
+                    yield value
+
+            output.hashes["rank0.safetensors"] = tensor_file.write(partial / "rank0.safetensors", entries, values())
+        output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
+        output.carry(*(name for name in source.members.carried if name != CALIBRATION), *source.members.exits)
+        ask(partial)
+        output.write(CALIBRATION, report.to_json(found))
+        output.write(CALIBRATION_PAGE, report_html(found))
+
+
+def _stored_name(dtype: str) -> str:
+    return {name: stored_as for stored_as, name in STORED_DTYPES.items()}[dtype]
+
+
+def _values(table: Sequence[Tensor], source: WeightSource, work: Path) -> Iterator[np.ndarray]:
+    """Every tensor in order: quantized ones from the walk's files, a layer of them in memory at a time, the rest from the source."""
+    held: dict[str, np.ndarray] = {}
+    name_held = ""
+    for tensor in table:
+        if tensor.stored is None:
+            yield source.read(tensor.name)
+            continue
+        file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else "head.safetensors"
+        if file != name_held:
+            held, name_held = tensor_file.read_all(work, file), file
+        yield held[tensor.name]

@@ -1,0 +1,387 @@
+"""The walk through the layers: run the rows, see what each linear layer is fed, choose its grid, and run the held-out rows on it.
+
+After each layer its tensors, its facts and the rows' states are on disk; a run that is started again goes on behind the last of them.
+Held-out rows go through twice, on the layers as they were and on the quantized ones, so the end-to-end loss is known after one walk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.backends.ort_product import FusedProduct
+from trtllm_thoughtx.calibrate.data import Data
+from trtllm_thoughtx.calibrate.quantize import grid, kv
+from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, Rotary, read
+from trtllm_thoughtx.calibrate.quantize.products import on_head, operators_of, quantized
+from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search
+from trtllm_thoughtx.calibrate.quantize.states import States
+from trtllm_thoughtx.checkpoint import tensor_file
+from trtllm_thoughtx.checkpoint.weights import WeightSource
+from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, scale_of
+from trtllm_thoughtx.files import atomic_file, read_json
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.validate.divergence import Divergence, spread
+from trtllm_thoughtx.validate.quality import EXACT, ORT
+
+NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
+STORED_LEN = 256  # tokens of a sequence that travels with the checkpoint, at most; a multiple of `Head.ROWS`
+FLOAT16_LARGEST = 65504.0
+
+
+class Watch:
+    """Collects `Inputs` of one unit over all calibrating rows, in their order."""
+
+    def __init__(self, picks: Sequence[Sequence[int]]) -> None:
+        self.picks, self.rows, self.is_first, self.num, self.num_sequences = picks, [], [], 0, 0
+        self.amax: torch.Tensor | None = None
+
+    rows: list[torch.Tensor]
+    is_first: list[bool]
+
+    def add(self, x: torch.Tensor, row: int) -> None:
+        size = x.abs()
+        if self.amax is None:
+            self.amax = torch.zeros_like(size[0])
+            self.halves = [torch.zeros_like(self.amax), torch.zeros_like(self.amax)]
+            self.sum, self.squares = torch.zeros_like(self.amax, dtype=torch.float64), torch.zeros_like(self.amax, dtype=torch.float64)
+        largest = size.amax(0)
+        self.amax = torch.maximum(self.amax, largest)
+        self.halves[row % 2] = torch.maximum(self.halves[row % 2], largest)
+        self.sum += size.double().sum(0)
+        self.squares += x.double().square().sum(0)
+        self.num += len(x)
+        self.num_sequences += 1
+        self.rows.append(x[list(self.picks[row])])
+        self.is_first += [row % 2 == 0] * len(self.picks[row])
+
+    def inputs(self) -> Inputs:
+        assert self.amax is not None
+        rows = torch.cat(self.rows)
+        first, second = self.halves if bool(self.halves[1].any()) else (self.amax, self.amax)
+        is_first = torch.tensor(self.is_first, device=rows.device)
+        mean, square = (self.sum / self.num).float(), (self.squares / self.num).float()
+        return Inputs(self.amax, (first, second), is_first, mean, square, rows, self.num_sequences)
+
+
+class _Judge:
+    """What a found grid does to held-out rows of one linear layer."""
+
+    def __init__(self, found: Found, algo: str) -> None:
+        self.found, self.algo = found, algo
+        self.error = self.energy = 0.0
+        self.num_clipped = self.num = 0
+
+    def add(self, x: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor) -> None:
+        self.error += float((got - wanted).double().square().sum())
+        self.energy += float(wanted.double().square().sum())
+        if self.found.input_scale is not None:
+            scaled = (x if self.found.factor is None else x * self.found.factor).abs()
+            self.num_clipped += int((scaled > self.found.input_scale * grid.LEVELS[STORED[self.algo]]).sum())
+        self.num += x.numel()
+
+    def facts(self) -> dict[str, Any]:
+        share = self.error / self.energy if self.energy else 0.0
+        return {
+            "sqnr_db": float(-10 * np.log10(max(share, 1e-30))),
+            "error_share": share,
+            "clipped_share": self.num_clipped / max(self.num, 1) if self.found.input_scale is not None else None,
+        }
+
+
+def picks_of(lengths: Sequence[int], num: int = NUM_SAMPLED) -> list[list[int]]:
+    """Positions of each row, spread evenly over all tokens: the sample depends on the rows alone, not on how they are grouped."""
+    starts = np.cumsum([0, *lengths])
+    wanted = np.unique(np.linspace(0, starts[-1] - 1, min(num, int(starts[-1]))).round().astype(int))
+    return [(wanted[(wanted >= a) & (wanted < b)] - a).tolist() for a, b in itertools.pairwise(starts)]
+
+
+class Walk:
+    """One calibration under way. `root` is its working directory."""
+
+    def __init__(self, source: WeightSource, data: Data, quant: QuantConfig, root: Path, batch_size: int) -> None:
+        assert quant.algo is not None
+        self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
+        self.batch_size = batch_size
+        self.num_rows, self.num_held = len(data.rows), len(data.judging)
+        self.kind = operators_of(quant)
+        self.ways = (EXACT, ORT) if self.kind else (EXACT,)
+        rows = [*data.rows, *data.judging * (1 + len(self.ways))]
+        self.lengths = [len(row) for row in rows]
+        self.states = States(root, self.lengths, source.config.hidden_size)
+        self.rotary = Rotary(source.config, max(self.lengths))
+        self.picks = picks_of(self.lengths[: self.num_rows])
+
+    @property
+    def held(self) -> range:
+        return range(self.num_rows, self.num_rows + self.num_held)
+
+    def held_by(self, way: str) -> range:
+        """The held-out rows on the quantized layers, run one of `ways`."""
+        first = self.held.stop + self.ways.index(way) * self.num_held
+        return range(first, first + self.num_held)
+
+    def _products(self, found: Mapping[str, Found], weights: Mapping[str, torch.Tensor]) -> dict[str, FusedProduct]:
+        """Quantized layers on onnxruntime's operators, by module."""
+        made = {}
+        for module, one in found.items():
+            weight = weights[f"{module}.weight"] if one.factor is None else weights[f"{module}.weight"] / one.factor
+            shape = scale_of(self.algo, weight.shape[0], weight.shape[1], self.quant.group_size)[1]
+            made[module] = FusedProduct(grid.pack(weight, one.scale, self.algo), one.scale.reshape(shape).numpy(force=True))
+        return made
+
+    def run(self, progress: Progress) -> None:
+        """Every layer and the head; what is there already is kept."""
+        num_layers = self.source.config.num_layers
+        with torch.inference_mode(), progress.stage("calibrate layers", num_layers + 1) as stage:
+            done = self.resume_point()
+            if done == 0 and not self.states.is_whole(-1):
+                self._embed()
+            stage.advance(done)
+            for index in range(done, num_layers):
+                self._layer(index)
+                stage.advance(1)
+            if not (self.root / "head.json").is_file():
+                self._head()
+            stage.advance(1)
+
+    def resume_point(self) -> int:
+        """Layers whose tensors are on disk, with the states that the next one needs."""
+        for done in range(self.source.config.num_layers, 0, -1):
+            if self.states.is_whole(done - 1) and all((self.root / f"layer.{i}.json").is_file() for i in range(done)):
+                return done
+        return 0
+
+    def _embed(self) -> None:
+        table = read(self.source, "transformer.vocab_embedding.weight")
+        for row, ids in enumerate([*self.data.rows, *self.data.judging * (1 + len(self.ways))]):
+            self.states.write(-1, row, table[torch.tensor(ids, device=table.device)].numpy(force=True))
+
+    def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def _each(self, index: int, rows: Sequence[int], run: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        """Rows through a layer, `batch_size` of them in memory; E165 when one comes out with numbers that are not finite."""
+        for batch in self._batches(rows):
+            held = [(row, torch.from_numpy(self.states.read(index - 1, row)).to(self.rotary.cos.device)) for row in batch]
+            for row, x in held:
+                out = run(row, x)
+                if not bool(torch.isfinite(out).all()):
+                    raise not_finite(f"transformer.layers.{index}")
+                self.states.write(index, row, out.numpy(force=True))
+
+    def _layer(self, index: int) -> None:
+        layer = Layer(self.source, index)
+        watches: dict[str, Watch] = {unit[0]: Watch(self.picks) for unit in UNITS}
+
+        def observe(row: int, x: torch.Tensor) -> torch.Tensor:
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                if not bool(torch.isfinite(h).all()):
+                    raise not_finite(f"{layer.name}.{module}")
+                if module in watches:
+                    watches[module].add(h, row)
+                return layer.plain(module, h)
+
+            return layer.forward(x, self.rotary, linear)
+
+        before, kv_algo, kv_scale = index - 1, self.quant.kv_algo, None
+        if kv_algo:
+            kv_scale = kv.scale_of(layer, (self._state(before, row) for row in range(self.num_rows)), self.rotary, kv_algo)
+        self._each(index, range(self.num_rows), observe)
+        found: dict[str, Found] = {}
+        facts: dict[str, Any] = {}
+        for unit in UNITS:
+            seen = watches.pop(unit[0]).inputs()
+            weights = {module: layer.weights[f"{module}.weight"] for module in unit}
+            made, told = choose(layer.name, weights, seen, self.quant)
+            found |= made
+            facts |= told
+        rounded = None
+        if kv_algo and kv_scale is not None:
+            rounded = kv.on_grid(kv_scale, kv_algo)
+            share = kv.error_share(layer, (self._state(before, row) for row in self.held), self.rotary, rounded, kv_algo)
+            facts[f"{layer.name}.attention.qkv"]["cache_error_share"] = share
+        judges = {module: _Judge(one, self.algo) for module, one in found.items()}
+
+        def judge(row: int, x: torch.Tensor) -> torch.Tensor:
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                wanted = layer.plain(module, h)
+                if module in found:
+                    judges[module].add(h, wanted, quantized(layer, module, found[module], self.algo, h))
+                return wanted
+
+            return layer.forward(x, self.rotary, linear)
+
+        def on_grid(products: Mapping[str, FusedProduct]) -> Callable[[int, torch.Tensor], torch.Tensor]:
+            def linear(module: str, h: torch.Tensor) -> torch.Tensor:
+                if module not in found:
+                    return layer.plain(module, h)
+                return quantized(layer, module, found[module], self.algo, h, products.get(module))
+
+            return lambda _, x: layer.forward(x, self.rotary, linear, rounded)
+
+        self._each(index, self.held, judge)
+        for way in self.ways:
+            self._each(index, self.held_by(way), on_grid(self._products(found, layer.weights) if way == ORT else {}))
+        for module, one in judges.items():
+            facts[f"{layer.name}.{module}"] |= one.facts()
+        extra = {} if kv_scale is None else {f"{layer.name}.attention.kv_cache_scaling_factor": kv_scale.numpy(force=True)}
+        self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts, extra)
+        self.states.drop(index - 1)
+
+    def cache_of(self, layer: Layer) -> kv.Cache | None:
+        """The rounding of a finished layer's KV cache; None when it is not quantized."""
+        if self.quant.kv_algo is None:
+            return None
+        name = f"{layer.name}.attention.kv_cache_scaling_factor"
+        scale = tensor_file.read_all(self.root, f"layer.{layer.index}.safetensors")[name]
+        return kv.on_grid(torch.from_numpy(scale.copy()), self.quant.kv_algo)
+
+    def _state(self, layer: int, row: int) -> torch.Tensor:
+        return torch.from_numpy(self.states.read(layer, row)).to(self.rotary.cos.device)
+
+    def _keep(
+        self,
+        file: str,
+        prefix: str,
+        found: dict[str, Found],
+        weights: dict[str, torch.Tensor],
+        facts: dict[str, Any],
+        extra: Mapping[str, np.ndarray] = MappingProxyType({}),
+        **more: Any,
+    ) -> None:
+        tensors = dict(extra)
+        for module, one in found.items():
+            name = f"{prefix}.{module}".strip(".")
+            scaled = weights[module] if one.factor is None else weights[module] / one.factor
+            suffix, shape = scale_of(self.algo, scaled.shape[0], scaled.shape[1], self.quant.group_size)
+            tensors[f"{name}.weight"] = grid.pack(scaled, one.scale, self.algo)
+            tensors[f"{name}.{suffix}"] = one.scale.reshape(shape).numpy(force=True)
+            if one.input_scale is not None:
+                tensors[f"{name}.activation_scaling_factor"] = one.input_scale.numpy(force=True)
+            if one.factor is not None:
+                tensors[f"{name}.prequant_scaling_factor"] = one.factor.numpy(force=True)
+        tensor_file.write_all(self.root / f"{file}.safetensors", tensors)
+        with atomic_file(self.root / f"{file}.json") as out:
+            out.write(report.to_json({"modules": facts, **more}).encode())
+
+    def _head(self) -> None:
+        last = self.source.config.num_layers - 1
+        head = Head(self.source)
+        facts: dict[str, Any] = {}
+        found: dict[str, Found] = {}
+        if self.quant.covers("lm_head"):
+            watch = Watch(self.picks)
+            for row in range(self.num_rows):
+                watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
+            found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
+        one = found.get("lm_head")
+        judge = _Judge(one, self.algo) if one else None
+        product = self._products(found, {"lm_head.weight": head.weight}).get("lm_head") if ORT in self.ways else None
+        seen = {way: (Divergence(), Divergence()) for way in self.ways}
+        for number, row in enumerate(self.held):
+            ids = self.data.judging[number]
+            pair = {way: head.normed(self._state(last, self.held_by(way)[number])) for way in self.ways}
+            whole = head.normed(self._state(last, row))
+            for at in range(0, len(ids), Head.ROWS):
+                clean = whole[at : at + Head.ROWS]
+                wanted = F.linear(clean, head.weight)
+                if judge and one:
+                    judge.add(clean, wanted, F.linear(one.inputs(clean, self.algo), one.matrix))
+                targets = [*ids[at + 1 : at + 1 + Head.ROWS], -1][: len(clean)]
+                for way, (divergence, stored_part) in seen.items():
+                    rough = pair[way][at : at + Head.ROWS]
+                    got = on_head(one, rough, self.algo, product if way == ORT else None) if one else F.linear(rough, head.weight)
+                    pair_of_logits = wanted.numpy(force=True), got.numpy(force=True)
+                    if self.data.judges(number):
+                        divergence.add(*pair_of_logits, targets)
+                    if self.data.travels(number):
+                        add_stored(stored_part, ids, at, *pair_of_logits)
+        if judge:
+            facts["lm_head"] |= judge.facts()
+        self._keep(
+            "head",
+            "",
+            found,
+            {"lm_head": head.weight} if found else {},
+            facts,
+            losses={way: [one.summary() for one in pair_of_way] for way, pair_of_way in seen.items()},
+        )
+
+    def facts(self) -> tuple[dict[str, Any], dict[str, list[dict[str, float]]]]:
+        """(module -> facts, way -> end-to-end numbers and those of the stored sequences alone) of a walk that is done."""
+        modules: dict[str, Any] = {}
+        for index in range(self.source.config.num_layers):
+            modules |= read_json(self.root, f"layer.{index}.json")["modules"]
+        last = read_json(self.root, "head.json")
+        modules |= last["modules"]
+        ordered = {name: modules[name] for name in linear_modules(self.source.config) if name in modules}
+        return ordered, last["losses"]
+
+    def stored_rows(self) -> list[list[int]]:
+        """The sequences that go with the checkpoint, so that an engine can be judged on them."""
+        return [row[:STORED_LEN] for number, row in enumerate(self.data.judging) if self.data.travels(number)]
+
+
+def add_stored(seen: Divergence, ids: Sequence[int], at: int, wanted: np.ndarray, got: np.ndarray) -> None:
+    """Add the positions that an engine of this checkpoint is later judged at; the last one of a stored row has no target."""
+    length = min(len(ids), STORED_LEN)
+    rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)]
+    if rows:
+        seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
+
+
+def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Found], dict[str, Any]]:
+    """Grids of layers that read the same inputs: one search for all, so that they share factor, input scale and (FP8) weight scale.
+
+    A layer whose inputs are always zero stays as it is: no scale stands for them.
+    """
+    assert quant.algo is not None
+    covered = [module for module in weights if quant.covers(f"{prefix}.{module}".strip("."))]
+    amax = float(seen.amax.amax())
+    facts: dict[str, Any] = {}
+    for module, weight in weights.items():
+        facts[f"{prefix}.{module}".strip(".")] = {
+            "quantized": module in covered and amax > 0,
+            "input_amax": amax,
+            "weight_amax": float(weight.abs().amax()),
+            "num_weights": weight.numel(),
+            "num_zero_rows": int((weight.abs().amax(1) == 0).sum()),
+            "exceeds_float16": amax > FLOAT16_LARGEST,
+        }
+    if not covered or not amax:
+        return {}, facts
+    found = search(torch.cat([weights[module] for module in covered]), seen, quant)
+    made, first = {}, 0
+    for module in covered:
+        end = first + weights[module].shape[0]
+        scale = found.scale if quant.algo in STATIC_ACTIVATIONS and found.scale.numel() == 1 else found.scale[first:end]
+        made[module] = Found(found.matrix[first:end], scale, found.input_scale, found.factor, found.alpha, found.error, found.error_nearest)
+        facts[f"{prefix}.{module}".strip(".")] |= {
+            "alpha": found.alpha,
+            "search_error": found.error,
+            "search_error_nearest": found.error_nearest,
+        }
+        first = end
+    return made, facts
+
+
+def not_finite(module: str) -> ThoughtxError:
+    return ThoughtxError(
+        "E165",
+        f"the numbers that {module} computes with are not finite",
+        where=module,
+        why="NaN or infinity in its inputs or outputs: the weights overflow float32 on this data, or are damaged",
+        fix="download the checkpoint again, or calibrate on other data (--calib_data): these inputs drive the original model itself to "
+        "infinity. Nothing was written.",
+    )

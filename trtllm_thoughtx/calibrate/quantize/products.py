@@ -1,0 +1,34 @@
+"""A quantized linear layer as an engine computes it: as its graph has it, in torch, or on onnxruntime's operators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from trtllm_thoughtx.backends.ort_product import FusedProduct, kind_of
+from trtllm_thoughtx.calibrate.quantize.model import Layer
+from trtllm_thoughtx.calibrate.quantize.search import Found
+from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, TOKEN_ACTIVATIONS
+
+
+def operators_of(quant: QuantConfig) -> str | None:
+    """The operators of `ort_product` that round more than the graph in an engine of this format; None where none does."""
+    is_weight_only = quant.algo not in (*STATIC_ACTIVATIONS, TOKEN_ACTIVATIONS)
+    return kind_of(STORED[quant.algo or ""], quant.group_size) if is_weight_only else None
+
+
+def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor, product: FusedProduct | None = None) -> torch.Tensor:
+    """A linear layer as an engine computes it: as the graph has it, or on onnxruntime's operators."""
+    bias = layer.weights.get(f"{module}.bias")
+    if product is None:
+        return F.linear(found.inputs(x, algo), found.matrix, bias)
+    out = on_head(found, x, algo, product)
+    return out if bias is None else out + bias
+
+
+def on_head(found: Found, x: torch.Tensor, algo: str, product: FusedProduct | None) -> torch.Tensor:
+    """A quantized layer without a bias."""
+    if product is None:
+        return F.linear(found.inputs(x, algo), found.matrix)
+    return torch.from_numpy(product(found.inputs(x, algo).numpy(force=True))).to(x.device)

@@ -1,0 +1,139 @@
+"""Which factors per input channel, and which scales, cost a linear layer least: measured on rows of its own inputs.
+
+SmoothQuant (Xiao et al. 2022, arXiv 2211.10438) moves the size of outlier channels into the matrix, AWQ (Lin et al. 2023, arXiv 2306.00978)
+protects the channels that matter; both are a factor per channel, x * p and W / p, of one exponent. Each layer tries several, and none
+at all, so that on these rows it never does worse than plain rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from trtllm_thoughtx.calibrate.quantize import grid
+from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED
+
+ALPHAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+MAX_OUTPUTS = 4096  # rows of a matrix that candidates are compared on
+FEW_SEQUENCES, QUIET = 32, 0.8  # below so many, the share of channels whose size is taken to be unknown
+
+
+@dataclass
+class Inputs:
+    """What was seen of the inputs of one linear layer. All per channel [in]; `rows` [n, in] is an even sample of them.
+
+    Every other sequence belongs to half 0, the rest to half 1: a candidate's input scale is taken from the half that a row is not in, so
+    that one which clips numbers it has not seen is not chosen.
+    """
+
+    amax: torch.Tensor
+    halves: tuple[torch.Tensor, torch.Tensor]  # amax of each
+    is_first: torch.Tensor  # [n], rows of half 0
+    mean: torch.Tensor  # of the absolute values
+    square: torch.Tensor  # mean
+    rows: torch.Tensor
+    num_sequences: int  # that were seen, with or without a row in the sample
+
+
+@dataclass
+class Found:
+    """A linear layer on its grid. `matrix` is what the stored one stands for; errors are shares of the outputs' energy."""
+
+    matrix: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor | None
+    factor: torch.Tensor | None
+    alpha: float | None
+    error: float
+    error_nearest: float  # of plain rounding
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def inputs(self, x: torch.Tensor, algo: str) -> torch.Tensor:
+        """The inputs as the graph computes with them."""
+        x = x if self.factor is None else x * self.factor
+        return x if self.input_scale is None else grid.input_on_grid(x, self.input_scale, algo)
+
+
+def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
+    """The best grid for a float32 matrix [out, in] (of several layers that share inputs: stacked)."""
+    assert quant.algo is not None
+    algo, size = quant.algo, quant.group_size
+    step = -(-weight.shape[0] // MAX_OUTPUTS)
+    wanted = seen.rows @ weight[::step].T
+    energy = float(wanted.double().square().sum()) or 1.0
+    static = algo in STATIC_ACTIVATIONS
+
+    def error(factor: torch.Tensor | None, scale: torch.Tensor | None = None) -> float:
+        part = weight[::step] if factor is None else weight[::step] / factor
+        if scale is None:
+            whole = weight if algo == "FP8" and factor is None else part
+            scale = grid.weight_scale(whole, algo, size)
+        else:
+            scale = scale[::step]
+        x = seen.rows if factor is None else seen.rows * factor
+        if static:
+            first, second = (_input_scale(half, factor, algo) for half in seen.halves)
+            x = grid.input_on_grid(x, torch.where(seen.is_first, second, first)[:, None], algo)
+        return float((x @ grid.on_grid(part, scale, algo).T - wanted).double().square().sum()) / energy
+
+    nearest = error(None)
+    best, alpha, factor = nearest, None, None
+    if quant.prequant:
+        for tried in ALPHAS:
+            candidate = factors(weight, seen, tried, algo, size)
+            cost = error(candidate)
+            if cost < best:
+                best, alpha, factor = cost, tried, candidate
+    scaled = weight if factor is None else weight / factor
+    scale = grid.weight_scale(scaled, algo, size)
+    if algo == "W4A16_AWQ" and quant.prequant:
+        clipped = _shrunk(scaled, scale, seen.square if factor is None else seen.square * factor.square(), algo)
+        cost = error(factor, clipped)
+        if cost < best:
+            best, scale = cost, clipped
+    if quant.prequant and factor is None:
+        factor = torch.ones_like(seen.amax)
+    return Found(
+        grid.on_grid(scaled, scale, algo), scale, _input_scale(seen.amax, factor, algo) if static else None, factor, alpha, best, nearest
+    )
+
+
+def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str, group_size: int) -> torch.Tensor:
+    """The factor of each input channel for one exponent, about 1 on average; 1 for a channel that was always zero.
+
+    Both rules weigh the inputs' size against the matrix's, so that a channel which is large in one and small in the other gets the factor
+    that it would have had if the two were alike.
+
+    SmoothQuant makes quiet channels as large as the scale holds. In a few sequences a channel may be quiet by chance, and clips once it is
+    not; no half of them shows it. Then only the loudest channels are made smaller, and the rest keep their headroom.
+    """
+    if STORED[algo] == "I8":  # SmoothQuant: both sides' largest values
+        x, w = seen.amax.double(), weight.abs().amax(0).double()
+        if seen.num_sequences < FEW_SEQUENCES:
+            x = x.clamp(min=float(torch.quantile(x, QUIET)))
+        wide = w.clamp(min=1e-12) ** (1 - alpha) / x.clamp(min=1e-12) ** alpha
+    else:  # AWQ: the inputs' mean size, and the mean share that a weight has of its group's largest
+        groups = weight.abs().reshape(weight.shape[0], -1, group_size)
+        share = (groups / groups.amax(2, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0).double()
+        wide = share ** (1 - alpha) / seen.mean.double().clamp(min=1e-12) ** alpha
+    live = (seen.amax > 0) & (wide > 0)
+    logs = torch.log(wide)[live]
+    wide = torch.where(live, torch.exp(torch.log(wide) - logs.mean()) if len(logs) else wide, 1.0)
+    return grid.tidy(wide.clamp(2.0**-12, 2.0**12), up=False)
+
+
+def _input_scale(amax: torch.Tensor, factor: torch.Tensor | None, algo: str) -> torch.Tensor:
+    return grid.input_scale((amax if factor is None else amax * factor).amax(), algo)
+
+
+def _shrunk(weight: torch.Tensor, scale: torch.Tensor, square: torch.Tensor, algo: str) -> torch.Tensor:
+    """For each group the share of its scale that costs least, each channel's error weighted by the energy of its inputs."""
+    best, chosen = torch.full_like(scale, float("inf")), scale
+    for shrink in SHRINKS:
+        tried = grid.tidy(scale * shrink)
+        cost = ((grid.on_grid(weight, tried, algo) - weight).square() * square).reshape(*scale.shape, -1).sum(-1)
+        chosen, best = torch.where(cost < best, tried, chosen), torch.minimum(best, cost)
+    return chosen

@@ -1,0 +1,326 @@
+"""`WeightSource`: the tensors of a checkpoint under TensorRT-LLM's names, whichever of the two formats it is stored in.
+
+A Hugging Face directory and the TensorRT-LLM directory converted from it give the same names, shapes and bytes. Names and
+shapes are all checked when the source is opened; values (finite, in range of the wanted type) when they are read. Reading goes
+through plain `pread` into the caller's array: no mapped pages pile up, so memory is what the caller allocates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from trtllm_thoughtx import files
+from trtllm_thoughtx.checkpoint import directory as checkpoint
+from trtllm_thoughtx.checkpoint.exits import ExitWeights, read_exits
+from trtllm_thoughtx.checkpoint.members import Members, changed
+from trtllm_thoughtx.checkpoint.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_unexplained
+from trtllm_thoughtx.checkpoint.tensor_file import DTYPES
+from trtllm_thoughtx.config import ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
+from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.quantization import with_quantization
+from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+from trtllm_thoughtx.progress import Progress
+
+NUMPY_DTYPES = {name: DTYPES[stored] for stored, name in STORED_DTYPES.items()}
+# What is read, by the type's name in a safetensors file; float64 is always rounded.
+READ_DTYPES = {stored: NUMPY_DTYPES[name] for stored, name in STORED_DTYPES.items()} | {"F64": np.dtype(np.float64)}
+# Types of quantized tensors, which are never cast.
+FIXED_DTYPES = {stored: DTYPES[stored] for stored in ("F8_E4M3", "I8", "U8", "F32", "I32")}
+BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
+_CAST_ELEMENTS = 1 << 16  # a piece whose temporaries stay in the processor's cache
+
+
+@dataclass
+class Findings:
+    """What is wrong with the values read so far."""
+
+    num_nonfinite: int = 0
+    num_overflowed: int = 0  # finite, but beyond the range of the wanted type
+    num_differing: int = 0  # rows of a tied model's stored head that are not the embedding's
+
+    def __bool__(self) -> bool:
+        return bool(self.num_nonfinite or self.num_overflowed or self.num_differing)
+
+    def add(self, other: Findings) -> None:
+        self.num_nonfinite += other.num_nonfinite
+        self.num_overflowed += other.num_overflowed
+        self.num_differing += other.num_differing
+
+
+@functools.cache
+def _every_value(source: str, target: str) -> np.ndarray:
+    """The bits in `target` of each of the 65,536 values of a 16-bit type: faster than computing them for every element."""
+    values = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16).view(NUMPY_DTYPES[source]).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _bits(values.astype(NUMPY_DTYPES[target]))
+
+
+def cast_into(source: np.ndarray, target: np.ndarray) -> int:
+    """Round `source` to the type of `target` (nearest, ties to even); both flat. Returns how many finite values became infinite."""
+    num_overflowed = 0
+    table = _every_value(source.dtype.name, target.dtype.name) if source.itemsize == 2 else None
+    for begin in range(0, source.size, _CAST_ELEMENTS):
+        piece, result = source[begin : begin + _CAST_ELEMENTS], target[begin : begin + _CAST_ELEMENTS]
+        if table is not None:
+            np.take(table, _bits(piece).astype(np.intp), out=_bits(result), mode="clip")
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.copyto(result, piece, casting="same_kind")
+        if (result.itemsize == 2 or piece.itemsize > result.itemsize) and (num_bad := checkpoint.count_nonfinite(result)):
+            num_overflowed += num_bad - checkpoint.count_nonfinite(piece)
+    return num_overflowed
+
+
+class _Scratch(threading.local):
+    """Room for one block as stored, before it is cast; each reading thread has its own."""
+
+    def __init__(self) -> None:
+        self.block = np.empty(2 * BLOCK_BYTES, np.uint8)  # a block in float64 takes twice as much
+
+
+class WeightSource:
+    """An opened checkpoint. Use as a context manager, or call `close`. Several threads may read from it."""
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        config: ModelConfig,
+        table: tuple[Tensor, ...],
+        stored: dict[str, checkpoint.TensorInfo],
+        members: Members,
+        *,
+        allow_nonfinite: bool,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.path, self.kind, self.config = path, kind, config
+        self.notes = notes  # what a person should know about how this checkpoint was read
+        self.allow_nonfinite = allow_nonfinite
+        self.members = members
+        self._tensors = {t.name: t for t in table}
+        self._stored = stored
+        self._handles: dict[str, BinaryIO] = {}
+        self._scratch = _Scratch()
+        # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
+        self._twin = HEAD if config.tied and not config.has_head and HEAD in stored else None
+        for name in members.weights:
+            self._handles[name] = files.open_inside(path, name)
+
+    def names(self) -> tuple[str, ...]:
+        """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`, unless that is quantized."""
+        return tuple(name for name in self._tensors if name != HEAD or self.config.has_head)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of a TensorRT-LLM checkpoint, layer-major, with the head of a tied model."""
+        return tuple(self._tensors.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor as the checkpoint holds it."""
+        stored = self._tensors[name].stored
+        dtype = self._tensors[name].dtype or self.config.dtype
+        return math.prod(self.shape(name)) * (FIXED_DTYPES[stored] if stored else NUMPY_DTYPES[dtype]).itemsize
+
+    def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers.
+
+        Tensors of a quantized layer come as they are stored, whatever `dtype`.
+        """
+        tensor = self._tensors[name]
+        if tensor.stored:
+            return self._read_fixed(tensor)
+        dtype = dtype or tensor.dtype or self.config.dtype
+        out = np.empty(tensor.shape, NUMPY_DTYPES[dtype])
+        findings, row = Findings(), 0
+        rows = out.reshape(-1, *tensor.parts[0].shape[1:])
+        for part in tensor.parts:
+            for begin, end in self.blocks(part):
+                findings.add(self.read_rows(part, begin, end, rows[row + begin : row + end]))
+            row += part.shape[0]
+        self.refuse({name: findings} if findings else {}, dtype)
+        return out
+
+    def _read_fixed(self, tensor: Tensor) -> np.ndarray:
+        """A tensor of a quantized layer. E108 when a scale is not a positive number, an 8-bit float no number, an order no permutation."""
+        assert tensor.stored
+        out = np.empty(tensor.shape, FIXED_DTYPES[tensor.stored])
+        self._pread(self._stored[tensor.name], 0, out)
+        if tensor.stored in ("F32", "F8_E4M3"):
+            wide = out.astype(np.float32)
+            good = np.isfinite(wide) & ((wide > 0) | (tensor.stored != "F32") | tensor.name.endswith(".zero"))
+            if not good.all():
+                raise ThoughtxError(
+                    "E108",
+                    f"{tensor.name}: {np.count_nonzero(~good)} values cannot be used",
+                    where=str(self.path),
+                    why="a scale must be a positive number, and a weight a finite one",
+                    fix="copy the checkpoint again, or make it again from the original (thoughtx-calibrate or thoughtx-convert)",
+                )
+        if tensor.stored == "I32" and not np.array_equal(np.sort(out), np.arange(out.size)):
+            raise ThoughtxError(
+                "E108",
+                f"{tensor.name} is not an order of the layer's inputs",
+                where=str(self.path),
+                why=f"it must name each of the channels 0 to {out.size - 1} once",
+                fix="copy the checkpoint again, or make it again from the original: thoughtx-convert --force",
+            )
+        return out
+
+    def blocks(self, part: Part) -> Iterator[tuple[int, int]]:
+        """Row ranges that cover a part; none takes more than `BLOCK_BYTES`, in any dtype."""
+        step = BLOCK_BYTES // (4 * math.prod(part.shape[1:]))
+        for begin in range(0, part.shape[0], step):
+            yield begin, min(begin + step, part.shape[0])
+
+    def read_rows(self, part: Part, begin: int, end: int, into: np.ndarray) -> Findings:
+        """One of the `blocks` of a part, cast to the dtype of `into` (C-contiguous). Counts what is wrong with the values."""
+        info = self._stored[part.source]
+        dtype = READ_DTYPES[info.dtype]
+        raw = into if dtype == into.dtype else self._scratch.block[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
+        self._pread(info, part.first_row + begin, raw)
+        findings = Findings()
+        if not self.allow_nonfinite:
+            findings.num_nonfinite = checkpoint.count_nonfinite(raw)
+        if self._twin and part.source in (EMBEDDING, "model.embed_tokens.weight"):
+            twin = self._stored[self._twin]
+            other = np.empty(into.shape, READ_DTYPES[twin.dtype])
+            self._pread(twin, begin, other)
+            if twin.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
+                findings.num_differing += end - begin
+        if raw is not into:
+            findings.num_overflowed = cast_into(raw.reshape(-1), into.reshape(-1))
+        return findings
+
+    def _pread(self, info: checkpoint.TensorInfo, first_row: int, into: np.ndarray) -> None:
+        row_bytes = into.nbytes // into.shape[0]
+        view, offset = into.reshape(-1).view(np.uint8).data, info.offset + first_row * row_bytes
+        fd = self._handles[info.file].fileno()
+        while view:
+            num_read = os.preadv(fd, [view], offset)
+            if num_read <= 0:
+                self.verify_unchanged()
+                raise changed(self.path / info.file)
+            view, offset = view[num_read:], offset + num_read
+
+    def refuse(self, found: dict[str, Findings], dtype: str) -> None:
+        """E108 / E107 listing every tensor in `found`; nothing when it is empty."""
+        differing = [name for name, f in found.items() if f.num_differing]
+        if differing:
+            raise ThoughtxError(
+                "E107",
+                "the model is tied, but its stored lm_head.weight is not the embedding",
+                where=str(self.path),
+                why="tie_word_embeddings is true, and which of the two is meant is not written down",
+                fix="set tie_word_embeddings to false in config.json; only if the stored head is a leftover, remove it from its file "
+                "(load_file and save_file of safetensors.torch)",
+            )
+        lines = []
+        for name, f in found.items():
+            if f.num_nonfinite:
+                lines.append(f"{name}: {f.num_nonfinite} values are NaN or infinite")
+            if f.num_overflowed:
+                lines.append(f"{name}: {f.num_overflowed} values are beyond the range of {dtype}")
+        if lines:
+            overflows = any(f.num_overflowed for f in found.values())
+            raise ThoughtxError(
+                "E108",
+                f"{len(found)} tensor(s) hold values that cannot be used",
+                where=str(self.path),
+                why=listed(lines),
+                fix="give a --dtype with more range: bfloat16 or float32"
+                if overflows
+                else "download the checkpoint again, or ask its authors: such weights are damage. thoughtx-convert --allow_nonfinite "
+                "keeps them as they are, for tensorrt-llm; no engine is built from them here",
+            )
+
+    @functools.cached_property
+    def exits(self) -> ExitWeights:
+        """The early exits that the checkpoint carries, checked; none (all None) where it has no such files."""
+        return read_exits(self.path, self.config)
+
+    def verify_unchanged(self) -> None:
+        self.members.verify_unchanged()
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
+
+    def __enter__(self) -> WeightSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.dtype(f"u{array.itemsize}"))
+
+
+def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
+    """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all).
+
+    What a person should know about how it is read goes to `progress`, and is in `notes`.
+    """
+    path, notes = Path(path), []
+    kind = checkpoint.kind_of(path)
+    if kind not in ("huggingface", "tensorrt-llm"):
+        raise ThoughtxError(
+            "E101",
+            f"{shown(path.name)} is not a checkpoint (it looks like: {kind})",
+            where=str(path),
+            why="a Hugging Face directory or a TensorRT-LLM checkpoint is needed",
+            fix="give the checkpoint that it was built from" if kind == "engine" else "give a checkpoint's directory",
+        )
+    where = str(path / "config.json")
+    raw = files.read_json(path, "config.json")
+    if kind == "huggingface":
+        model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
+        shards = checkpoint.shard_files(path)
+        stored = checkpoint.read_tensors(path, shards)
+        members = Members(path, kind, shards)
+        notes = members.notes()
+        refuse_unexplained(stored, path)
+        if any(info.dtype == "F64" for info in stored.values()):
+            notes.append("weights in float64 are rounded: no engine computes in it")
+        used = {STORED_DTYPES.get(info.dtype, "float32") for info in stored.values() if info.dtype in READ_DTYPES}
+        config = model_config_from_hf(raw, where, weights_dtype=used.pop() if len(used) == 1 else None)
+        table = tensors_of(config)
+    else:
+        tp, pp, cp = mapping_of(raw, where)
+        if tp * pp * cp != 1:
+            raise ThoughtxError(
+                "E103",
+                f"the checkpoint is split for {tp * pp * cp} ranks",
+                where=where,
+                why=f"tp_size {tp}, pp_size {pp}, cp_size {cp}; only TensorRT-LLM runs sharded checkpoints",
+                fix="convert the original model in one piece: thoughtx-convert --tp_size 1 --pp_size 1, which are the defaults",
+            )
+        config = model_config_from_trtllm(raw, where)
+        shards = ["rank0.safetensors"]
+        stored = checkpoint.read_tensors(path, shards)
+        members = Members(path, kind, shards)
+        if config.quantization is None:
+            refuse_unexplained(stored, path)
+        if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
+            config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
+        table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
+    check_tensors(table, stored, config, path)
+    if config.sliding_window is not None and config.sliding_window == config.longest:
+        notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
+    for note in notes:
+        (progress or Progress.silent()).note(f"note: {note}")
+    return WeightSource(path, kind, config, table, stored, members, allow_nonfinite=allow_nonfinite, notes=tuple(notes))

@@ -1,0 +1,143 @@
+"""`thoughtx-calibrate`: measure a model on data, and write what follows: a quantized checkpoint, exits, settings of chunked attention."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trtllm_thoughtx.cli.evaluate import NAMES
+from trtllm_thoughtx.cli.framework import COUNT, LAYERS, PATH, POSITIVE, command, template_options
+from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
+from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.progress import Progress
+
+MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer")
+SHARE = FiniteFloat(0, 1)
+
+
+class Budget(click.ParamType):
+    """`kl=0.01`."""
+
+    name = "kl=X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"kl=(\d*\.?\d+(?:e-?\d+)?)", str(value))
+        if isinstance(value, float):
+            return value
+        if match is None or not 0 < float(match[1]) < 100:
+            self.fail(f"{value!r} is not kl=X with a positive number, such as kl=0.01", param, ctx)
+        return float(match[1])
+
+
+OF_ALL = ("seed", "force", "enable_thinking", "chat_template_kwargs")
+# What a flag that was given can belong to, but for those of all.
+FLAGS_OF = {
+    "--qformat": (
+        *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
+        *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits", "self_traces", "private_data"),
+        *("eval_items", "dataset", "max_new_tokens"),
+    ),
+    "--chunk_report": ("calib_data", "calib_size", "context", "target_capture", "max_task_loss", "eval_items"),
+    "--fit_exit_head, --exit_layers": (
+        *("adapter_rank", "max_accuracy_loss", "tasks", "dataset", "num_items", "max_new_tokens", "batch_size", "num_threads"),
+    ),
+}
+
+
+@command(
+    "calibrate",
+    "thoughtx-calibrate --model_dir ./model --output_dir ./ckpt-fp8 --qformat fp8 --calib_data prompts.jsonl",
+    "thoughtx-calibrate --model_dir ./model --output_dir ./ckpt-int4 --qformat int4_awq --exclude 'transformer.layers.0.*'",
+    "thoughtx-calibrate --model_dir ./model --output_dir ./chunks --chunk_report --target_capture 0.97",
+    "thoughtx-build --config ./chunks/build.yaml --checkpoint_dir ./model --output_dir ./engine",
+    "thoughtx-calibrate --model_dir ./model --output_dir ./ckpt --fit_exit_head --exit_layers 3 --dataset questions.jsonl",
+)
+@click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory; except for --chunk_report also a checkpoint.")
+@click.option("--output_dir", type=PATH, required=True, help="Where the checkpoint that is made, or the report and its settings, go.")
+@click.option("--qformat", type=OneOf(tuple(QUANT_ALGOS)), help=f"Quantize the linear layers: {', '.join(QUANT_ALGOS)}.")
+@click.option("--chunk_report", is_flag=True, help="What chunked attention keeps, and the smallest window that keeps enough.")
+@click.option("--fit_exit_head", is_flag=True, help="Fit a head that says when the answer is known and a step ends.")
+@click.option("--exit_layers", type=LAYERS, help="Fit exit adapters before these layers, which draft tokens of a staged engine.")
+@click.option("--calib_data", type=PATH, help="JSONL file (chunk report: of traces), .txt file or data set.  [default: generated tasks]")
+@click.option("--calib_size", type=POSITIVE, help="Sequences to take.  [default: 128, an eighth judges; int8_wo, int4_wo, chunk report 16]")
+@click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512; int8_wo, int4_wo 256]")
+@click.option("--batch_size", type=Count(1, 4096), help="Sequences at once; changes no number.  [default: 8, exits 16]")
+@click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the data's prompts.")
+@click.option("--private_data", is_flag=True, default=None, help="Write no token of the data; generated tasks judge engines instead.")
+@click.option("--group_size", type=Count(2, 1 << 16), help="Inputs that share a 4-bit scale.  [default: 128, or the largest that fits]")
+@click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
+@click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize the output matrix as well.")
+@click.option("--plain_rounding", is_flag=True, default=None, help="No search (SmoothQuant, AWQ): plain rounding, to compare with.")
+@click.option("--kv_cache_dtype", type=OneOf(("auto", *KV_ALGOS)), help="int8: onnxruntime; fp8: tensorrt-llm.  [default: auto]")
+@click.option("--sensitivity", is_flag=True, default=None, help="Also measure what quantizing each layer alone costs.")
+@click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers until the mean KL is at most X nats.")
+@click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers up to this mean of bits per weight.")
+@click.option(
+    "--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: at most 2048]"
+)
+@click.option("--target_capture", type=SHARE, help="Share of the attention mass that the window must keep.  [default: 0.97]")
+@click.option("--max_task_loss", type=SHARE, help="Share of right answers that may be lost.  [default: 0.01]")
+@click.option("--eval_items", type=COUNT, help="Questions of each task that are asked.  [default: --qformat 0, --chunk_report 60]")
+@click.option("--adapter_rank", type=POSITIVE, help="Rank of an exit adapter's map.  [default: 64]")
+@click.option("--max_accuracy_loss", type=FiniteFloat(0, 100), help="Points of accuracy that an exit may cost.  [default: 0.5]")
+@click.option("--task", "tasks", type=NAMES, help="Generated questions to trace for exits.  [default: all]")
+@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to ask or trace instead.')
+@click.option("--num_items", type=POSITIVE, help="Generated questions of each task and set, for exits.  [default: 120]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of an answer.  [default: 512]")
+@template_options
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads, for exits.")
+@click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def calibrate(
+    model_dir: Path,
+    output_dir: Path,
+    qformat: str | None,
+    chunk_report: bool,
+    fit_exit_head: bool,
+    exit_layers: tuple[int, ...] | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Quantize a model on data, fit its exits, or measure what chunked attention keeps of it; report what that costs."""
+    wanted = (qformat is not None, chunk_report, fit_exit_head or exit_layers is not None)
+    named = [flag for flag, is_wanted in zip(FLAGS_OF, wanted, strict=True) if is_wanted]
+    if len(named) != 1:
+        why = f"given: {'; '.join(named)}" if named else "none was given"
+        fix = "thoughtx-calibrate --help shows examples"
+        what = "one of --qformat, --chunk_report and --fit_exit_head (or --exit_layers) is needed"
+        raise ThoughtxError("E001", what, where="thoughtx-calibrate", why=why, fix=fix)
+    given = {name: value for name, value in options.items() if value is not None}
+    other = [f"--{'task' if name == 'tasks' else name}" for name in given if name not in (*FLAGS_OF[named[0]], *OF_ALL)]
+    if other:
+        why, fix = "it means nothing with this flag", "leave it out"
+        raise ThoughtxError("E001", f"{', '.join(other)} cannot be used here", where=named[0], why=why, fix=fix)
+    progress = Progress(quiet=quiet)
+    following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
+    if chunk_report:
+        from trtllm_thoughtx.calibrate.chunks import job
+
+        found = job.chunk_report(model_dir, output_dir, progress=progress, **given)
+        recipe = f"next: thoughtx-build --config {output_dir / 'build.yaml'} --checkpoint_dir {model_dir} --output_dir ENGINE"
+        human = [*job.chunk_tables(found), *([recipe] if found["chosen"] is not None else [])]
+    elif qformat is not None:
+        from trtllm_thoughtx.calibrate.quantize.job import calibrate
+        from trtllm_thoughtx.calibrate.quantize.page import calibration_tables
+
+        found = calibrate(model_dir, output_dir, progress=progress, qformat=qformat, **given)
+        human = [*calibration_tables(found), following]
+    else:
+        from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
+        from trtllm_thoughtx.calibrate.exits.tables import exit_tables
+
+        given |= {"fit_exit_head": fit_exit_head, "exit_layers": exit_layers or ()}
+        found = calibrate_exits(model_dir, output_dir, progress=progress, **given)
+        human = [*exit_tables(found), following]
+    if found["up_to_date"]:
+        human = ["up to date: the same inputs and settings made what is there, and its files are intact", *human]
+    emit("calibrate", found, as_json=as_json, human=human)

@@ -1,0 +1,297 @@
+"""The commands: each parses its flags, calls one function of the package and prints what that returned.
+
+Heavy modules are imported inside the commands, so that `--help` and a wrong flag answer at once, with no TensorRT, torch or
+onnx on the machine. Flags are spelled with underscores, as trtllm-build does; dashes work as well. Every flag of a command
+may also stand in a YAML file (`--config`), and the command line wins.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from trtllm_thoughtx import __version__
+from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.cli.calibrate import calibrate
+from trtllm_thoughtx.cli.distill import distill
+from trtllm_thoughtx.cli.evaluate import evaluate
+from trtllm_thoughtx.cli.framework import (
+    CHUNK_SIZE,
+    COMMANDS,
+    COUNT,
+    LAYERS,
+    NATS,
+    PATH,
+    POSITIVE,
+    TOKENS,
+    command,
+    exact_option,
+    sampling_options,
+    template_options,
+    thinking_options,
+)
+from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
+from trtllm_thoughtx.config import DTYPES, PLUGINS, BuildConfig
+from trtllm_thoughtx.errors import Exit
+from trtllm_thoughtx.process import interrupt
+from trtllm_thoughtx.progress import Progress
+
+TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
+SEVERAL_BACKENDS = CommaList(
+    "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
+)
+DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
+
+
+@command(
+    "convert",
+    "thoughtx-convert --model_dir ./DistilQwen2.5-ThoughtX-7B --output_dir ./ckpt",
+    "thoughtx-convert --model_dir ./model --output_dir ./ckpt --dtype float16 --force",
+)
+@click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory (safetensors).")
+@click.option("--output_dir", type=PATH, required=True, help="Where the TensorRT-LLM checkpoint goes.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Type of the weights; auto keeps the checkpoint's.")
+@click.option("--tp_size", type=Count(1, 64), default=1, help="Tensor parallel ranks (for tensorrt-llm).")
+@click.option("--pp_size", type=Count(1, 64), default=1, help="Pipeline parallel ranks (for tensorrt-llm).")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--allow_nonfinite", is_flag=True, help="Accept NaN and infinity in weights, and record it.")
+def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
+    from trtllm_thoughtx.checkpoint.convert import convert
+    from trtllm_thoughtx.checkpoint.quantized import import_quantized, is_quantized, only_plain
+    from trtllm_thoughtx.inspection import describe, summary_table
+
+    if is_quantized(model_dir):
+        summary = import_quantized(model_dir, output_dir, progress=Progress(quiet=quiet), **only_plain(options))
+    else:
+        summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
+    found = describe(output_dir)["notes"]
+    for note in found:
+        Progress(quiet=quiet).note(f"note: {note}")
+    summary["notes"] = [*summary.get("notes", ()), *found]
+    following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
+    if summary["up_to_date"]:
+        following = f"up to date: the same inputs and settings made what is there, and its files are intact\n{following}"
+    emit("convert", summary, as_json=as_json, human=[summary_table("checkpoint", summary), following])
+
+
+@command(
+    "build",
+    "thoughtx-build --checkpoint_dir ./ckpt --output_dir ./engine --use_chunked_attention",
+    "thoughtx-build --config build_configs/thoughtx-tiny.yaml --checkpoint_dir ./ckpt --output_dir ./engine",
+)
+@click.option("--checkpoint_dir", type=PATH, required=True, help="TensorRT-LLM checkpoint or Hugging Face directory.")
+@click.option("--output_dir", type=PATH, required=True, help="Where the engine directory goes.")
+@click.option(
+    "--backend", type=SEVERAL_BACKENDS, multiple=True, help=f"What to build for: {', '.join(BACKENDS)}.  [default: {DEFAULT_BACKENDS}]"
+)
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), help="Type that the engine computes in.  [default: auto, the checkpoint's]")
+@click.option("--max_batch_size", type=POSITIVE, help="Most sequences in one call.")
+@click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are read in pieces.")
+@click.option("--max_seq_len", type=POSITIVE, help="Most tokens of prompt and answer together.")
+@click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen for each request, see --base_size.")
+@click.option("--sink_tokens", type=COUNT, help="First tokens of the prompt that stay visible.")
+@click.option("--left_chunks", type=COUNT, help="Whole chunks that stay visible behind the current one.")
+@click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may ask for; sizes the KV cache.  [default: --chunk_size]")
+@click.option("--num_anchors", type=COUNT, help="Older chunks whose last token stays visible.")
+@click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of a chosen chunk per nat of a prompt's complexity.")
+@click.option("--threshold_low", type=NATS, help="Prompts of less complexity, in nats, are answered in a single step.")
+@click.option("--plugin", type=OneOf(PLUGINS), help="Form of the chunked attention in a tensorrt engine.  [default: function]")
+@click.option("--plugin_library", type=PATH, help="Shared library of --plugin cpp; `make plugin` makes it.")
+@click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
+@click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
+@click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")
+@click.option("--optimization_level", type=Count(0, 5), help="TensorRT builder effort.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--dry_run", is_flag=True, help="Check everything and print the plan; write nothing.")
+def build(
+    checkpoint_dir: Path, output_dir: Path, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any
+) -> None:
+    """Build an engine directory from a checkpoint."""
+    from trtllm_thoughtx.build.build import build
+    from trtllm_thoughtx.inspection import build_tables
+
+    backends = tuple(name for names in options.pop("backend") for name in names)
+    chosen = {key: value for key, value in {**options, "backend": backends or None}.items() if value is not None}
+    summary = build(checkpoint_dir, output_dir, chosen, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
+    following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
+    emit("build", summary, as_json=as_json, human=[*build_tables(summary), *following])
+
+
+@command(
+    "validate",
+    "thoughtx-validate --engine_dir ./engine --reference ./model --record golden.safetensors",
+    "thoughtx-validate --engine_dir ./engine --golden golden.safetensors --junit report.xml",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to judge.")
+@click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
+@click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
+@click.option("--record", type=PATH, help="Write the reference values to this file.")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Judge this backend's part of the engine.  [default: all that it holds]")
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
+@exact_option
+@click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
+@click.option("--strict", is_flag=True, help="A skipped check counts as failed.")
+@click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
+def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Compare an engine with PyTorch; status 1 when they differ."""
+    from trtllm_thoughtx import report
+    from trtllm_thoughtx.validate.validate import validate
+
+    if junit_file is not None:
+        report.check_file_output(junit_file)
+    result = validate(engine_dir, progress=Progress(quiet=quiet), **options)
+    checks = [report.plain(check) for check in result.checks]
+    for check in checks:
+        if strict and check["status"] == "skipped":
+            check.update(status="failed", reason=f"skipped, and --strict was given: {check['reason']}")
+    count = {status: sum(check["status"] == status for check in checks) for status in report.STATUSES}
+    ok = bool(result.ok) and not count["failed"]
+    if junit_file is not None:
+        report.junit(junit_file, checks)
+    rows = [[check["status"], check["name"], check.get("reason") or report.brief(check.get("evidence"))] for check in checks]
+    verdict = "FAILED" if not ok else "PASSED WHAT WAS CHECKED" if count["skipped"] else "PASSED"
+    closing = f"{verdict}: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
+    human = [report.table(f"checks of {engine_dir}", ["status", "check", "evidence or reason"], rows), closing]
+    body = {"engine_dir": str(engine_dir), "expected_from": result.expected_from, "checks": checks, "count": count}
+    emit("validate", body, as_json=as_json, ok=ok, human=human)
+    if not ok:
+        raise click.exceptions.Exit(Exit.NO)
+
+
+@command(
+    "run",
+    'thoughtx-run --engine_dir ./engine --prompt "x1 = 3 x2 = 5 ?"',
+    "thoughtx-run --engine_dir ./engine --input_ids 4,49,8,16 --max_new_tokens 16 --temperature 0 --json",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to run.")
+@click.option("--prompt", help="Text of one request; the chat template is applied.")
+@click.option("--input_ids", type=TOKENS, help="Token ids of one request, comma-separated.")
+@click.option("--prompts", type=PATH, help='JSONL file, one request a line: {"prompt": TEXT} or {"input_ids": [...]}.')
+@click.option("--no_chat_template", is_flag=True, help="Use the prompt's text as it is.")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
+@click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
+@click.option(
+    "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Sample within this probability mass.  [default: the checkpoint's]"
+)
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
+@sampling_options
+@click.option("--num_return_sequences", type=Count(1, 1024), help="Answers to each prompt, from different random streams.  [default: 1]")
+@click.option("--logprobs", type=Count(0, 1000), help="With --json: log-probabilities of each token and of the N likeliest in its place.")
+@click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
+@template_options
+@thinking_options
+@exact_option
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
+def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Generate text or token ids with an engine."""
+    from trtllm_thoughtx.cli.run import run_requests
+
+    stream = None if as_json else sys.stdout
+    options["stop"] = options["stop"] or None
+    result = run_requests(stream=stream, progress=Progress(quiet=quiet), **options)
+    emit("run", result, as_json=as_json)
+
+
+@command(
+    "bench",
+    "thoughtx-bench --engine_dir ./engine --prompt_len 128 --max_new_tokens 64",
+    "thoughtx-bench --engine_dir ./engine --against ./model --num_threads 2 --json",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to time.")
+@click.option("--against", type=PATH, help="Hugging Face directory that transformers runs eagerly in the same process.")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to time.  [default: one that runs here]")
+@click.option("--prompt_len", type=POSITIVE, default=64, help="Tokens of each random prompt.")
+@click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
+@click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@exact_option
+@click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
+@click.option("--warmup", type=Count(0, 1000), default=1, help="Untimed runs before.")
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")
+def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Time prefill and decode of an engine."""
+    from trtllm_thoughtx.bench import bench, bench_table
+
+    result = bench(engine_dir, progress=Progress(quiet=quiet), **options)
+    emit("bench", result, as_json=as_json, human=bench_table(result))
+
+
+@command("inspect", "thoughtx-inspect ./engine", "thoughtx-inspect ./engine/rank0.onnx --json")
+@click.argument("path", type=PATH)
+def inspect(path: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Say what PATH is: a model, a checkpoint, an engine directory, an .onnx or an .engine file."""
+    from trtllm_thoughtx.inspection import describe, description_tables
+
+    description = describe(path)
+    ok = description.get("matches_manifest") is not False
+    emit("inspect", description, as_json=as_json, ok=ok, human=description_tables(description))
+    if not ok:
+        raise click.exceptions.Exit(Exit.REFUSED)
+
+
+class _Group(click.Group):
+    """Lists the commands in the order in which one uses them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in ORDER if name in self.commands]
+
+
+@click.group("thoughtx", cls=_Group, commands=COMMANDS, context_settings=CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="trtllm-thoughtx")
+def thoughtx() -> None:
+    """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove that they are right."""
+
+
+def _end(status: int) -> NoReturn:
+    if status == Exit.INTERRUPTED:
+        interrupt.leave()
+    sys.exit(status)
+
+
+def main() -> NoReturn:
+    _end(run(thoughtx, "thoughtx"))
+
+
+def distill_main() -> NoReturn:
+    _end(run(distill, "thoughtx-distill"))
+
+
+def convert_main() -> NoReturn:
+    _end(run(convert, "thoughtx-convert"))
+
+
+def calibrate_main() -> NoReturn:
+    _end(run(calibrate, "thoughtx-calibrate"))
+
+
+def build_main() -> NoReturn:
+    _end(run(build, "thoughtx-build"))
+
+
+def validate_main() -> NoReturn:
+    _end(run(validate, "thoughtx-validate"))
+
+
+def run_main() -> NoReturn:
+    _end(run(run_command, "thoughtx-run"))
+
+
+def eval_main() -> NoReturn:
+    _end(run(evaluate, "thoughtx-eval"))
+
+
+def bench_main() -> NoReturn:
+    _end(run(bench, "thoughtx-bench"))
+
+
+def inspect_main() -> NoReturn:
+    _end(run(inspect, "thoughtx-inspect"))

@@ -1,0 +1,94 @@
+"""`thoughtx-eval`: how well a system answers, what that costs, and whether another one does better on the same questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.cli.framework import (
+    CHUNK_SIZE,
+    COUNT,
+    PATH,
+    POSITIVE,
+    command,
+    exact_option,
+    sampling_options,
+    template_options,
+    thinking_options,
+)
+from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.progress import Progress
+
+NUMBERS = CommaList("LIST", r"\d{1,6}", int, "a whole number")
+GENERATED = ("chain", "lookup", "story", "loan")
+NAMES = CommaList("LIST", "|".join(GENERATED), str, f"one of {', '.join(GENERATED)}")
+MATCHES = ("exact", "normalized", "contains", "last_number", "choice", "boxed")
+BENCHMARKS = ("gsm8k", "hotpotqa", "boolq", "commonsense_qa")
+HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCHMARKS)}")
+
+
+@command(
+    "eval",
+    "thoughtx-eval --engine_dir ./engine --task chain,lookup --num_items 200 --plot accuracy.png",
+    "thoughtx-eval --engine_dir ./engine --task chain --compare ./other-engine",
+    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --match contains --output result.json",
+    "thoughtx-eval --model_dir ./model --harness gsm8k,boolq --data_dir ./data --limit 100",
+)
+@click.option("--engine_dir", type=PATH, help="Engine directory to ask.")
+@click.option("--model_dir", type=PATH, help="Hugging Face directory to ask, run by transformers.")
+@click.option("--task", "tasks", type=NAMES, help=f"Generated questions: {', '.join(GENERATED)}.")
+@click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...}, - is stdin.')
+@click.option(
+    "--match", type=OneOf(MATCHES), help="How answers of --dataset are compared.  [default: by the answer's form: number, letter or words]"
+)
+@click.option("--harness", type=HARNESS, help=f"lm-eval tasks: {', '.join(BENCHMARKS)}.")
+@click.option("--compare", type=PATH, help="Another engine, model or saved result: both on the same questions.")
+@click.option("--num_items", type=POSITIVE, default=120, help="Questions of each task, spread over its sizes.")
+@click.option("--sizes", type=NUMBERS, help="Operands, hops, operations or rules.  [default: 1 to 12 operands, 1 to 4 of others]")
+@click.option("--lengths", type=NUMBERS, default="0", help="Words of context of lookups; 0: as short as they come.")
+@click.option("--cut_share", type=FiniteFloat(0, 10), default=0.0, help="Also this many times as many questions with a thought cut short.")
+@click.option("--split", type=click.Choice(["test", "validation", "train"]), default="test", help="Which generated questions.")
+@click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the questions and of the sampling.")
+@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of thought and answer.  [default: 512, benchmarks 256]")
+@click.option("--temperature", type=FiniteFloat(0, 100), default=0.0, help="0 is greedy.")
+@click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Sample within this probability mass.")
+@sampling_options
+@click.option("--batch_size", type=POSITIVE, help="Questions at once; above 1 the times are those of a batch.  [default: 1]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
+@template_options
+@thinking_options
+@exact_option
+@click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
+@click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0 not.  [default: 2048 with --compare, else 0]")
+@click.option("--output", type=PATH, help="Keep every answer in this JSON file, for a later --compare.")
+@click.option("--plot", type=PATH, help="Draw accuracy by size and length (.png, .svg, .pdf).")
+@click.option("--data_dir", type=PATH, help="Where TASK.jsonl lies for --harness; else lm-eval fetches it.")
+@click.option("--limit", type=POSITIVE, help="First questions of --dataset or of each --harness task.")
+@click.option("--num_fewshot", type=COUNT, help="Examples before each question of --harness.  [default: the task's own]")
+@click.option("--chat_template", is_flag=True, help="Put the questions of --harness into the chat template.")
+def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Measure accuracy with intervals, tokens, steps and time; compare two systems on the same questions."""
+    from trtllm_thoughtx.evaluate.job import evaluation, evaluation_tables
+
+    one_of({name: options[name] for name in ("engine_dir", "model_dir")})
+    one_of({name: options[name] for name in ("tasks", "dataset", "harness")})
+    path: Path = options.pop("engine_dir") or options["model_dir"]
+    options.pop("model_dir")
+    options["stop"] = options["stop"] or None
+    found = evaluation(path, progress=Progress(quiet=quiet), **options)
+    emit("eval", found, as_json=as_json, human=evaluation_tables(found))
+
+
+def one_of(given: dict[str, Any]) -> None:
+    """E001 unless exactly one of the flags is there."""
+    flags = [f"--{'task' if name == 'tasks' else name}" for name in given]
+    named = [flag for flag, value in zip(flags, given.values(), strict=True) if value is not None]
+    if len(named) != 1:
+        why = f"given: {', '.join(named)}" if named else "none was given"
+        fix = "thoughtx-eval --help shows examples"
+        raise ThoughtxError("E001", f"exactly one of {', '.join(flags)} is needed", where="thoughtx-eval", why=why, fix=fix)

@@ -1,0 +1,119 @@
+"""What every command has in common: its options, its examples, and the recipe file that may hold its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from trtllm_thoughtx import __version__
+from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr, OneOf
+from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
+
+PATH = FilePath()
+POSITIVE = Count(min=1, max=1 << 24)
+COUNT = Count(min=0, max=1 << 24)
+CHUNK_SIZE = CountOr(AUTO, min=1, max=1 << 24)
+NATS = FiniteFloat(min=0, max=20, min_open=True)
+CHANCE = FiniteFloat(min=0, max=1)
+CHANCE_OR_AUTO = FiniteFloatOr(AUTO, min=0, max=1)
+TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
+PENALTY = FiniteFloat(min=-2, max=2)
+LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
+COMMANDS: dict[str, click.Command] = {}
+
+
+def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and not ctx.resilient_parsing:
+        from trtllm_thoughtx.cli.recipe import read_recipe
+
+        ctx.default_map = read_recipe(value, ctx.command, ctx, COMMANDS.values())
+    return value
+
+
+def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a command with the common options; its help ends with `examples` and the exit codes."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples) + f"\n\n{EXIT_CODES}"
+
+    def wrap(function: Callable[..., None]) -> click.Command:
+        for option in (
+            click.version_option(__version__, prog_name="trtllm-thoughtx"),
+            click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress on stderr."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+            click.option(
+                "--config",
+                type=PATH,
+                is_eager=True,
+                callback=_load_recipe,
+                expose_value=False,
+                help="YAML file with flags of this command.",
+            ),
+        ):
+            function = option(function)
+        COMMANDS[name] = click.command(name, context_settings=CONTEXT, epilog=epilog)(function)
+        return COMMANDS[name]
+
+    return wrap
+
+
+def exact_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that keeps a CPU's own operators out of a quantized engine, or one with experts."""
+    text = "On a CPU, run quantized products and experts as the graph has them, not on faster operators that round a little more."
+    return click.option("--exact", is_flag=True, help=text)(function)
+
+
+def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Filters, penalties and stops; `run` and `eval` share them."""
+    for option in reversed((
+        click.option("--top_k", type=COUNT, help="Sample among the K likeliest; 0 is all.  [default: the checkpoint's; eval: all]"),
+        click.option("--min_p", type=CHANCE, help="Drop tokens of less than this share of the likeliest one's probability."),
+        click.option(
+            "--repetition_penalty",
+            type=FiniteFloat(0.01, 100),
+            help="Divide the logits of tokens of prompt and answer by this.  [default: the checkpoint's]",
+        ),
+        click.option("--presence_penalty", type=PENALTY, help="Lower the logits of tokens that the answer has by this.  [default: 0]"),
+        click.option("--frequency_penalty", type=PENALTY, help="Lower them by this for each time that it has them.  [default: 0]"),
+        click.option(
+            "--stop", multiple=True, help="Text before which the answer ends; may be given several times.  [default: the checkpoint's]"
+        ),
+        click.option("--stop_token_ids", type=TOKENS, help="Ids before which the answer's text ends, also with --ignore_eos."),
+    )):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def template_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What the chat template is told; `run`, `eval` and `calibrate` share them."""
+    for option in (
+        click.option("--chat_template_kwargs", metavar="JSON", help="Variables of the chat template, e.g. '{\"enable_thinking\": false}'."),
+        click.option("--enable_thinking", type=OneOf(("true", "false")), help="What a chat template that reads it is told."),
+    ):
+        function = option(function)
+    return function
+
+
+def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags that end a chain of thought early; `run` and `eval` share them."""
+    for option in reversed((
+        click.option("--max_reasoning_depth", type=COUNT, help="Most steps of thinking; 0 answers at once.  [default: no limit]"),
+        click.option("--max_thinking_tokens", type=COUNT, help="Most tokens of thinking; 0 answers at once.  [default: no limit]"),
+        click.option(
+            "--exit_threshold",
+            type=CHANCE_OR_AUTO,
+            help="End the thinking behind a step where the exit head is so sure of the answer; auto: as calibrated.  [default: off]",
+        ),
+        click.option("--exit_probe", type=CHANCE, help="End it where trial answers of so much confidence agree.  [default: off]"),
+        click.option("--probe_agree", type=Count(1, 1000), help="How many trial answers must agree.  [default: 2]"),
+        click.option("--probe_tokens", type=Count(1, 4096), help="Most tokens of a trial answer.  [default: 16]"),
+        click.option(
+            "--exit_policy",
+            type=click.Choice(EXIT_POLICIES),
+            help="Tokens that the first stages draft: check all, trust confident ones, or check where that pays.  [default: auto]",
+        ),
+        click.option("--draft_threshold", type=CHANCE, help="Confidence from which a draft is used.  [default: the engine's break-even]"),
+    )):  # fmt: skip
+        function = option(function)
+    return function

@@ -1,0 +1,168 @@
+"""Is a quantized engine as good as its calibration said? KL, top-1 agreement and perplexity against the unquantized reference.
+
+So are 16-bit engines of mixtures of experts judged: rounding sends a token to another expert where two are nearly as likely, in the engine
+and in the reference at different places. Their limits follow from what 16 bits do to the reference's own logits.
+
+Rounding bands do not fit here: the grid moves every number on purpose. What an engine must keep are the limits that calibration.json
+records, on the held-out sequences that it carries; beyond that its own runs must agree with each other: decoding, rows that share a
+batch, and prompts read in pieces, against the same prompts prefilled alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.config import BuildConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families.fields import Fields
+from trtllm_thoughtx.files import read_json
+from trtllm_thoughtx.validate.divergence import Divergence, spread
+from trtllm_thoughtx.validate.golden import ChunkSpec, Expected, Prompt
+
+FILE = "calibration.json"
+# Ways to run a quantized engine: its graph as it stands, as plans do; or onnxruntime's operators on a CPU, where they round more.
+EXACT, ORT = "exact", "onnxruntime"
+OLD = "calibration.json, which states the exact graph's loss alone: calibrate again, or run with --exact"
+NUM_DECODED = 24  # tokens of a prompt that are decoded one at a time
+PIECES = (1, 7, 16)
+MAX_STORED, MAX_LENGTH = 64, 4096
+# Experts in 16 bits, measured on 20 random models: right engines lose at most 0.34 of the KL that these allow; gates exchanged with ups,
+# another normalization and another rotary theta (one model each of four kinds) lose 1.4 to 57 times as much as they allow.
+OWN_FACTOR, ROOM_KL, ROOM_AGREEMENT = 4.0, 0.02, 0.9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the answers of an engine may lose; `source` says who set them."""
+
+    max_kl: float = 0.1
+    min_top1_agreement: float = 0.9
+    max_perplexity_ratio: float = 1.1
+    source: str = "defaults, for a checkpoint that was quantized elsewhere"
+
+    def broken(self, seen: dict[str, float]) -> str:
+        """The limits that a summary of `Divergence` passes, in words; empty when it keeps them all."""
+        wrong = []
+        if not seen["kl"] <= self.max_kl:
+            wrong.append(f"KL {seen['kl']:.4g} nats, at most {self.max_kl:.4g}")
+        if not seen["top1_agreement"] >= self.min_top1_agreement:
+            wrong.append(f"same top token at {seen['top1_agreement']:.4g} of the positions, at least {self.min_top1_agreement:.4g}")
+        if not seen["perplexity_ratio"] <= self.max_perplexity_ratio:
+            wrong.append(f"perplexity {seen['perplexity_ratio']:.4g} times the reference's, at most {self.max_perplexity_ratio:.4g}")
+        return "; ".join(wrong)
+
+
+def applies(directory: EngineDir) -> bool:
+    """True for engines that are judged by their answers: quantized ones, and experts in 16 bits."""
+    config = directory.config
+    return config.quantization is not None or (config.experts is not None and directory.build.dtype != "float32")
+
+
+def limits_of(directory: EngineDir, expected: Expected, *, is_exact: bool = True) -> Limits:
+    """Those of the calibration, or of the reference's own rounding: logits that are off by e nats have a KL of about e^2 / 2."""
+    if directory.config.quantization is not None:
+        return read_limits(directory, EXACT if is_exact else ORT)[0]
+    num = sum(len(truth.logits) for truth in expected.truths.values())
+    own = sum(len(truth.logits) * truth.logits_band.rms**2 for truth in expected.truths.values()) / 2 / num
+    source = f"the reference in {directory.build.dtype}, which is off by a KL of about {own:.2g}"
+    return Limits(ROOM_KL + OWN_FACTOR * own, ROOM_AGREEMENT - OWN_FACTOR * own, 1.05 + OWN_FACTOR * own, source)
+
+
+class Subject(Protocol):
+    """What the checks need of `runtime.engine.Engine`."""
+
+    @property
+    def build(self) -> BuildConfig: ...
+
+    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]: ...
+
+    def decode_logits(
+        self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
+    ) -> list[np.ndarray]: ...
+
+
+def read_limits(directory: EngineDir, way: str = EXACT) -> tuple[Limits, list[list[int]]]:
+    """The limits of a way to run, and the sequences that came with the checkpoint; defaults and no sequences where there is no
+    calibration.json. Files that state one way alone are read as well."""
+    if not os.path.lexists(directory.root / FILE):
+        return Limits(), []
+    where = str(directory.root / FILE)
+    fields = Fields(read_json(directory.root, FILE), where)
+    ways, rows = fields.table("backends"), fields.get("validation", [])
+    stated = ways.table(way) if ways is not None else None
+    table = fields.table("limits") if ways is None else stated.table("limits") if stated is not None else None
+    vocab = directory.config.vocab_size
+    if table is None or not isinstance(rows, list) or len(rows) > MAX_STORED or not all(_is_row(row, vocab) for row in rows):
+        raise ThoughtxError(
+            "E102",
+            "calibration.json has no limits, or sequences that are no token ids of this model",
+            where=shown(where),
+            why="the file was changed, or belongs to another checkpoint",
+            fix="calibrate and build again",
+        )
+    names = ("max_kl", "min_top1_agreement", "max_perplexity_ratio")
+    kl, agreement, ratio = (table.number(name, 0.0, 1e6) for name in names)
+    source = f"calibration.json, {way}" if ways is not None else "calibration.json" if way == EXACT else OLD
+    return Limits(kl, agreement, ratio, source), rows
+
+
+def _is_row(row: object, vocab: int) -> bool:
+    return isinstance(row, list) and 0 < len(row) <= MAX_LENGTH and all(type(i) is int and 0 <= i < vocab for i in row)
+
+
+def prompts_of(rows: Sequence[Sequence[int]], build: BuildConfig, vocab_size: int) -> tuple[Prompt, ...]:
+    """The stored sequences as prompts, cut to what the engine takes, each under the engine's own mask."""
+    size, mask = None, None
+    if build.use_chunked_attention:
+        size = build.chunk_size
+        mask = ChunkSpec(size, build.sink_tokens, build.left_chunks, build.num_anchors)
+    cut = [tuple(row[: build.max_seq_len]) for row in rows]
+    return tuple(Prompt(f"held_out_{i}", ids, tuple(spread(len(ids), vocab_size)), size, mask) for i, ids in enumerate(cut))
+
+
+def checks(engine: Subject, backend: str, expected: Expected, limits: Limits) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(name, what is wrong or nothing, evidence) of each check on an engine that is loaded."""
+    alone: dict[str, np.ndarray] = {}
+    seen = Divergence()
+    for prompt in expected.prompts:
+        alone[prompt.name] = engine.forward([prompt.ids], chunk_size=prompt.chunk_size)[0]
+        rows = list(prompt.rows)
+        targets = [prompt.ids[p + 1] if p + 1 < len(prompt.ids) else -1 for p in rows]
+        seen.add(expected.truths[prompt.name].logits, alone[prompt.name][rows], targets)
+    told = {"limits": limits.source, "max_kl": limits.max_kl, "min_top1_agreement": limits.min_top1_agreement}
+    yield f"{backend}: answers within the limits", limits.broken(seen.summary()), {**seen.summary(), **told}
+    for name, pairs in _runs(engine, expected.prompts, alone):
+        same = Divergence()
+        for one, other in pairs:
+            same.add(one, other)
+        found = same.summary()
+        wrong = "" if found["kl"] <= limits.max_kl else f"KL {found['kl']:.4g} nats from the same prompts prefilled alone"
+        yield f"{backend}: {name}", wrong, {"kl": found["kl"], "worst_kl": found["worst_kl"], "num_positions": found["num_positions"]}
+
+
+def _runs(
+    engine: Subject, prompts: Sequence[Prompt], alone: dict[str, np.ndarray]
+) -> Iterator[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
+    """Other ways to run the prompts: logits that must agree, in pairs."""
+    size = prompts[0].chunk_size
+    prompts = [p for p in prompts if p.chunk_size == size]
+    some = [p for p in prompts if len(p.ids) > 1][: engine.build.max_batch_size]
+    if some:
+        starts = [max(1, len(p.ids) - NUM_DECODED) for p in some]
+        found = engine.decode_logits([p.ids for p in some], starts, chunk_size=size)
+        pairs = [(alone[p.name][start - 1 :], logits) for p, start, logits in zip(some, starts, found, strict=True)]
+        yield "ragged decode equals prefill", pairs
+    if len(some) > 1:
+        found = engine.forward([p.ids for p in some], chunk_size=size)
+        yield "ragged prefill equals alone", [(alone[p.name], logits) for p, logits in zip(some, found, strict=True)]
+    longest = max(prompts, key=lambda p: len(p.ids))
+    for piece in PIECES:
+        if piece <= engine.build.max_input_len and piece < len(longest.ids):
+            found = engine.forward([longest.ids], chunk_size=size, piece=piece)
+            yield f"pieces of {piece} equal the whole", [(alone[longest.name], found[0])]

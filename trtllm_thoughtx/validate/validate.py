@@ -1,0 +1,391 @@
+"""Is this engine the model? A list of named checks on an engine directory, each passed, failed, or skipped with the reason.
+
+    files       every file is what the manifest says (nothing is loaded before)
+    plan        a TensorRT plan was built from exactly the graph at hand, by hash
+    prefill     logits of prompts below, at and past a chunk boundary, against the reference
+    layers      every layer's hidden state
+    decode      logits through the KV cache, one token at a time, with the reference's tokens
+    ragged      rows of different lengths in one batch, against the reference and against the same rows alone
+    pieces      a prompt prefilled in pieces, against the reference and against the whole
+    answers     of a quantized engine, and of experts in 16 bits, in place of all these: KL, top-1 agreement, perplexity (`quality`)
+
+What is expected comes from transformers (`reference`) or from a golden file; the limits are `parity`'s. A backend that cannot run
+here yields a skipped check, never a passed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.validate import golden as golden_file
+from trtllm_thoughtx.validate import parity, quality
+from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
+
+WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
+PIECES = (1, 7, 16)
+MAX_RAGGED_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer. `evidence` holds numbers and short texts; `reason` says why not, when not passed."""
+
+    name: str
+    status: str  # passed | failed | skipped
+    reason: str = ""
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The checks of one validation. `ok`: none failed; look at `count` for how many were skipped."""
+
+    checks: tuple[Check, ...]
+    expected_from: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.count["failed"]
+
+    @property
+    def count(self) -> dict[str, int]:
+        return {status: sum(check.status == status for check in self.checks) for status in report.STATUSES}
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [dataclasses.asdict(check) for check in self.checks]
+        return {"ok": self.ok, "count": self.count, "expected_from": self.expected_from, "checks": checks}
+
+
+class Subject(Protocol):
+    """What the checks need of `runtime.engine.Engine`."""
+
+    @property
+    def build(self) -> BuildConfig: ...
+
+    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]: ...
+
+    def forward_layers(
+        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]: ...
+
+    def decode_logits(
+        self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
+    ) -> list[np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+def validate(
+    engine_dir: Path,
+    reference: Path | None = None,
+    golden: Path | None = None,
+    record: Path | None = None,
+    bisect: bool = False,
+    backend: str | None = None,
+    seed: int = 0,
+    exact: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
+
+    `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
+    `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
+    Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
+    """
+    progress = progress or Progress.silent()
+    _check_request(reference, golden, record)
+    directory = EngineDir.open(Path(engine_dir))
+    backends = directory.backends if backend is None else (directory.choose(backend),)
+    checks = [_files_check(directory)]
+    if checks[0].status == "failed":
+        why = "the files do not match their manifest, so nothing was loaded"
+        return Report((*checks, *(Check(f"{name}: runs", "skipped", why) for name in backends)), "nothing")
+    expected = read_expected(directory, reference, golden, seed, progress)
+    if record is not None:
+        golden_file.write_golden(Path(record), expected)
+    for name in backends:
+        checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress)
+    return Report(tuple(checks), expected.source)
+
+
+def _check_request(reference: Path | None, golden: Path | None, record: Path | None) -> None:
+    def refuse(what: str, why: str, fix: str) -> ThoughtxError:
+        return ThoughtxError("E001", what, where="--reference, --golden, --record", why=why, fix=fix)
+
+    if (reference is None) == (golden is None):
+        raise refuse("one thing to compare with is needed", "give either --reference or --golden", "add --reference HF or --golden FILE")
+    if record is not None and reference is None:
+        raise refuse("--record needs --reference", "a golden file holds the reference's results", "add --reference HF")
+    if record is not None and (record.is_dir() or not record.absolute().parent.is_dir()):
+        why = f"{shown(str(record))} is a directory, or its parent is none"
+        raise ThoughtxError("E130", "the golden file cannot be written", where=shown(str(record)), why=why, fix="choose another path")
+
+
+# --- what is expected ------------------------------------------------------------------------------------------------
+
+
+def identity_of(directory: EngineDir) -> dict[str, Any]:
+    """Whose results these are: the model's sizes, the engine's type and mask, and the sha256 of the weights it was made from."""
+    config, build = directory.config, directory.build
+    chunks = [build.chunk_size, build.sink_tokens, build.left_chunks, build.num_anchors] if build.use_chunked_attention else None
+    inputs = report.read_manifest(directory.root)["inputs"]
+    return {
+        "family": config.family,
+        "dtype": build.dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+        "chunks": chunks,
+        "max_seq_len": build.max_seq_len,
+        "inputs": {row["name"]: row["sha256"] for row in inputs if row["name"].endswith(WEIGHTS) and "tokenizer" not in row["name"]},
+    }
+
+
+def read_expected(directory: EngineDir, reference: Path | None, golden: Path | None, seed: int, progress: Progress) -> Expected:
+    """From a golden file, or from the reference."""
+    identity = identity_of(directory)
+    if golden is not None:
+        return golden_file.read_golden(Path(golden), identity)
+    assert reference is not None
+    _check_same_model(directory, Path(reference))
+    prompts = None
+    if directory.config.quantization is not None:
+        prompts = quality.prompts_of(quality.read_limits(directory)[1], directory.build, directory.config.vocab_size) or None
+    return run_reference(Path(reference), directory.config, directory.build, identity, seed, progress, prompts)
+
+
+def run_reference(
+    path: Path,
+    config: ModelConfig,
+    build: BuildConfig,
+    identity: dict[str, Any],
+    seed: int = 0,
+    progress: Progress | None = None,
+    prompts: tuple[Prompt, ...] | None = None,
+) -> Expected:
+    """Two runs of the reference, one model in memory at a time: the truth, then the rounding band. `prompts` None: `parity`'s."""
+    from trtllm_thoughtx.validate.reference import Reference, version
+
+    progress, dtype = progress or Progress.silent(), build.dtype
+    prompts = prompts or parity.plan_prompts(config, build, seed)
+    runs = []
+    for kind in (parity.WIDER[dtype], dtype):
+        with progress.stage(f"reference in {kind}", len(prompts), "steps") as stage:
+            model, results = Reference(path, kind), {}
+            for prompt in prompts:
+                results[prompt.name] = model.run(prompt.ids, chunk=prompt.mask, layers=prompt.layers, rows=prompt.rows)
+                stage.advance(1)
+            model.close()
+        runs.append(results)
+    truths = {}
+    for name, (logits, hidden) in runs[0].items():
+        rough, rough_hidden = runs[1][name]
+        bands = tuple(parity.band_of(a, b) for a, b in zip(hidden, rough_hidden, strict=True))
+        truths[name] = Truth(logits, parity.band_of(logits, rough), tuple(hidden), bands)
+    source = f"transformers {version()} in {parity.WIDER[dtype]}, seed {seed}"
+    return Expected(identity, source, prompts, parity.pooled(truths, dtype))
+
+
+def _check_same_model(directory: EngineDir, reference: Path) -> None:
+    with open_weights(reference, allow_nonfinite=True) as source:
+        theirs, ours = (dataclasses.asdict(config) | {"dtype": None, "quantization": None} for config in (source.config, directory.config))
+    differ = [f"{key}: reference {shown(theirs[key])}, engine {shown(ours[key])}" for key in ours if theirs[key] != ours[key]]
+    if differ:
+        raise ThoughtxError(
+            "E101",
+            "the reference is not the model that this engine was built from",
+            where=shown(str(reference)),
+            why=listed(differ),
+            fix="give the Hugging Face directory that the engine, or its checkpoint, was made from",
+        )
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _files_check(directory: EngineDir) -> Check:
+    try:
+        directory.verify()
+    except ThoughtxError as error:
+        return Check("files match the manifest", "failed", f"{error.what}: {error.why}")
+    return Check("files match the manifest", "passed", evidence={"num_files": len(report.read_manifest(directory.root)["outputs"])})
+
+
+def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
+    from trtllm_thoughtx.runtime.engine import Engine
+
+    checks = [_plan_check(directory, backend)] if BACKENDS[backend].builds_plans else []
+    if any(check.status == "failed" for check in checks):
+        return [*checks, Check(f"{backend}: runs", "skipped", "the plan belongs to another graph")]
+    try:
+        engine = Engine.load(directory.root, backend, exact=exact)
+    except ThoughtxError as error:
+        if error.code not in ("E201", "E202"):
+            raise
+        return [*checks, Check(f"{backend}: runs", "skipped", f"{error.what}: {error.why}")]
+    if quality.applies(directory):
+        with contextlib.closing(engine), progress.stage(f"{backend} against the reference"):
+            found = quality.checks(engine, backend, expected, quality.limits_of(directory, expected, is_exact=engine.is_exact))
+            return [*checks, *(Check(name, "failed" if wrong else "passed", wrong, evidence) for name, wrong, evidence in found)]
+    with progress.stage(f"{backend} against the reference", 2 * len(expected.prompts), "steps") as stage:
+        checks += logits_checks(engine, backend, expected, lambda: stage.advance(1))
+        engine.close()
+    if not BACKENDS[backend].runs_graph:
+        return [*checks, Check(f"{backend}: layers", "skipped", "a plan has no outputs for hidden states")]
+    tapped = Engine.load(directory.root, backend, tap_layers=True, exact=exact)
+    checks += layers_checks(tapped, backend, expected, bisect)
+    tapped.close()
+    return checks
+
+
+def _plan_check(directory: EngineDir, backend: str) -> Check:
+    """By hash: graph and weights at hand are those recorded when the plan was built, and the plan is that plan."""
+    hashes = {row["name"]: row["sha256"] for row in report.read_manifest(directory.root)["outputs"]}
+    wrong, num = [], 0
+    for part in directory.parts:
+        plan = part.plans[backend]
+        wanted = [("graph_sha256", part.onnx, plan.graph_sha256), ("sha256", plan.file, plan.sha256)]
+        if part.data:
+            wanted.append(("weights_sha256", part.data, plan.weights_sha256))
+        for what, file, recorded in wanted:
+            num += 1
+            if hashes.get(file) is None or hashes[file] != recorded:
+                wrong.append(f"{shown(file)}: {what} recorded for the plan is {shown(recorded)}, the file has {hashes.get(file)}")
+    name = f"{backend}: plan was built from this graph"
+    return Check(name, "failed" if wrong else "passed", listed(wrong), {"num_hashes": num, "num_parts": len(directory.parts)})
+
+
+def logits_checks(engine: Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
+    """Prefill, decode, ragged and pieces, on an engine that is loaded."""
+    judge = _Judge(backend, expected)
+    alone: dict[str, np.ndarray] = {}
+    for prompt in expected.prompts:
+        alone[prompt.name] = engine.forward([prompt.ids], chunk_size=prompt.chunk_size)[0][list(prompt.rows)]
+        judge.logits(f"prefill {prompt.name}", prompt, alone[prompt.name])
+        step()
+    for prompt in expected.prompts:
+        if len(prompt.ids) > 1:
+            _decoded(engine, judge, f"decode {prompt.name}", [prompt], [max(1, len(prompt.ids) - parity.NUM_DECODED)])
+        step()
+    _ragged(engine, judge, alone)
+    _pieces(engine, judge, alone)
+    return judge.checks
+
+
+class _Judge:
+    """Collects checks of one backend against the expected numbers."""
+
+    def __init__(self, backend: str, expected: Expected) -> None:
+        self.backend, self.expected, self.dtype = backend, expected, expected.identity["dtype"]
+        self.checks: list[Check] = []
+
+    def add(self, name: str, verdicts: Sequence[parity.Verdict], **evidence: Any) -> None:
+        """One check over several comparisons; the worst is its evidence."""
+        worst = max(verdicts, key=lambda v: (not v.ok, v.rms_ratio))
+        ok = all(verdict.ok for verdict in verdicts)
+        numbers = {key: value for key, value in dataclasses.asdict(worst).items() if key not in ("ok", "num_bad")}
+        self.checks.append(
+            Check(f"{self.backend}: {name}", "passed" if ok else "failed", "" if ok else worst.reason, {**evidence, **numbers})
+        )
+
+    def skip(self, name: str, reason: str) -> None:
+        self.checks.append(Check(f"{self.backend}: {name}", "skipped", reason))
+
+    def verdict(self, prompt: Prompt, got: np.ndarray, rows: Sequence[int], other: np.ndarray | None = None) -> parity.Verdict:
+        """`got` [rows, vocab] against the truth, or against `other`, by the prompt's band; `rows` index into the prompt's."""
+        truth = self.expected.truths[prompt.name]
+        return parity.compare(got, (truth.logits if other is None else other)[list(rows)], truth.logits_band, self.dtype)
+
+    def logits(self, name: str, prompt: Prompt, got: np.ndarray) -> None:
+        rows = range(len(prompt.rows))
+        agree = float(np.mean(got.argmax(-1) == self.expected.truths[prompt.name].logits.argmax(-1)))
+        self.add(name, [self.verdict(prompt, got, rows)], num_tokens=len(prompt.ids), num_rows=len(rows), top1_agreement=agree)
+
+
+def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
+    """Teacher-forced decoding of `prompts` in one batch, from `num_prompt[b]` tokens on."""
+    found = engine.decode_logits([p.ids for p in prompts], num_prompt, chunk_size=prompts[0].chunk_size)
+    verdicts, num_rows = [], 0
+    for prompt, start, logits in zip(prompts, num_prompt, found, strict=True):
+        rows = [i for i, position in enumerate(prompt.rows) if position >= start - 1]
+        verdicts.append(judge.verdict(prompt, logits[[prompt.rows[i] - start + 1 for i in rows]], rows))
+        num_rows += len(rows)
+    steps = [len(p.ids) - n for p, n in zip(prompts, num_prompt, strict=True)]
+    judge.add(name, verdicts, num_steps=max(steps), num_rows=num_rows)
+
+
+def _ragged(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+    prompts = _batch(judge.expected.prompts, engine.build.max_batch_size)
+    if len(prompts) < 2:
+        judge.skip("ragged prefill", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
+        return
+    found = engine.forward([p.ids for p in prompts], chunk_size=prompts[0].chunk_size)
+    got = [logits[list(p.rows)] for p, logits in zip(prompts, found, strict=True)]
+    lengths = {"lengths": " ".join(str(len(p.ids)) for p in prompts)}
+    judge.add("ragged prefill", [judge.verdict(p, g, range(len(g))) for p, g in zip(prompts, got, strict=True)], **lengths)
+    same = [judge.verdict(p, g, range(len(g)), alone[p.name]) for p, g in zip(prompts, got, strict=True)]
+    judge.add("ragged equals alone", same, **lengths)
+    _decoded(engine, judge, "ragged decode", prompts, [-(-len(p.ids) // 2) for p in prompts])
+
+
+def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
+    """At most `size` prompts that may share a batch: of one chunk size and different lengths, the shortest and longest first."""
+    first = prompts[0].chunk_size
+    fit = sorted((p for p in prompts if p.chunk_size == first and len(p.ids) <= MAX_RAGGED_LENGTH), key=lambda p: len(p.ids))
+    ends = [p for pair in zip(fit, reversed(fit), strict=True) for p in pair]
+    return list({p.name: p for p in ends}.values())[:size]
+
+
+def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+    prompt = max((p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH), key=lambda p: len(p.ids))
+    for piece in PIECES:
+        name, rows = f"pieces of {piece}", range(len(prompt.rows))
+        if piece > engine.build.max_input_len or piece >= len(prompt.ids):
+            judge.skip(name, f"max_input_len is {engine.build.max_input_len}, the longest prompt has {len(prompt.ids)} tokens")
+            continue
+        got = engine.forward([prompt.ids], chunk_size=prompt.chunk_size, piece=piece)[0][list(prompt.rows)]
+        verdicts = [judge.verdict(prompt, got, rows), judge.verdict(prompt, got, rows, alone[prompt.name])]
+        judge.add(name, verdicts, num_tokens=len(prompt.ids))
+
+
+def layers_checks(engine: Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
+    """Every hidden state of the prompts that have them; with `bisect` also the first layer out of its band, over all of them."""
+    judge = _Judge(backend, expected)
+    out: list[tuple[int, str, parity.Verdict]] = []
+    for prompt in (p for p in expected.prompts if p.layers):
+        truth = expected.truths[prompt.name]
+        _, hidden = engine.forward_layers([prompt.ids], chunk_size=prompt.chunk_size)
+        assert len(hidden) == len(truth.hidden), (len(hidden), len(truth.hidden))
+        verdicts = [
+            parity.compare(layer[0][list(prompt.rows)], wanted, band, judge.dtype)
+            for layer, wanted, band in zip(hidden, truth.hidden, truth.hidden_bands, strict=True)
+        ]
+        out += [(depth, prompt.name, verdict) for depth, verdict in enumerate(verdicts) if not verdict.ok]
+        judge.add(f"layers {prompt.name}", verdicts, num_hidden_states=len(verdicts), ratios=[v.rms_ratio for v in verdicts])
+    if bisect:
+        judge.checks.append(_bisect_check(backend, out, expected.identity["num_layers"]))
+    return judge.checks
+
+
+def _bisect_check(backend: str, out: list[tuple[int, str, parity.Verdict]], num_layers: int) -> Check:
+    name = f"{backend}: bisect"
+    if not out:
+        return Check(name, "passed", evidence={"first_out_of_band": "none", "num_hidden_states": num_layers + 1})
+    depth, prompt, verdict = min(out, key=lambda row: row[0])
+    label = "the embedding" if depth == 0 else f"layer {depth - 1}"
+    evidence = {"first_out_of_band": label, "prompt": prompt, "rms_error": verdict.rms_error, "rms_band": verdict.rms_band}
+    return Check(name, "failed", f"{label} is the first out of its band: {verdict.reason}", evidence)
