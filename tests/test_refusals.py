@@ -125,7 +125,7 @@ def test_a_tilde_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 # --- what messages name exists ----------------------------------------------------------------------------------------
 
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = Path(cli.__file__).parents[1]
 RUNNING = ("run", "eval", "bench", "validate", "calibrate")
 # module -> the commands whose user reads its messages; a folder holds for its files, the longest entry counts
 READERS = {
@@ -135,10 +135,9 @@ READERS = {
     "build/options.py": ("build",),
     "calibrate/": ("calibrate",),
     "checkpoint/quantized.py": ("convert",),
-    "capture/": ("calibrate",),
     "checkpoint/convert.py": ("convert",),
     "distill/": ("distill",),
-    "engines/ort": RUNNING,
+    "backends/ort": RUNNING,
     "backends/onnxruntime.py": RUNNING,
     "backends/tensorrt.py": ("build",),
     "backends/trt_builder.py": ("build",),
@@ -146,24 +145,22 @@ READERS = {
     "backends/trt_runner.py": ("run", "eval", "bench", "validate"),
     "build/engine_dir.py": ("run", "eval", "bench", "validate"),
     "evaluate/": ("eval",),
-    "exits/": ("calibrate",),
     "files.py": ("convert", "build", "calibrate", "distill"),
     "validate/golden.py": ("validate",),
     "validate/quality.py": ("validate",),
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "cli/run.py": ("run",),
     "runtime/": ("run", "eval"),
+    "text/": ("run", "eval"),
     "text/params.py": ("run",),
     "validate/validate.py": ("validate",),
     "checkpoint/weights.py": ("convert", "build"),
 }
+# flags' own help, scripts, accelerate's flags
 NO_ADVICE = (
-    "cli",
-    "cli/framework.py",
-    "cli/demo.py",
-    "distill/plan.py",
-    "distill/sample.py",
-)  # flags' own help, scripts, accelerate's flags
+    *(f"cli/{name}.py" for name in ("commands", "calibrate", "distill", "evaluate", "framework", "demo")),
+    *("distill/plan.py", "distill/sample.py"),
+)
 NOT_COMMANDS = {"tiny", "bug", "weights", "windows", "harness"}  # the sample's name; directories in the system's temporary place
 FLAGS = {
     name: {option.lstrip("-").replace("-", "_") for param in command.params for option in (*param.opts, *param.secondary_opts)} | {"help"}

@@ -11,7 +11,7 @@ import pytest
 
 from trtllm_thoughtx.checkpoint import tensor_file
 
-PACKAGE = Path(tensor_file.__file__).parent
+PACKAGE = Path(tensor_file.__file__).parents[1]
 
 
 def test_the_library_reads_what_is_written(tmp_path):
