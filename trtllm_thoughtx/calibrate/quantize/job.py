@@ -267,8 +267,8 @@ def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) 
 
 
 def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
-    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding, and a
-    standard error of the top tokens: of 96 positions three turn easily."""
+    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding.
+    The share of top tokens has a standard error beside it: of 96 positions three turn easily."""
     share = seen["top1_agreement"]
     return {
         "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
