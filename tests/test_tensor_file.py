@@ -45,4 +45,4 @@ def test_nothing_else_writes_a_header():
         for path in PACKAGE.rglob("*.py")
         if any(isinstance(node, ast.Constant) and node.value == "data_offsets" for node in ast.walk(ast.parse(path.read_text())))
     ]
-    assert sorted(users) == ["header.py", "tensor_file.py"]
+    assert sorted(users) == ["checkpoint/header.py", "checkpoint/tensor_file.py"]
