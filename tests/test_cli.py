@@ -379,7 +379,7 @@ def test_requests_that_cannot_be_served(code, words, engine, capsys):
     refused(capsys, code, "run", "--engine_dir", engine, *words)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": ""}', '{"prompt": "a", "temperature": 1}', '{"input_ids": [true]}', ""])
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": ""}', '{"prompt": "a", "chunk_size": 0}', '{"input_ids": [true]}', ""])
 def test_a_wrong_prompts_file(line, engine, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(line)
     refused(capsys, "E140", "run", "--engine_dir", engine, "--prompts", tmp_path / "p.jsonl")

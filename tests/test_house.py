@@ -49,6 +49,7 @@ READERS = {
     "files.py": "it is the door",
     "calibrate/quantize/states.py": "its own states between two layers",
     "cli/params.py": "writes the traceback of a bug; points stdout at the null device",
+    "runtime/answers.py": "appends to the answers that it wrote",
     "distill/loop.py": "appends to its own log",
     "distill/sample.py": "its own log and its own times",
     "backends/tensorrt.py": "passes the weights that this build wrote to the builder's process",

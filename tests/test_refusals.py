@@ -151,6 +151,8 @@ READERS = {
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "cli/run.py": ("run",),
     "runtime/": ("run", "eval"),
+    "runtime/answers.py": ("run",),
+    "runtime/jobs.py": ("run",),
     "text/": ("run", "eval"),
     "text/params.py": ("run",),
     "validate/validate.py": ("validate",),

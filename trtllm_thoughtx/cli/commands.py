@@ -168,11 +168,15 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
     "run",
     'thoughtx-run --engine_dir ./engine --prompt "x1 = 3 x2 = 5 ?"',
     "thoughtx-run --engine_dir ./engine --input_ids 4,49,8,16 --max_new_tokens 16 --temperature 0 --json",
+    "thoughtx-run --engine_dir ./engine --prompts requests.jsonl --output answers.jsonl --resume",
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to run.")
 @click.option("--prompt", help="Text of one request; the chat template is applied.")
 @click.option("--input_ids", type=TOKENS, help="Token ids of one request, comma-separated.")
-@click.option("--prompts", type=PATH, help='JSONL file, one request a line: {"prompt": TEXT} or {"input_ids": [...]}.')
+@click.option("--prompts", type=PATH, help='JSONL file, - is stdin: {"prompt": TEXT} and settings a line, or lines of a server batch.')
+@click.option("--output", type=PATH, help="Append each answer to this JSONL file when it is done.")
+@click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
+@click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help="A bad line stops the job before it starts, or is a row.")
 @click.option("--no_chat_template", is_flag=True, help="Use the prompt's text as it is.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
@@ -198,7 +202,9 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
     stream = None if as_json else sys.stdout
     options["stop"] = options["stop"] or None
     result = run_requests(stream=stream, progress=Progress(quiet=quiet), **options)
-    emit("run", result, as_json=as_json)
+    emit("run", result, as_json=as_json, ok=not result["num_errors"])
+    if result["num_errors"]:
+        raise click.exceptions.Exit(Exit.NO)
 
 
 @command(

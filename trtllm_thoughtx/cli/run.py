@@ -1,7 +1,7 @@
 """`thoughtx-run`: prompts in any form in, answers out, streamed when there is one reader and one request.
 
 The text of a single request is written as it grows and is all that stdout gets; speed and the reason for stopping go to
-stderr. Several requests are printed one after the other, each under its id, when all are done.
+stderr. Several requests are a job (`jobs`): each answer is printed under its id, or appended to a file, when its batch is done.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import numpy as np
 
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.engine import Completion, Engine
+from trtllm_thoughtx.runtime.jobs import STOP, Job, Todo, summary
 from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.text.answer import split_ids
-from trtllm_thoughtx.text.prompts import Prompt, read_prompts
+from trtllm_thoughtx.text.prompts import Prompt, prompt_rows
 from trtllm_thoughtx.text.text import Text, prompt_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 FILTERS = ("top_k", "top_p", "min_p")
 STOPS = ("stop", "stop_token_ids")
@@ -35,21 +38,28 @@ def _usage(what: str, why: str, fix: str) -> ThoughtxError:
     return ThoughtxError("E001", what, where="thoughtx-run", why=why, fix=fix)
 
 
-def _requests(prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None, progress: Progress) -> list[Prompt]:
-    """The requests that the flags name; E001 unless exactly one of the three is given."""
+def _requests(
+    prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None, on_error: str, progress: Progress
+) -> tuple[list[Prompt], list[Bad]]:
+    """The requests that the flags name, and the lines that are none; E001 unless exactly one of the three is given."""
     given = [flag for flag, value in (("--prompt", prompt), ("--input_ids", input_ids), ("--prompts", prompts)) if value is not None]
     if len(given) != 1:
         why = f"given: {', '.join(given)}" if given else "none was given"
         raise _usage("exactly one of --prompt, --input_ids and --prompts is needed", why, "thoughtx-run --help shows an example of each")
     if prompts is not None:
-        return read_prompts(prompts, progress.note)
+        rows = prompt_rows(prompts)
+        if on_error == STOP:
+            rows.all()
+        if rows.note:
+            progress.note(rows.note)
+        return rows.good, rows.bad
     if prompt == "":
         raise ThoughtxError("E140", "the prompt is empty", where="--prompt", why="there is nothing to answer", fix="give some text")
-    return [Prompt(id="1", prompt=prompt, input_ids=input_ids)]
+    return [Prompt(id="1", prompt=prompt, input_ids=input_ids)], []
 
 
 def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
-    if use_template or request.prompt is None or text is None:
+    if (use_template and not request.is_raw) or request.prompt is None or text is None:
         return prompt_ids(request, text)
     return text.raw(request.prompt)
 
@@ -137,76 +147,82 @@ def run_requests(
     chunk_size: int | str | None = None,
     num_threads: int | None = None,
     exact: bool = False,
+    output: Path | None = None,
+    resume: bool = False,
+    on_error: str = STOP,
     output_logits_npy: Path | None = None,
     stream: TextIO | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Complete the requests and return one row for each; `stream` gets the text for people. Sampling flags of None keep the
-    checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine."""
+    checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine: all before the first batch."""
     assert set(sampling) <= set(SAMPLING), sampling
     progress = progress or Progress.silent()
-    requests = _requests(prompt, input_ids, prompts, progress)
+    if resume and output is None:
+        raise _usage("--resume needs --output", "there is nothing to go on with", "name the file that the stopped run wrote")
+    requests, bad = _requests(prompt, input_ids, prompts, on_error, progress)
     num_answers = len(requests) * (sampling.get("num_return_sequences") or 1)
     if output_logits_npy is not None and num_answers != 1:
         raise _usage("--output_logits_npy takes one request and one answer", f"there are {num_answers}", "run the requests one by one")
     if output_logits_npy is not None:
         report.check_file_output(output_logits_npy)
+    answers = None if output is None else Answers(output, resume=resume)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
     try:
         unread = _template_notes(engine.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
-        rows = [_ids(request, engine.text, not no_chat_template) for request in requests]
         given = {name: value for name, value in sampling.items() if value is not None}
         params = engine.default_params(**given)
         ignored = unused_settings(engine.generation_config, given)
         ignored += tuple(f"--{name}" for name in FILTERS if name in given and params.is_greedy)
-        ignored += ("--logprobs",) if "logprobs" in given and stream is not None else ()
+        ignored += ("--logprobs",) if "logprobs" in given and stream is not None and output is None else ()
         if unread:
             progress.note(f"not applied: {', '.join(unread)}")
         if ignored:
             progress.note(
                 f"not applied: {', '.join(ignored)} (no use for it here, or the checkpoint's setting is malformed or not supported)"
             )
-        requests = [request for request in requests for _ in range(params.num_return_sequences)]
-        is_streamed = stream is not None and len(requests) == 1
+
+        def todo(request: Prompt) -> Todo:
+            own = dict(request.settings)
+            size = own.pop("chunk_size", chunk_size)
+            settings = engine.default_params(**{**given, **own})
+            return Todo(request, _ids(request, engine.text, not no_chat_template), settings, size, 0 if "seed" in own else request.place)
+
+        is_streamed = stream is not None and output is None and len(requests) == 1 and not bad and params.num_return_sequences == 1
         on_token, at_end = _streaming(engine.text, stream, params) if is_streamed and stream is not None else (None, None)
-        completions = engine.generate(rows, params, on_token, return_logits=output_logits_npy is not None, chunk_size=chunk_size)
+
+        def done(one: Todo, completions: Sequence[Completion]) -> list[dict[str, Any]]:
+            rows = [_row(one.request, completion, engine.text) for completion in completions]
+            for row in rows if stream is not None and not is_streamed and output is None else ():
+                name = row["id"] if len(rows) == 1 else f"{row['id']}, {row['index']}"
+                print(f"[{name}] {row['text'] if row['text'] is not None else row['output_ids']}", file=stream, flush=True)
+            return rows
+
+        job = Job(engine, answers, on_error, progress, is_file=prompts is not None)
+        results = job.run(requests, bad, todo, done, on_token, return_logits=output_logits_npy is not None)
         if at_end is not None and stream is not None:
             at_end()
             stream.write("\n")
     finally:
         engine.close()
-    results = [_row(request, done, engine.text) for request, done in zip(requests, completions, strict=True)]
     if output_logits_npy is not None:
         with files.atomic_file(output_logits_npy) as file:
-            np.save(file, np.asarray(completions[0].logits, np.float32), allow_pickle=False)
-    if stream is not None and not is_streamed:
-        for row in results:
-            name = row["id"] if params.num_return_sequences == 1 else f"{row['id']}, {row['index']}"
-            stream.write(f"[{name}] {row['text'] if row['text'] is not None else row['output_ids']}\n")
-    stats = engine.stats
-    speed = stats.num_decoded / stats.decode_seconds if stats.num_decoded and stats.decode_seconds else None
-    for row in results:
-        if row["complexity"] is not None:
-            how = "a single step" if row["single_step"] else "a chain of thought"
-            progress.note(f"{row['id']}: complexity {row['complexity']:.3f} nats, chunks of {row['chunk_size']}, {how}")
-        if row["thinking_stop"] is not None:
-            much = f"{row['num_steps']} steps, {row['num_thinking_tokens']} tokens"
-            progress.note(f"{row['id']}: {much} of thinking, ended by {row['thinking_stop']}")
-    num_new = sum(row["num_output_tokens"] for row in results)
-    reasons = ", ".join(dict.fromkeys(row["stop_reason"] for row in results))
-    rate = f"{speed:.1f} tokens/s decoding" if speed else "no decode step"
-    progress.note(f"{num_new} tokens, stopped by {reasons}; {rate}, {engine.backend}")
+            np.save(file, np.asarray(job.last[0].logits, np.float32), allow_pickle=False)
+    stats = job.stats
+    speed = stats["num_decoded"] / stats["decode_seconds"] if stats["num_decoded"] and stats["decode_seconds"] else None
+    for line in summary(results):
+        progress.note(line)
+    progress.note(f"{f'{speed:.1f} tokens/s decoding' if speed else 'no decode step'}, {engine.backend}")
     return {
         "engine_dir": str(engine_dir),
         "backend": engine.backend,
         "results": results,
+        "num_errors": sum("error" in row for row in results),
+        "num_kept": job.num_kept,
+        "output": None if output is None else str(output),
         "tokens_per_second": speed,
-        "prefill_seconds": stats.prefill_seconds,
-        "decode_seconds": stats.decode_seconds,
-        "num_read_again": stats.num_read_again,
-        "num_drafted": stats.num_drafted,
-        "num_accepted": stats.num_accepted,
+        **{name: stats[name] for name in ("prefill_seconds", "decode_seconds", "num_read_again", "num_drafted", "num_accepted")},
         "not_applied": [*ignored, *unread],
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }

@@ -239,35 +239,43 @@ class Engine:
         self.runner.start(len(rows))
         return Batch(len(rows), self.build, chunk)
 
+    def problem(self, ids: Sequence[int]) -> str | None:
+        """Why a prompt does not fit this engine, None when it does."""
+        wrong = next((t for t in ids if not 0 <= t < self.config.vocab_size), None)
+        if not ids:
+            return "is empty"
+        if len(ids) > self.build.max_seq_len:
+            return f"has {len(ids)} tokens; the engine's max_seq_len is {self.build.max_seq_len}"
+        return None if wrong is None else f"has token id {wrong}; the vocabulary has {self.config.vocab_size}"
+
     def _check(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> None:
-        build, vocab = self.build, self.config.vocab_size
-        problem = None
-        if not 1 <= len(rows) <= build.max_batch_size:
-            problem = f"a batch of {len(rows)}; the engine takes 1 to {build.max_batch_size}"
-        elif chunk_size is not None and not build.use_chunked_attention:
+        if not 1 <= len(rows) <= self.build.max_batch_size:
+            raise self._unfit(f"a batch of {len(rows)}; the engine takes 1 to {self.build.max_batch_size}")
+        self.check_chunk_size(chunk_size)
+        found = (f"prompt {index} {what}" for index, row in enumerate(rows) if (what := self.problem(row)))
+        if (problem := next(found, None)) is not None:
+            raise self._unfit(problem)
+
+    def check_chunk_size(self, chunk_size: int | str | None) -> None:
+        """E122 for one that this engine cannot follow."""
+        build, problem = self.build, None
+        if chunk_size is None or isinstance(chunk_size, str):
+            return
+        if not build.use_chunked_attention:
             problem = "a chunk size was given, and the engine was built without chunked attention"
-        elif chunk_size is not None and chunk_size < 1:
+        elif chunk_size < 1:
             problem = f"chunk size {chunk_size}; it must be at least 1"
-        elif chunk_size is not None and build.is_bounded and chunk_size > build.max_chunk_size:
+        elif build.is_bounded and chunk_size > build.max_chunk_size:
             problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size}"
-        for index, row in enumerate(rows):
-            if problem:
-                break
-            wrong = [t for t in row if not 0 <= t < vocab]
-            if not row:
-                problem = f"prompt {index} is empty"
-            elif len(row) > build.max_seq_len:
-                problem = f"prompt {index} has {len(row)} tokens; the engine's max_seq_len is {build.max_seq_len}"
-            elif wrong:
-                problem = f"prompt {index} has token id {wrong[0]}; the vocabulary has {vocab}"
         if problem:
-            raise ThoughtxError(
-                "E122",
-                "the request does not fit the engine",
-                where=str(self.directory.root),
-                why=problem,
-                fix="change the request, or build an engine with other limits (thoughtx-build --help)",
-            )
+            raise self._unfit(problem)
+
+    def _unfit(self, why: str) -> ThoughtxError:
+        what, fix = (
+            "the request does not fit the engine",
+            "change the request, or build an engine with other limits (thoughtx-build --help)",
+        )
+        return ThoughtxError("E122", what, where=str(self.directory.root), why=why, fix=fix)
 
     def step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
         """One call of the runner, after those that keep what the next chunk still needs; logits [B, K, vocab]."""

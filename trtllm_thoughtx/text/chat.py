@@ -133,6 +133,19 @@ def plain_messages(messages: object, where: str) -> list[dict[str, Any]]:
     return plain
 
 
+def text_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are lists of parts with the texts of these, a line each; ValueError names a part that is no text."""
+    for i, message in enumerate(messages):
+        parts = message.get("content")
+        if isinstance(parts, list):
+            for part in parts:
+                kind = part.get("type") if isinstance(part, dict) else part
+                if kind != "text" or not isinstance(part.get("text"), str):
+                    raise ValueError(f"message {i} has a part of type {shown(kind, 40)}; only text is read")
+            message["content"] = "\n".join(part["text"] for part in parts)
+    return messages
+
+
 def _bad_messages(what: str, where: str) -> ThoughtxError:
     return ThoughtxError(
         "E140", what, where=where, why="a chat is a list of role and content", fix='for example [{"role": "user", "content": "Hello"}]'

@@ -1,22 +1,44 @@
 """Prompts from a file: one JSON object per line, read strictly and completely before anything runs.
 
-A line is {"prompt": TEXT}, {"messages": [...]} or {"input_ids": [...]}, with an optional "id" (default: its line number).
+A line is {"prompt": TEXT}, {"messages": [...]} or {"input_ids": [...]}, with an optional "id" (default: its line number) and settings
+of its own, which replace those of the command. Lines of a batch for OpenAI's servers ({"custom_id", "url", "body"}) are read as well.
 Every problem is E140 with the line and its id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.jsonl import Line, Rows, read_rows
-from trtllm_thoughtx.text.chat import plain_messages, template_settings
+from trtllm_thoughtx.text.chat import plain_messages, template_settings, text_contents
+from trtllm_thoughtx.text.params import GenerationParams
 
 FORMS = ("prompt", "messages", "input_ids")
 TEMPLATE = ("enable_thinking", "chat_template_kwargs")
+SETTINGS = frozenset({one.name for one in fields(GenerationParams)} - {"stop_ids"} | {"chunk_size"})
+ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# Fields of a body that change no answer, and values of others that change none.
+QUIET = ("model", "user", "metadata", "store", "stream", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+COLUMNS = (*FORMS, *TEMPLATE, *SETTINGS, *ALIASES, "method", "url", "body")
 FIX = 'write one object per line, such as {"prompt": "What is 2 + 3?"}'
 
 
@@ -29,7 +51,10 @@ class Prompt:
     messages: tuple[dict[str, Any], ...] | None = None
     input_ids: tuple[int, ...] | None = None
     template_kwargs: dict[str, Any] | None = None  # of the line alone, over the command's
+    settings: dict[str, Any] = field(default_factory=dict)  # likewise: fields of GenerationParams, and chunk_size
+    is_raw: bool = False  # the text goes in without a chat template
     where: str = field(default="the prompt", compare=False)
+    place: int = field(default=0, compare=False)  # in its file, from 0: its random stream
 
 
 def read_prompts(path: Path, note: Callable[[str], object] | None = None) -> list[Prompt]:
@@ -39,10 +64,13 @@ def read_prompts(path: Path, note: Callable[[str], object] | None = None) -> lis
 
 def prompt_rows(path: Path) -> Rows[Prompt]:
     """The same, bad lines kept apart."""
-    return read_rows(path, _prompt, code="E140", columns=(*FORMS, *TEMPLATE), fix=FIX)
+    return read_rows(path, _prompt, code="E140", columns=COLUMNS, fix=FIX)
 
 
 def _prompt(row: dict[str, Any], line: Line) -> Prompt:
+    is_raw = False
+    if "body" in row:
+        row, is_raw = _body(row)
     forms = [form for form in FORMS if form in row]
     if len(forms) != 1:
         raise ValueError(f"exactly one of {', '.join(FORMS)} is needed, found {len(forms)}")
@@ -52,9 +80,51 @@ def _prompt(row: dict[str, Any], line: Line) -> Prompt:
     if form == "input_ids":
         value = token_ids(value)
     if form == "messages":
-        value = tuple(plain_messages(value, line.where))
+        value = tuple(text_contents(plain_messages(value, line.where)))
     settings = template_settings(row.get(TEMPLATE[0]), row.get(TEMPLATE[1]), line.where, "E140")
-    return Prompt(id=line.id, where=line.where, template_kwargs=settings or None, **{form: value})
+    own = _settings(row)
+    place = int(line.place.rpartition(" ")[2]) - 1
+    return Prompt(id=line.id, where=line.where, place=place, template_kwargs=settings or None, settings=own, is_raw=is_raw, **{form: value})
+
+
+def _settings(row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        key = ALIASES.get(name, name)
+        if key not in SETTINGS:
+            continue
+        if key in found and found[key] != value:
+            raise ValueError(f"{name} and another name of {key} differ")
+        if key in ("stop", "stop_token_ids"):
+            value = tuple(value) if isinstance(value, list) else (value,)
+        found[key] = value
+    if "chunk_size" in found and found["chunk_size"] != AUTO and (type(found["chunk_size"]) is not int or found["chunk_size"] < 1):
+        raise ValueError(f"chunk_size must be a whole number from 1, or auto, not {shown(found['chunk_size'], 40)}")
+    return found
+
+
+def _body(row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Of a line of a batch: the same as a row of ours, and whether its text goes in raw."""
+    body, url = row["body"], row.get("url", CHAT)
+    if not isinstance(body, dict) or url not in (CHAT, COMPLETIONS) or row.get("method", "POST") != "POST":
+        raise ValueError(f"only POST to {CHAT} and {COMPLETIONS} with an object as body is answered, not {shown(url, 60)}")
+    extra = [name for name in row if name not in ("body", "url", "method")]
+    if extra:
+        raise ValueError(f"{shown(extra[0], 60)} must stand in the body")
+    body = {name: value for name, value in body.items() if value is not None and name not in QUIET}
+    if "n" in body:
+        body["num_return_sequences"] = body.pop("n")
+    body = {name: value for name, value in body.items() if not any(value == one for one in NEUTRAL.get(name, ()))}
+    if url == CHAT and "logprobs" in body:
+        num, is_wanted = body.pop("top_logprobs", 0), body.pop("logprobs")
+        body |= {"logprobs": num} if is_wanted is not False else {}
+    own = ("messages",) if url == CHAT else ("prompt",)
+    unknown = sorted(name for name in body if ALIASES.get(name, name) not in {*own, *SETTINGS, *TEMPLATE})
+    if unknown:
+        raise ValueError(f"body.{shown(unknown[0], 60)} would change the answer and is not supported")
+    if isinstance(body.get("prompt"), list):
+        body["input_ids"] = body.pop("prompt")
+    return body, url == COMPLETIONS
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

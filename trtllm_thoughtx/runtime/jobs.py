@@ -1,0 +1,208 @@
+"""Many requests as one job: all are checked before the first batch, each answer is written when its batch is done, one bad request costs
+nothing but itself.
+
+An answer does not depend on what shares its batch, nor on where a stopped job went on: a request draws from the random stream of its line
+number, and one with a seed of its own draws as if it were alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.errors import ThoughtxError, listed
+from trtllm_thoughtx.jsonl import Bad
+from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answers import Answers, Stamp, sha256_of, stamp
+from trtllm_thoughtx.runtime.engine import Completion, Engine
+from trtllm_thoughtx.runtime.generation import OnToken, check
+from trtllm_thoughtx.text.params import GenerationParams
+from trtllm_thoughtx.text.prompts import Prompt
+
+STOP, ROW = ON_ERROR = ("stop", "row")
+COUNTED = ("prefill_seconds", "decode_seconds", "num_decoded", "num_read_again", "num_drafted", "num_accepted")
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A request that is ready to run."""
+
+    request: Prompt
+    ids: Sequence[int]
+    params: GenerationParams
+    chunk_size: int | str | None
+    stream: int
+
+    @property
+    def num_answers(self) -> int:
+        return self.params.num_return_sequences
+
+
+class Job:
+    """`is_file`: the requests are lines of a file, and errors name them."""
+
+    def __init__(self, engine: Engine, answers: Answers | None, on_error: str, progress: Progress, *, is_file: bool) -> None:
+        self.engine, self.answers, self.on_error, self.progress, self.is_file = engine, answers, on_error, progress, is_file
+        self.stats: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        self.num_kept = 0
+        self.last: Sequence[Completion] = ()
+
+    def run(
+        self,
+        requests: Sequence[Prompt],
+        bad: Sequence[Bad],
+        todo: Callable[[Prompt], Todo],
+        done: Callable[[Todo, Sequence[Completion]], list[dict[str, Any]]],
+        on_token: OnToken | None,
+        *,
+        return_logits: bool,
+    ) -> list[dict[str, Any]]:
+        """Rows of all requests: errors of lines that cannot be read (with on_error `row`), then the others in the order of the file."""
+        ready, refused = self._checked(requests, todo)
+        rows, unread = refused, [_error_row(one.line.id, one.error) for one in bad]
+        num_errors, stamps, kept = len(rows), dict[str, Stamp](), dict[tuple[str, int], dict[str, Any]]()
+        if self.answers is not None:
+            stamps, kept = self._stamps(ready), self.answers.done
+            self.answers.check(stamps)
+        for one in ready:
+            names = [(one.request.id, k) for k in range(one.num_answers)]
+            if all(name in kept for name in names):
+                rows[one.request.id] = [kept[name] for name in names]
+        self.num_kept = len(rows) - num_errors
+        left = [one for one in ready if one.request.id not in rows]
+        stage = self.progress.stage("answering", len(left)) if self.is_file else contextlib.nullcontext()
+        with self.answers or contextlib.nullcontext(), stage as running:
+            try:
+                self._write([*unread, *(row for made in list(rows.values())[:num_errors] for row in made)])
+                for batch in batches(left, self.engine.build.max_batch_size):
+                    for one, answered in self._answered(batch, on_token, return_logits):
+                        if isinstance(answered, ThoughtxError):
+                            made = [_error_row(one.request.id, answered)]
+                        else:
+                            self.last, extra = answered, stamps[one.request.id]._asdict() if stamps else {}
+                            made = [{**row, **extra} for row in done(one, answered)]
+                        rows[one.request.id] = made
+                        self._write(made)
+                    if running is not None:
+                        running.advance(len(batch))
+            except KeyboardInterrupt:
+                if self.answers is not None:
+                    self.progress.note(f"{len(rows)} requests are done in {self.answers.path}; --resume goes on with the others")
+                raise
+        return [*unread, *(row for request in requests for row in rows[request.id])]
+
+    def _checked(self, requests: Sequence[Prompt], todo: Callable[[Prompt], Todo]) -> tuple[list[Todo], dict[str, list[dict[str, Any]]]]:
+        """The requests that can be answered, and error rows of the others."""
+        ready, refused = [], dict[str, ThoughtxError]()
+        for request in requests:
+            try:
+                one = todo(request)
+                if self.is_file and (what := self.engine.problem(one.ids)) is not None:
+                    why, fix = f"it {what}", "shorten it, or build an engine with other limits (thoughtx-build --help)"
+                    raise ThoughtxError("E122", "the prompt does not fit the engine", where=request.where, why=why, fix=fix)
+                check(self.engine, one.params)
+                self.engine.check_chunk_size(one.chunk_size)
+                ready.append(one)
+            except ThoughtxError as error:
+                if not self.is_file:
+                    raise
+                refused[request.id] = ThoughtxError(error.code, error.what, where=request.where, why=error.why, fix=error.fix)
+        if refused and self.on_error == STOP:
+            first, *others = refused.values()
+            if others:
+                why = listed([f"{one.where.rpartition(', line ')[2]}: {one.what}: {one.why}" for one in refused.values()])
+                what = f"{len(refused)} requests cannot be answered"
+                first = ThoughtxError(first.code, what, where=f"{first.where} and {len(others)} more", why=f"line {why}", fix=first.fix)
+            raise first
+        return ready, {name: [_error_row(name, error)] for name, error in refused.items()}
+
+    def _stamps(self, ready: Sequence[Todo]) -> dict[str, Stamp]:
+        outputs = report.read_manifest(self.engine.directory.root)["outputs"]
+        engine = sha256_of([outputs, self.engine.backend, self.engine.is_exact])
+        settings = [
+            {**dataclasses.asdict(one.params), "chunk_size": one.chunk_size, "stream": None if one.params.is_greedy else one.stream}
+            for one in ready
+        ]
+        return {one.request.id: stamp(engine, one.ids, own) for one, own in zip(ready, settings, strict=True)}
+
+    def _answered(
+        self, batch: Sequence[Todo], on_token: OnToken | None, return_logits: bool
+    ) -> Iterator[tuple[Todo, Sequence[Completion] | ThoughtxError]]:
+        """Each request of a batch with its completions. A batch that fails is answered one by one, so that one request fails alone."""
+        try:
+            found = self.engine.generate(
+                [one.ids for one in batch],
+                [one.params for one in batch],
+                on_token,
+                return_logits=return_logits,
+                chunk_size=batch[0].chunk_size,
+                streams=[one.stream for one in batch],
+            )
+        except ThoughtxError as error:
+            if self.on_error == STOP:
+                raise
+            if len(batch) == 1:
+                yield batch[0], error
+            else:
+                for one in batch:
+                    yield from self._answered([one], on_token, return_logits)
+            return
+        for name in COUNTED:
+            self.stats[name] += getattr(self.engine.stats, name)
+        at = 0
+        for one in batch:
+            yield one, found[at : at + one.num_answers]
+            at += one.num_answers
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.answers is not None:
+            self.answers.write(rows)
+
+
+def batches(todo: Sequence[Todo], size: int) -> Iterator[list[Todo]]:
+    """At most `size` answers at a time, of requests with the same chunk size; a request that wants more stands alone."""
+    for chunk_size in dict.fromkeys(one.chunk_size for one in todo):
+        batch: list[Todo] = []
+        for one in todo:
+            if one.chunk_size != chunk_size:
+                continue
+            if batch and sum(other.num_answers for other in batch) + one.num_answers > size:
+                yield batch
+                batch = []
+            batch.append(one)
+        if batch:
+            yield batch
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What a person should know of all answers together, in a few lines."""
+    good = [row for row in rows if "error" not in row]
+    lines = []
+    nats = [row["complexity"] for row in good if row["complexity"] is not None]
+    if nats:
+        how = f"{sum(row['single_step'] for row in good)} of {len(good)} answered in a single step"
+        sizes = _counted(Counter(str(row["chunk_size"]) for row in good))
+        lines.append(f"complexity {min(nats):.3f} to {max(nats):.3f} nats, chunks of {sizes}; {how}")
+    stops = Counter(row["thinking_stop"] for row in good if row["thinking_stop"] is not None)
+    if stops:
+        steps, tokens = (sum(row[name] for row in good) for name in ("num_steps", "num_thinking_tokens"))
+        lines.append(f"{steps} steps, {tokens} tokens of thinking, ended by {_counted(stops)}")
+    if good:
+        num_new = sum(row["num_output_tokens"] for row in good)
+        lines.append(f"{num_new} tokens, stopped by {_counted(Counter(row['stop_reason'] for row in good))}")
+    if len(good) < len(rows):
+        lines.append(f"{len(rows) - len(good)} of {len(rows)} rows are errors")
+    return lines
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{name} ({num})" if len(found) > 1 else name for name, num in found.most_common())
+
+
+def _error_row(name: str, error: ThoughtxError) -> dict[str, Any]:
+    return {"id": name, "error": error.as_dict()}
