@@ -225,3 +225,13 @@ def test_a_batch_that_fails_costs_only_the_request_that_fails(engine, tmp_path, 
     assert [row.get("error", {}).get("code") for row in found["results"]] == [None, None, "E123", None]
     with pytest.raises(ThoughtxError, match="not finite"):
         run_requests(engine_dir=engine, prompts=path)
+
+
+def test_eval_names_every_question_that_does_not_fit_before_it_asks(engine, tmp_path, capsys):
+    rows = [{"prompt": ASK.format(1), "answer": 6, "id": "a"}, *({"prompt": "x1 = 3 " * 400, "answer": 3, "id": name} for name in "bc")]
+    path = write(tmp_path / "q.jsonl", rows)
+    words = ["--engine_dir", str(engine), "--dataset", str(path), "--output", str(tmp_path / "r.json"), "--json"]
+    assert console.run(cli.COMMANDS["eval"], "thoughtx-eval", words) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "E122" and all(f"{path}, line {n} (id {name}) has" in error["why"] for n, name in ((2, "b"), (3, "c")))
+    assert not (tmp_path / "r.json").exists()

@@ -41,6 +41,7 @@ class Question:
     traits: dict[str, int] = field(default_factory=dict)
     match: str = EXACT
     also: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)  # its file and line
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -112,6 +113,6 @@ def from_file(
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, not {shown(how, 40)}")
         check_match(how, accepted)
         task_name = text_of({"task": task, **row}, "task")
-        return Question(id=line.id, task=task_name, prompt=prompt, expected=accepted[0], match=how, also=accepted[1:])
+        return Question(id=line.id, task=task_name, prompt=prompt, expected=accepted[0], match=how, also=accepted[1:], where=line.where)
 
     return read_rows(path, question, code="E140", columns=COLUMNS, fix=FIX).all(note)[:limit]

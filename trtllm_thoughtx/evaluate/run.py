@@ -8,7 +8,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import ThoughtxError, listed
 from trtllm_thoughtx.evaluate.matching import MATCHES, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record, Result
@@ -32,7 +32,9 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
     room = system.max_length - params.max_new_tokens
     if len(prompts[longest]) > room:
         need = len(prompts[longest]) + params.max_new_tokens
-        why = f"question {questions[longest].id} has {len(prompts[longest])} tokens, and --max_new_tokens is {params.max_new_tokens}"
+        long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
+        named = listed([f"{questions[i].where or f'question {questions[i].id}'} has {len(prompts[i])} tokens" for i in long])
+        why = f"--max_new_tokens is {params.max_new_tokens}, and {named}"
         fix = f"lower --max_new_tokens or --lengths, or build an engine with more room: thoughtx-build --max_seq_len {need}"
         what = f"a question needs {need} tokens, the system takes {system.max_length}"
         raise ThoughtxError("E122", what, where=system.description["path"], why=why, fix=fix)
