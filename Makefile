@@ -15,12 +15,12 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with the package (editable) and everything that demo, test and lint need
 
-$(STAMP): pyproject.toml constraints.txt tests/trt_bindings.txt
+$(STAMP): pyproject.toml constraints.txt tests/plugins/trt_bindings.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is " + sys.version)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	@# NVIDIA's plugin package for tests/test_aot.py, not installed; without it these tests are skipped and say so
-	@mkdir -p $(VENV)/trt-bindings; grep == tests/trt_bindings.txt | while read -r wheel; do \
+	@# NVIDIA's plugin package for tests/plugins/test_aot.py, not installed; without it these tests are skipped and say so
+	@mkdir -p $(VENV)/trt-bindings; grep == tests/plugins/trt_bindings.txt | while read -r wheel; do \
 	  $(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: -d $(VENV)/trt-bindings $$wheel \
 	    || echo "$$wheel could not be downloaded: its tests will be skipped"; done
 	@touch $@

@@ -95,7 +95,7 @@ class Freeze:
 def inputs(work: Path) -> None:
     """Checkpoints that the entries start from: all families, dtypes and shards; a chat model's tokenizer; quantized ones."""
     import hf_models
-    from test_imported import four_bits, fp8
+    from quantized_models import four_bits, fp8
 
     for family in FAMILIES:
         hf_models.save(work / family, family)
@@ -197,7 +197,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path)
     parser.add_argument("--hostile", action="store_true", help="also the hostile inputs, one process each (minutes)")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         freeze = Freeze(Path(name))
         inputs(freeze.work)

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 import pytest
+from places import ROOT
 
 from trtllm_thoughtx.errors import CODES
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "trtllm_thoughtx"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ".mypy_cache" not in path.parts)
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}

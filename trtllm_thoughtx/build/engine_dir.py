@@ -8,7 +8,7 @@
     tokenizer files  as they came with the checkpoint
 
 The `thoughtx` section has a schema number. Older schemas are read: a setting that they lack has the value it had before it existed
-(`config.since`). Newer ones are refused with the version to install. tests/engines/ holds a directory of every released schema.
+(`config.since`). Newer ones are refused with the version to install. tests/build/engines/ holds a directory of every released schema.
 
 Nothing here loads an engine; `verify` compares all hashes and must pass before one is loaded: a plan is a program, and a tokenizer or
 a chat template that changed gives other answers.

@@ -10,7 +10,7 @@ A prompt's band is the larger of its own and, scaled to its size, the one pooled
 too few numbers for a steady rms. No band is taken to be below one rounding of the tensor itself.
 
 Measured on onnxruntime (CPU), 1,300 checks a type over 32 checkpoints: random ones, two of them 24 layers deep, three as transformers
-initializes them, a trained one. The worst right engine, and the mildest of the faults that tests/test_validate.py plants:
+initializes them, a trained one. The worst right engine, and the mildest of the faults that tests/validate/test_validate.py plants:
 
 | type     | right: rms / band | right: largest / band | wrong mask | rotary theta x 2 | norm epsilon x 10 | a weight off by 1 % |
 |----------|-------------------|-----------------------|------------|------------------|-------------------|---------------------|

@@ -5,7 +5,7 @@ time, and how to compile and launch each: Triton's PTX for the GPU of this host,
 kernel serves prefill and decode: it is not split over the keys, since such a plugin has one kernel and no workspace.
 
 TensorRT reads the annotations below as types, so they must not be strings. It has been run through NVIDIA's own Python package of several
-versions over a stand-in for the native half (tests/test_aot.py), and not inside TensorRT on a GPU.
+versions over a stand-in for the native half (tests/plugins/test_aot.py), and not inside TensorRT on a GPU.
 """
 
 import ctypes

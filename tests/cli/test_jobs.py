@@ -1,0 +1,236 @@
+"""Jobs: many requests, bad ones among them, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import TINY as SAMPLE
+
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import params as console
+
+MAIN = "import sys; from trtllm_thoughtx.cli.commands import run_main; sys.exit(run_main())"
+ASK = "x1 = {} x2 = 5 x3 = x1 + x2 ?"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("jobs")
+    words = ("--checkpoint_dir", str(SAMPLE), "--output_dir", str(root / "engine"), "--backend", "onnxruntime", "-q")
+    sizes = ("--max_batch_size", "2", "--max_seq_len", "512", "--use_chunked_attention", "--chunk_size", "16", "--max_chunk_size", "64")
+    assert console.run(cli.build, "thoughtx-build", [*words, *sizes]) == 0
+    return root / "engine"
+
+
+def command(engine: Path, *words: object) -> list[str]:
+    return [sys.executable, "-c", MAIN, "--engine_dir", str(engine), "--num_threads", "1", *map(str, words)]
+
+
+def done(engine: Path, *words: object, given: str | None = None, status: int = 0) -> dict[str, Any]:
+    made = subprocess.run(command(engine, *words, "--json"), input=given, capture_output=True, text=True, check=False, timeout=300)
+    assert made.returncode == status, made.stderr
+    return json.loads(made.stdout) | {"stderr": made.stderr}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def told(rows: list[dict[str, Any]]) -> dict[tuple[str, int], Any]:
+    return {(row["id"], row["index"]): row["output_ids"] for row in rows}
+
+
+def test_a_killed_job_goes_on_and_gives_the_same_answers(engine, tmp_path):
+    """Killed behind several lines, one of them torn; sampled, so that a stream that depended on the start would show."""
+    rows = [{"prompt": ASK.format(i), "id": f"q{i}", "num_return_sequences": 1 + i % 2} for i in range(12)]
+    flags = ("--prompts", write(tmp_path / "p.jsonl", rows), "--temperature", 0.9, "--max_new_tokens", 150, "--ignore_eos", "--seed", 3)
+    whole = done(engine, *flags)
+    assert len(whole["results"]) == 18
+    out = tmp_path / "a.jsonl"
+    for least in (1, 5, 11):
+        process = subprocess.Popen(command(engine, *flags, "--output", out, "--resume", "-q"), stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= least):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert out.read_bytes().count(b"\n") >= least
+        with out.open("ab") as file:
+            file.write(b'{"id": "q11", "index": 0, "outp')
+    num_before = out.read_bytes().count(b"\n")
+    last = done(engine, *flags, "--output", out, "--resume")
+    assert told(last["results"]) == told(whole["results"]) == told(read(out))
+    assert len(read(out)) == 18 and 0 < last["num_kept"] <= num_before
+    again = done(engine, *flags, "--output", out, "--resume")
+    assert again["num_kept"] == 12 and told(again["results"]) == told(whole["results"])
+
+
+def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(engine, tmp_path):
+    path, out = write(tmp_path / "p.jsonl", [{"prompt": ASK.format(i)} for i in range(40)]), tmp_path / "a.jsonl"
+    words = command(engine, "--prompts", path, "--max_new_tokens", 200, "--ignore_eos", "--output", out)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, -signal.SIGINT) and "--resume goes on" in said and 2 <= len(read(out)) < 40
+
+
+def test_what_differs_is_named_before_anything_runs(engine, tmp_path):
+    path, out = (
+        write(tmp_path / "p.jsonl", [{"prompt": ASK.format(1), "id": "a"}, {"prompt": ASK.format(2), "id": "b"}]),
+        tmp_path / "o.jsonl",
+    )
+    flags = ("--prompts", path, "--max_new_tokens", 4, "--output", out)
+    done(engine, *flags)
+    before = out.read_bytes()
+    refused = done(engine, *flags, status=3)["error"]
+    assert refused["code"] == "E130" and "--resume" in refused["fix"]
+    refused = done(engine, *flags[:3], 5, *flags[4:], "--temperature", 0.5, "--resume", status=3)["error"]
+    assert (
+        refused["code"] == "E160"
+        and "max_new_tokens is 4 there, 5 now" in refused["why"]
+        and "temperature is 0.0 there, 0.5" in refused["why"]
+    )
+    write(path, [{"prompt": ASK.format(1), "id": "a"}, {"prompt": ASK.format(3), "id": "b"}])
+    assert "the prompt of id b" in done(engine, *flags, "--resume", status=3)["error"]["why"]
+    write(path, [{"prompt": ASK.format(1), "id": "a"}])
+    assert "id b is not among" in done(engine, *flags, "--resume", status=3)["error"]["why"]
+    assert out.read_bytes() == before
+    assert done(engine, "--prompts", path, "--resume", status=2)["error"]["code"] == "E001"
+    (tmp_path / "other.jsonl").write_text('{"id": "a", "text": "mine"}\n')
+    assert done(engine, *flags[:5], tmp_path / "other.jsonl", "--resume", status=3)["error"]["code"] == "E160"
+    assert (tmp_path / "other.jsonl").read_text() == '{"id": "a", "text": "mine"}\n'
+
+
+BAD = [
+    {"prompt": ASK.format(1), "id": "good1"},
+    "not JSON",
+    {"prompt": "x1 = 3 " * 400, "id": "long"},
+    {"prompt": ASK.format(1), "id": "hot", "temperature": "warm"},
+    {"input_ids": [999_999], "id": "far"},
+    {"prompt": ASK.format(1), "chunk_size": 4096, "id": "wide"},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "id": "image"},
+    {"prompt": ASK.format(2), "id": "good2"},
+    {"prompt": ASK.format(2), "id": "good1"},
+]
+
+
+def test_bad_rows_stop_the_job_before_it_starts_or_become_rows(engine, tmp_path):
+    path, out = write(tmp_path / "p.jsonl", BAD), tmp_path / "a.jsonl"
+    first = done(engine, "--prompts", path, "--output", out, status=3)["error"]
+    assert first["code"] == "E140" and all(f"line {n}" in first["why"] for n in (2, 7, 9)) and not out.exists()
+    only_long = write(tmp_path / "l.jsonl", [BAD[0], BAD[2]])
+    error = done(engine, "--prompts", only_long, "--output", out, status=3)["error"]
+    assert error["code"] == "E122" and error["where"] == f"{only_long}, line 2 (id long)" and "tokens" in error["why"] and not out.exists()
+    found = done(engine, "--prompts", path, "--output", out, "--on_error", "row", "--max_new_tokens", 6, status=1)
+    assert found["num_errors"] == 7 and not found["ok"]
+    errors = {row["id"]: row["error"]["code"] for row in found["results"] if "error" in row}
+    assert errors == {"2": "E140", "long": "E122", "hot": "E001", "far": "E122", "wide": "E122", "image": "E140", "9": "E140"}
+    alone = done(engine, "--prompts", write(tmp_path / "g.jsonl", [BAD[0], BAD[7]]), "--max_new_tokens", 6)
+    good = [row for row in found["results"] if "error" not in row]
+    assert told(good) == told(alone["results"]) and len(read(out)) == 9
+    mended = write(path, [*BAD[:1], "", {**BAD[2], "prompt": ASK.format(7)}, *[""] * 4, BAD[7]])
+    last = done(engine, "--prompts", mended, "--output", out, "--resume", "--max_new_tokens", 6)
+    assert last["num_kept"] == 2 and {row["id"] for row in read(out)} == {"good1", "long", "good2"}
+
+
+def test_settings_of_a_line_are_those_of_the_same_request_alone(engine, tmp_path):
+    own = [
+        {},
+        {"max_new_tokens": 3},
+        {"temperature": 1.2, "seed": 11},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "seed": 4},
+        {"chunk_size": 32},
+        {"max_reasoning_depth": 1},
+        {"stop": ["="]},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.5, "seed": 2, "num_return_sequences": 2},
+    ]
+    path = write(tmp_path / "p.jsonl", [{"prompt": ASK.format(8), "id": str(i), **settings} for i, settings in enumerate(own)])
+    together = done(engine, "--prompts", path, "--max_new_tokens", 20, "--temperature", 0)["results"]
+    for i, settings in enumerate(own):
+        flags = {"max_new_tokens": 20, "temperature": 0, **settings}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value[0] if isinstance(value, list) else value)]
+        alone = done(engine, "--prompt", ASK.format(8), *words)["results"]
+        assert [row["output_ids"] for row in together if row["id"] == str(i)] == [row["output_ids"] for row in alone], settings
+    assert len({json.dumps(row["output_ids"]) for row in together}) >= 5
+
+
+def test_stdin_and_lines_of_a_server_batch(engine):
+    message = [{"role": "user", "content": [{"type": "text", "text": ASK.format(4)}]}]
+    body = {"model": "x", "messages": message, "max_tokens": 5, "temperature": 0, "n": 1, "stream": False, "logit_bias": {}}
+    raw = {"prompt": ASK.format(4), "max_tokens": 5, "temperature": 0}
+    lines = [
+        {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {
+            "custom_id": "r2",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": raw,
+        },
+        {"prompt": ASK.format(4), "id": "plain", "max_new_tokens": 5, "temperature": 0},
+        {"messages": [{"role": "user", "content": ASK.format(4)}], "id": "m", "max_new_tokens": 5, "temperature": 0},
+    ]
+    rows = {row["id"]: row for row in done(engine, "--prompts", "-", given="\n".join(map(json.dumps, lines)))["results"]}
+    assert rows["r1"]["output_ids"] == rows["plain"]["output_ids"] == rows["m"]["output_ids"] and len(rows["r1"]["output_ids"]) <= 5
+    assert rows["r2"]["num_prompt_tokens"] != rows["r1"]["num_prompt_tokens"]  # a completion has no chat template
+    for change, named in (
+        ({"tools": [{"type": "function"}]}, "body.tools"),
+        ({"response_format": {"type": "json_object"}}, "body.response_format"),
+        ({"logit_bias": {"5": -100}}, "body.logit_bias"),
+        ({"reasoning_effort": "low"}, "body.reasoning_effort"),
+        ({"max_completion_tokens": 7}, "max_completion_tokens"),
+    ):
+        line = json.dumps({**lines[0], "body": {**body, **change}})
+        error = done(engine, "--prompts", "-", given=line, status=3)["error"]
+        assert error["where"] == "stdin, line 1 (id r1)" and named in error["why"]
+    error = done(engine, "--prompts", "-", given=json.dumps({**lines[0], "url": "/v1/embeddings"}), status=3)["error"]
+    assert "/v1/embeddings" in error["why"]
+
+
+def test_stderr_does_not_grow_with_the_prompts(engine, tmp_path):
+    paths = [write(tmp_path / f"{num}.jsonl", [{"prompt": ASK.format(i)} for i in range(num)]) for num in (2, 20)]
+    few, many = (done(engine, "--prompts", path, "--max_new_tokens", 3)["stderr"] for path in paths)
+    assert len(few.splitlines()) == len(many.splitlines()) and "answering (20 steps)" in many and "60 tokens" in many
+
+
+def test_a_batch_that_fails_costs_only_the_request_that_fails(engine, tmp_path, monkeypatch):
+    from trtllm_thoughtx.cli.run import run_requests
+    from trtllm_thoughtx.errors import ThoughtxError
+    from trtllm_thoughtx.runtime.engine import Engine
+
+    real = Engine.generate
+
+    def fails(self, prompts, params=None, *args, **kwargs):
+        if any(one.max_new_tokens == 7 for one in params):
+            raise ThoughtxError("E123", "logits are not finite", where="row 0", why="a test", fix="none")
+        return real(self, prompts, params, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "generate", fails)
+    path = write(tmp_path / "p.jsonl", [{"prompt": ASK.format(i), "id": f"{i}x", "max_new_tokens": 7 if i == 2 else 4} for i in range(4)])
+    found = run_requests(engine_dir=engine, prompts=path, on_error="row")
+    assert [row.get("error", {}).get("code") for row in found["results"]] == [None, None, "E123", None]
+    with pytest.raises(ThoughtxError, match="not finite"):
+        run_requests(engine_dir=engine, prompts=path)
+
+
+def test_eval_names_every_question_that_does_not_fit_before_it_asks(engine, tmp_path, capsys):
+    rows = [{"prompt": ASK.format(1), "answer": 6, "id": "a"}, *({"prompt": "x1 = 3 " * 400, "answer": 3, "id": name} for name in "bc")]
+    path = write(tmp_path / "q.jsonl", rows)
+    words = ["--engine_dir", str(engine), "--dataset", str(path), "--output", str(tmp_path / "r.json"), "--json"]
+    assert console.run(cli.COMMANDS["eval"], "thoughtx-eval", words) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "E122" and all(f"{path}, line {n} (id {name}) has" in error["why"] for n, name in ((2, "b"), (3, "c")))
+    assert not (tmp_path / "r.json").exists()
