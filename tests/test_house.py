@@ -161,7 +161,9 @@ def test_files_are_small_and_say_what_they_are(name):
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("build_configs/*"))], ids=lambda path: path.name
+    "path",
+    [*FILES, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("build_configs/*"))],
+    ids=lambda path: path.name,
 )
 def test_no_path_of_some_machine(path):
     text = path.read_text(encoding="utf-8")
@@ -169,10 +171,10 @@ def test_no_path_of_some_machine(path):
 
 
 def test_every_error_code_is_documented_and_used():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (E\d{3}) \| \d+ \| (.+?) \|$", readme, re.MULTILINE))
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (E\d{3}) \| \d+ \| (.+?) \|$", page, re.MULTILINE))
     assert rows == {code: meaning for code, (_, meaning) in CODES.items()}
-    exits = {code: int(status) for code, status in re.findall(r"^\| (E\d{3}) \| (\d+) \|", readme, re.MULTILINE)}
+    exits = {code: int(status) for code, status in re.findall(r"^\| (E\d{3}) \| (\d+) \|", page, re.MULTILINE)}
     assert exits == {code: int(status) for code, (status, _) in CODES.items()}
     source = "".join(path.read_text(encoding="utf-8") for path in FILES if path.name != "errors.py")
     assert [code for code in CODES if f'"{code}"' not in source] == []

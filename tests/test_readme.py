@@ -1,4 +1,4 @@
-"""The README's marked blocks are run, in order, in one directory, exactly as they stand."""
+"""The marked blocks of the README, then those of each page in docs/, are run in one directory, exactly as they stand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import pytest
 from places import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", README, re.DOTALL)
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+}
+BLOCKS = [block for page in PAGES.values() for block in re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", page, re.DOTALL)]
 NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "inspect", "eval", "distill")
 
 
@@ -33,7 +36,19 @@ def shell(tmp_path_factory):
 
 def test_there_are_blocks_to_run():
     assert len(BLOCKS) >= 5
-    assert README.count("<!-- run -->") == len(BLOCKS)
+    assert sum(page.count("<!-- run -->") for page in PAGES.values()) == len(BLOCKS)
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len(README.splitlines()) <= 150
+    assert [name for name in PAGES if name != "README.md" and name not in README] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    base = ROOT / ("docs" if (ROOT / "docs" / name).exists() else "")
+    targets = re.findall(r"\]\(([^)#]+)", PAGES[name])
+    assert [target for target in targets if not target.startswith("http") and not (base / target).exists()] == []
 
 
 @pytest.mark.slow
@@ -48,9 +63,9 @@ def test_the_blocks_run(shell):
         done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         outputs.append(done.stdout)
-    assert outputs[0].rstrip().endswith("</think> 13")
-    assert "PASSED" in outputs[0] and "PASSED" in outputs[2]
-    assert outputs[-1].rstrip().endswith("</think> 13 eos")
+    assert outputs[0].rstrip().endswith("</think> 13") and "PASSED" in outputs[0]
+    python = next(output for (language, _), output in zip(BLOCKS, outputs, strict=True) if language == "python")
+    assert python.rstrip().endswith("</think> 13 eos")
     made = {path.name for path in work.iterdir() if not path.is_symlink()}
     assert {"ckpt", "engine", "engine-from-recipe", "engine-in-stages", "golden.safetensors", "report.xml", "logits.npy"} <= made
 
@@ -61,13 +76,14 @@ def test_the_first_commands_are_targets_of_the_makefile():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_file_that_the_readme_names_exists():
-    for name in re.findall(r"`(tests/\w+\.py|build_configs/|constraints\.txt)`", README):
-        assert (ROOT / name).exists(), name
+def test_every_file_that_the_pages_name_exists():
+    for page in PAGES.values():
+        for name in re.findall(r"`((?:tests|bench|build_configs|docs|plugins)/[\w./-]*|constraints\.txt)`", page):
+            assert (ROOT / name).exists(), name
 
 
 def test_the_exit_statuses_are_the_ones_of_the_program():
     from trtllm_thoughtx.errors import Exit
 
-    section = README.split("## Exit statuses")[1].split("| code |")[0]
+    section = PAGES["errors.md"].split("| code |")[0]
     assert [int(status) for status in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)] == [int(status) for status in Exit]

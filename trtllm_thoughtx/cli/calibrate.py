@@ -56,38 +56,38 @@ FLAGS_OF = {
     "thoughtx-build --config ./chunks/build.yaml --checkpoint_dir ./model --output_dir ./engine",
     "thoughtx-calibrate --model_dir ./model --output_dir ./ckpt --fit_exit_head --exit_layers 3 --dataset questions.jsonl",
 )
-@click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory; except for --chunk_report also a checkpoint.")
-@click.option("--output_dir", type=PATH, required=True, help="Where the checkpoint that is made, or the report and its settings, go.")
+@click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory or checkpoint (--chunk_report: Hugging Face only).")
+@click.option("--output_dir", type=PATH, required=True, help="Output directory for the checkpoint, or for the report and its settings.")
 @click.option("--qformat", type=OneOf(tuple(QUANT_ALGOS)), help=f"Quantize the linear layers: {', '.join(QUANT_ALGOS)}.")
-@click.option("--chunk_report", is_flag=True, help="What chunked attention keeps, and the smallest window that keeps enough.")
-@click.option("--fit_exit_head", is_flag=True, help="Fit a head that says when the answer is known and a step ends.")
-@click.option("--exit_layers", type=LAYERS, help="Fit exit adapters before these layers, which draft tokens of a staged engine.")
+@click.option("--chunk_report", is_flag=True, help="Measure retained attention mass and choose the smallest sufficient KV cache.")
+@click.option("--fit_exit_head", is_flag=True, help="Fit an exit head that predicts when the answer is known.")
+@click.option("--exit_layers", type=LAYERS, help="Fit exit adapters at these layers, for self-speculative decoding in a staged engine.")
 @click.option("--calib_data", type=PATH, help="JSONL file (chunk report: of traces), .txt file or data set.  [default: generated tasks]")
 @click.option("--calib_size", type=POSITIVE, help="Sequences to take.  [default: 128, an eighth judges; int8_wo, int4_wo, chunk report 16]")
 @click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512; int8_wo, int4_wo 256]")
-@click.option("--batch_size", type=Count(1, 4096), help="Sequences at once; changes no number.  [default: 8, exits 16]")
-@click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the data's prompts.")
-@click.option("--private_data", is_flag=True, default=None, help="Write no token of the data; generated tasks judge engines instead.")
-@click.option("--group_size", type=Count(2, 1 << 16), help="Inputs that share a 4-bit scale.  [default: 128, or the largest that fits]")
-@click.option("--exclude", type=MODULES, help="Layers that stay as they are, e.g. 'transformer.layers.0.*'.")
-@click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize the output matrix as well.")
-@click.option("--plain_rounding", is_flag=True, default=None, help="No search (SmoothQuant, AWQ): plain rounding, to compare with.")
+@click.option("--batch_size", type=Count(1, 4096), help="Batch size; does not affect results.  [default: 8, exits 16]")
+@click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the prompts of the data.")
+@click.option("--private_data", is_flag=True, default=None, help="Do not embed calibration tokens; engines are validated on synthetic sequences.")
+@click.option("--group_size", type=Count(2, 1 << 16), help="Group size of 4-bit scales.  [default: 128, or the largest that fits]")
+@click.option("--exclude", type=MODULES, help="Layers to leave unquantized, e.g. 'transformer.layers.0.*'.")
+@click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize lm_head too.")
+@click.option("--plain_rounding", is_flag=True, default=None, help="Plain rounding without the SmoothQuant or AWQ search, as a baseline.")
 @click.option("--kv_cache_dtype", type=OneOf(("auto", *KV_ALGOS)), help="int8: onnxruntime; fp8: tensorrt-llm.  [default: auto]")
-@click.option("--sensitivity", is_flag=True, default=None, help="Also measure what quantizing each layer alone costs.")
-@click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers until the mean KL is at most X nats.")
-@click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers up to this mean of bits per weight.")
+@click.option("--sensitivity", is_flag=True, default=None, help="Also measure each layer's sensitivity to quantization.")
+@click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers in high precision until mean KL is at most X nats.")
+@click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers in high precision, up to this mean bits per weight.")
 @click.option(
     "--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: at most 2048]"
 )
-@click.option("--target_capture", type=SHARE, help="Share of the attention mass that the window must keep.  [default: 0.97]")
-@click.option("--max_task_loss", type=SHARE, help="Share of right answers that may be lost.  [default: 0.01]")
-@click.option("--eval_items", type=COUNT, help="Questions of each task that are asked.  [default: --qformat 0, --chunk_report 60]")
-@click.option("--adapter_rank", type=POSITIVE, help="Rank of an exit adapter's map.  [default: 64]")
-@click.option("--max_accuracy_loss", type=FiniteFloat(0, 100), help="Points of accuracy that an exit may cost.  [default: 0.5]")
+@click.option("--target_capture", type=SHARE, help="Fraction of attention mass to retain.  [default: 0.97]")
+@click.option("--max_task_loss", type=SHARE, help="Fraction of right answers that may be lost.  [default: 0.01]")
+@click.option("--eval_items", type=COUNT, help="Number of questions per task.  [default: --qformat 0, --chunk_report 60]")
+@click.option("--adapter_rank", type=POSITIVE, help="Rank of the exit adapters.  [default: 64]")
+@click.option("--max_accuracy_loss", type=FiniteFloat(0, 100), help="Accuracy loss allowed for exits, in points.  [default: 0.5]")
 @click.option("--task", "tasks", type=NAMES, help="Generated questions to trace for exits.  [default: all]")
 @click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...} to ask or trace instead.')
 @click.option("--num_items", type=POSITIVE, help="Generated questions of each task and set, for exits.  [default: 120]")
-@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of an answer.  [default: 512]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens per answer.  [default: 512]")
 @template_options
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads, for exits.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
@@ -104,7 +104,7 @@ def calibrate(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Quantize a model on data, fit its exits, or measure what chunked attention keeps of it; report what that costs."""
+    """Quantize a model, fit early exits, or choose chunk sizes on data, each with an accuracy report."""
     wanted = (qformat is not None, chunk_report, fit_exit_head or exit_layers is not None)
     named = [flag for flag, is_wanted in zip(FLAGS_OF, wanted, strict=True) if is_wanted]
     if len(named) != 1:

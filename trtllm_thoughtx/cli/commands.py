@@ -53,12 +53,12 @@ ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", 
     "thoughtx-convert --model_dir ./model --output_dir ./ckpt --dtype float16 --force",
 )
 @click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory (safetensors).")
-@click.option("--output_dir", type=PATH, required=True, help="Where the TensorRT-LLM checkpoint goes.")
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Type of the weights; auto keeps the checkpoint's.")
+@click.option("--output_dir", type=PATH, required=True, help="Output directory for the TensorRT-LLM checkpoint.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Weight type; auto keeps the checkpoint's.")
 @click.option("--tp_size", type=Count(1, 64), default=1, help="Tensor parallel ranks (for tensorrt-llm).")
 @click.option("--pp_size", type=Count(1, 64), default=1, help="Pipeline parallel ranks (for tensorrt-llm).")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--allow_nonfinite", is_flag=True, help="Accept NaN and infinity in weights, and record it.")
+@click.option("--allow_nonfinite", is_flag=True, help="Accept NaN and infinite weights, and record it.")
 def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
     from trtllm_thoughtx.checkpoint.convert import convert
@@ -85,30 +85,30 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
     "thoughtx-build --config build_configs/thoughtx-tiny.yaml --checkpoint_dir ./ckpt --output_dir ./engine",
 )
 @click.option("--checkpoint_dir", type=PATH, required=True, help="TensorRT-LLM checkpoint or Hugging Face directory.")
-@click.option("--output_dir", type=PATH, required=True, help="Where the engine directory goes.")
+@click.option("--output_dir", type=PATH, required=True, help="Output directory for the engine.")
 @click.option(
     "--backend", type=SEVERAL_BACKENDS, multiple=True, help=f"What to build for: {', '.join(BACKENDS)}.  [default: {DEFAULT_BACKENDS}]"
 )
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), help="Type that the engine computes in.  [default: auto, the checkpoint's]")
-@click.option("--max_batch_size", type=POSITIVE, help="Most sequences in one call.")
-@click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are read in pieces.")
-@click.option("--max_seq_len", type=POSITIVE, help="Most tokens of prompt and answer together.")
+@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), help="Compute type of the engine.  [default: auto, the checkpoint's]")
+@click.option("--max_batch_size", type=POSITIVE, help="Maximum batch size.")
+@click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are prefilled in segments.")
+@click.option("--max_seq_len", type=POSITIVE, help="Maximum tokens of prompt and answer together.")
 @click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
-@click.option("--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen for each request, see --base_size.")
-@click.option("--sink_tokens", type=COUNT, help="First tokens of the prompt that stay visible.")
-@click.option("--left_chunks", type=COUNT, help="Whole chunks that stay visible behind the current one.")
-@click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may ask for; sizes the KV cache.  [default: --chunk_size]")
-@click.option("--num_anchors", type=COUNT, help="Older chunks whose last token stays visible.")
-@click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of a chosen chunk per nat of a prompt's complexity.")
-@click.option("--threshold_low", type=NATS, help="Prompts of less complexity, in nats, are answered in a single step.")
-@click.option("--plugin", type=OneOf(PLUGINS), help="Form of the chunked attention in a tensorrt engine.  [default: function]")
-@click.option("--plugin_library", type=PATH, help="Shared library of --plugin cpp; `make plugin` makes it.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size.")
+@click.option("--sink_tokens", type=COUNT, help="Attention sinks: first tokens of the prompt that stay visible.")
+@click.option("--left_chunks", type=COUNT, help="Whole chunks before the current one that stay visible.")
+@click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may use; sizes the KV cache.  [default: --chunk_size]")
+@click.option("--num_anchors", type=COUNT, help="Number of older chunks whose last token stays visible.")
+@click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of chunk size per nat of prompt entropy.")
+@click.option("--threshold_low", type=NATS, help="Prompts with entropy below this many nats are answered in a single step.")
+@click.option("--plugin", type=OneOf(PLUGINS), help="Chunked-attention implementation in a tensorrt engine.  [default: function]")
+@click.option("--plugin_library", type=PATH, help="Shared library for --plugin cpp, built by `make plugin`.")
 @click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
 @click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
 @click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")
-@click.option("--optimization_level", type=Count(0, 5), help="TensorRT builder effort.")
+@click.option("--optimization_level", type=Count(0, 5), help="TensorRT builder optimization level.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--dry_run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--dry_run", is_flag=True, help="Check everything and print the plan, without writing.")
 def build(
     checkpoint_dir: Path, output_dir: Path, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any
 ) -> None:
@@ -128,15 +128,15 @@ def build(
     "thoughtx-validate --engine_dir ./engine --reference ./model --record golden.safetensors",
     "thoughtx-validate --engine_dir ./engine --golden golden.safetensors --junit report.xml",
 )
-@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to judge.")
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to validate.")
 @click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
 @click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
-@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Judge this backend's part of the engine.  [default: all that it holds]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Validate this backend only.  [default: every backend in the directory]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
 @exact_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
-@click.option("--strict", is_flag=True, help="A skipped check counts as failed.")
+@click.option("--strict", is_flag=True, help="Count skipped checks as failures.")
 @click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
 def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Compare an engine with PyTorch; status 1 when they differ."""
@@ -177,19 +177,19 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--output", type=PATH, help="Append each answer to this JSONL file when it is done.")
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
 @click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help="A bad line stops the job before it starts, or is a row.")
-@click.option("--no_chat_template", is_flag=True, help="Use the prompt's text as it is.")
+@click.option("--no_chat_template", is_flag=True, help="Do not apply the chat template.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
-@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens to generate per request.  [default: the checkpoint's, or 256]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens to generate per request.  [default: the checkpoint's, or 256]")
 @click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
 @click.option(
-    "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Sample within this probability mass.  [default: the checkpoint's]"
+    "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Nucleus sampling: keep this probability mass.  [default: the checkpoint's]"
 )
-@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the sampling.")
+@click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Sampling seed.")
 @sampling_options
 @click.option("--num_return_sequences", type=Count(1, 1024), help="Answers to each prompt, from different random streams.  [default: 1]")
 @click.option("--logprobs", type=Count(0, 1000), help="With --json: log-probabilities of each token and of the N likeliest in its place.")
-@click.option("--ignore_eos", is_flag=True, help="Go on after the end token.")
-@click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from the prompt's complexity.")
+@click.option("--ignore_eos", is_flag=True, help="Continue past the end-of-sequence token.")
+@click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from prompt entropy.")
 @template_options
 @thinking_options
 @exact_option
@@ -221,7 +221,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @exact_option
 @click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
-@click.option("--warmup", type=Count(0, 1000), default=1, help="Untimed runs before.")
+@click.option("--warmup", type=Count(0, 1000), default=1, help="Warm-up runs before timing.")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")
 def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Time prefill and decode of an engine."""
@@ -234,7 +234,7 @@ def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: 
 @command("inspect", "thoughtx-inspect ./engine", "thoughtx-inspect ./engine/rank0.onnx --json")
 @click.argument("path", type=PATH)
 def inspect(path: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Say what PATH is: a model, a checkpoint, an engine directory, an .onnx or an .engine file."""
+    """Describe PATH: a model, checkpoint, engine directory, .onnx or .engine file."""
     from trtllm_thoughtx.inspection import describe, description_tables
 
     description = describe(path)
@@ -254,7 +254,7 @@ class _Group(click.Group):
 @click.group("thoughtx", cls=_Group, commands=COMMANDS, context_settings=CONTEXT, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="trtllm-thoughtx")
 def thoughtx() -> None:
-    """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove that they are right."""
+    """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove them correct."""
 
 
 def _end(status: int) -> NoReturn:

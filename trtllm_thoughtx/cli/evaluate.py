@@ -38,39 +38,39 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
     "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --match contains --output result.json",
     "thoughtx-eval --model_dir ./model --harness gsm8k,boolq --data_dir ./data --limit 100",
 )
-@click.option("--engine_dir", type=PATH, help="Engine directory to ask.")
-@click.option("--model_dir", type=PATH, help="Hugging Face directory to ask, run by transformers.")
+@click.option("--engine_dir", type=PATH, help="Engine directory to evaluate.")
+@click.option("--model_dir", type=PATH, help="Hugging Face directory to evaluate with transformers.")
 @click.option("--task", "tasks", type=NAMES, help=f"Generated questions: {', '.join(GENERATED)}.")
 @click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...}, - is stdin.')
 @click.option(
     "--match", type=OneOf(MATCHES), help="How answers of --dataset are compared.  [default: by the answer's form: number, letter or words]"
 )
 @click.option("--harness", type=HARNESS, help=f"lm-eval tasks: {', '.join(BENCHMARKS)}.")
-@click.option("--compare", type=PATH, help="Another engine, model or saved result: both on the same questions.")
-@click.option("--num_items", type=POSITIVE, default=120, help="Questions of each task, spread over its sizes.")
+@click.option("--compare", type=PATH, help="Another engine, model or saved result to compare with, on the same questions.")
+@click.option("--num_items", type=POSITIVE, default=120, help="Questions per task, spread over its sizes.")
 @click.option("--sizes", type=NUMBERS, help="Operands, hops, operations or rules.  [default: 1 to 12 operands, 1 to 4 of others]")
 @click.option("--lengths", type=NUMBERS, default="0", help="Words of context of lookups; 0: as short as they come.")
-@click.option("--cut_share", type=FiniteFloat(0, 10), default=0.0, help="Also this many times as many questions with a thought cut short.")
+@click.option("--cut_share", type=FiniteFloat(0, 10), default=0.0, help="Also ask this fraction of the questions with a truncated thought.")
 @click.option("--split", type=click.Choice(["test", "validation", "train"]), default="test", help="Which generated questions.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the questions and of the sampling.")
-@click.option("--max_new_tokens", type=POSITIVE, help="Most tokens of thought and answer.  [default: 512, benchmarks 256]")
+@click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens of reasoning and answer.  [default: 512, benchmarks 256]")
 @click.option("--temperature", type=FiniteFloat(0, 100), default=0.0, help="0 is greedy.")
-@click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Sample within this probability mass.")
+@click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Nucleus sampling: keep this probability mass.")
 @sampling_options
-@click.option("--batch_size", type=POSITIVE, help="Questions at once; above 1 the times are those of a batch.  [default: 1]")
+@click.option("--batch_size", type=POSITIVE, help="Batch size; above 1, times are per batch.  [default: 1]")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
 @template_options
 @thinking_options
 @exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
-@click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0 not.  [default: 2048 with --compare, else 0]")
-@click.option("--output", type=PATH, help="Keep every answer in this JSON file, for a later --compare.")
-@click.option("--plot", type=PATH, help="Draw accuracy by size and length (.png, .svg, .pdf).")
-@click.option("--data_dir", type=PATH, help="Where TASK.jsonl lies for --harness; else lm-eval fetches it.")
+@click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0: do not.  [default: 2048 with --compare, else 0]")
+@click.option("--output", type=PATH, help="Save every answer to this JSON file, for a later --compare.")
+@click.option("--plot", type=PATH, help="Plot accuracy by size and length (.png, .svg, .pdf).")
+@click.option("--data_dir", type=PATH, help="Directory with TASK.jsonl for --harness; otherwise lm-eval downloads it.")
 @click.option("--limit", type=POSITIVE, help="First questions of --dataset or of each --harness task.")
-@click.option("--num_fewshot", type=COUNT, help="Examples before each question of --harness.  [default: the task's own]")
-@click.option("--chat_template", is_flag=True, help="Put the questions of --harness into the chat template.")
+@click.option("--num_fewshot", type=COUNT, help="Number of few-shot examples for --harness.  [default: the task's own]")
+@click.option("--chat_template", is_flag=True, help="Apply the chat template to --harness questions.")
 def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Measure accuracy with intervals, tokens, steps and time; compare two systems on the same questions."""
     from trtllm_thoughtx.evaluate.job import evaluation, evaluation_tables

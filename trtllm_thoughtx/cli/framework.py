@@ -98,22 +98,22 @@ def template_options(function: Callable[..., None]) -> Callable[..., None]:
 def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
     """The flags that end a chain of thought early; `run` and `eval` share them."""
     for option in reversed((
-        click.option("--max_reasoning_depth", type=COUNT, help="Most steps of thinking; 0 answers at once.  [default: no limit]"),
-        click.option("--max_thinking_tokens", type=COUNT, help="Most tokens of thinking; 0 answers at once.  [default: no limit]"),
+        click.option("--max_reasoning_depth", type=COUNT, help="Maximum reasoning steps; 0 answers at once.  [default: no limit]"),
+        click.option("--max_thinking_tokens", type=COUNT, help="Maximum thinking tokens; 0 answers at once.  [default: no limit]"),
         click.option(
             "--exit_threshold",
             type=CHANCE_OR_AUTO,
-            help="End the thinking behind a step where the exit head is so sure of the answer; auto: as calibrated.  [default: off]",
+            help="Stop reasoning after a step once exit-head confidence reaches this value; auto: as calibrated.  [default: off]",
         ),
-        click.option("--exit_probe", type=CHANCE, help="End it where trial answers of so much confidence agree.  [default: off]"),
-        click.option("--probe_agree", type=Count(1, 1000), help="How many trial answers must agree.  [default: 2]"),
-        click.option("--probe_tokens", type=Count(1, 4096), help="Most tokens of a trial answer.  [default: 16]"),
+        click.option("--exit_probe", type=CHANCE, help="Stop reasoning once consecutive probe answers agree with at least this confidence.  [default: off]"),
+        click.option("--probe_agree", type=Count(1, 1000), help="Number of probe answers that must agree.  [default: 2]"),
+        click.option("--probe_tokens", type=Count(1, 4096), help="Maximum tokens of a probe answer.  [default: 16]"),
         click.option(
             "--exit_policy",
             type=click.Choice(EXIT_POLICIES),
-            help="Tokens that the first stages draft: check all, trust confident ones, or check where that pays.  [default: auto]",
+            help="Self-speculative decoding: verify all drafts, accept confident drafts unverified, or decide adaptively.  [default: auto]",
         ),
-        click.option("--draft_threshold", type=CHANCE, help="Confidence from which a draft is used.  [default: the engine's break-even]"),
+        click.option("--draft_threshold", type=CHANCE, help="Minimum confidence of a draft.  [default: the engine's break-even]"),
     )):  # fmt: skip
         function = option(function)
     return function
