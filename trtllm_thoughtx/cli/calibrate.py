@@ -67,15 +67,21 @@ FLAGS_OF = {
 @click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512; int8_wo, int4_wo 256]")
 @click.option("--batch_size", type=Count(1, 4096), help="Batch size; does not affect results.  [default: 8, exits 16]")
 @click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the prompts of the data.")
-@click.option("--private_data", is_flag=True, default=None, help="Do not embed calibration tokens; engines are validated on synthetic sequences.")
+@click.option(
+    "--private_data", is_flag=True, default=None, help="Do not embed calibration tokens; engines are validated on synthetic sequences."
+)
 @click.option("--group_size", type=Count(2, 1 << 16), help="Group size of 4-bit scales.  [default: 128, or the largest that fits]")
 @click.option("--exclude", type=MODULES, help="Layers to leave unquantized, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize lm_head too.")
 @click.option("--plain_rounding", is_flag=True, default=None, help="Plain rounding without the SmoothQuant or AWQ search, as a baseline.")
 @click.option("--kv_cache_dtype", type=OneOf(("auto", *KV_ALGOS)), help="int8: onnxruntime; fp8: tensorrt-llm.  [default: auto]")
 @click.option("--sensitivity", is_flag=True, default=None, help="Also measure each layer's sensitivity to quantization.")
-@click.option("--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers in high precision until mean KL is at most X nats.")
-@click.option("--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers in high precision, up to this mean bits per weight.")
+@click.option(
+    "--accuracy_budget", type=Budget(), help="kl=X: keep the most sensitive layers in high precision until mean KL is at most X nats."
+)
+@click.option(
+    "--target_bits", type=FiniteFloat(1, 32), help="Keep the most sensitive layers in high precision, up to this mean bits per weight."
+)
 @click.option(
     "--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: at most 2048]"
 )

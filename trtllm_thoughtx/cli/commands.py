@@ -94,7 +94,9 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 @click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are prefilled in segments.")
 @click.option("--max_seq_len", type=POSITIVE, help="Maximum tokens of prompt and answer together.")
 @click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
-@click.option("--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size.")
+@click.option(
+    "--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size."
+)
 @click.option("--sink_tokens", type=COUNT, help="Attention sinks: first tokens of the prompt that stay visible.")
 @click.option("--left_chunks", type=COUNT, help="Whole chunks before the current one that stay visible.")
 @click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may use; sizes the KV cache.  [default: --chunk_size]")
@@ -182,7 +184,9 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens to generate per request.  [default: the checkpoint's, or 256]")
 @click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
 @click.option(
-    "--top_p", type=FiniteFloat(min=0, min_open=True, max=1), help="Nucleus sampling: keep this probability mass.  [default: the checkpoint's]"
+    "--top_p",
+    type=FiniteFloat(min=0, min_open=True, max=1),
+    help="Nucleus sampling: keep this probability mass.  [default: the checkpoint's]",
 )
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Sampling seed.")
 @sampling_options

@@ -105,13 +105,13 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
             type=CHANCE_OR_AUTO,
             help="Stop reasoning after a step once exit-head confidence reaches this value; auto: as calibrated.  [default: off]",
         ),
-        click.option("--exit_probe", type=CHANCE, help="Stop reasoning once consecutive probe answers agree with at least this confidence.  [default: off]"),
+        click.option("--exit_probe", type=CHANCE, help="Stop reasoning once probe answers agree with this confidence.  [default: off]"),
         click.option("--probe_agree", type=Count(1, 1000), help="Number of probe answers that must agree.  [default: 2]"),
         click.option("--probe_tokens", type=Count(1, 4096), help="Maximum tokens of a probe answer.  [default: 16]"),
         click.option(
             "--exit_policy",
             type=click.Choice(EXIT_POLICIES),
-            help="Self-speculative decoding: verify all drafts, accept confident drafts unverified, or decide adaptively.  [default: auto]",
+            help="Self-speculative decoding: verify all drafts, trust confident ones, or verify while it pays.  [default: auto]",
         ),
         click.option("--draft_threshold", type=CHANCE, help="Minimum confidence of a draft.  [default: the engine's break-even]"),
     )):  # fmt: skip
