@@ -90,6 +90,28 @@ def test_what_the_data_answer_is_left_out(tmp_path):
     assert caught.value.code == "E164" and "line 1" in caught.value.why
 
 
+def test_contents_in_parts_are_their_texts(tmp_path):
+    write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
+    text = Text.load(tmp_path / "m")
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    found = [
+        read_data(
+            lines(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": content}]}]),
+            text,
+            vocab_size=97,
+            num_samples=9,
+            max_len=99,
+            seed=0,
+        ).rows
+        for content in (parts, "one\ntwo")
+    ]
+    assert found[0] == found[1] != []
+    image = [{"messages": [{"role": "user", "content": [*parts, {"type": "image_url", "image_url": {}}]}]}]
+    with pytest.raises(ThoughtxError, match="1 row cannot be used") as caught:
+        read_data(lines(tmp_path / "d.jsonl", image), text, vocab_size=97, num_samples=9, max_len=99, seed=0)
+    assert caught.value.code == "E164" and "line 1: message 0 has a part of type image_url" in caught.value.why
+
+
 def test_own_answers_go_on_where_they_were_stopped_and_know_no_batch_size(tmp_path, monkeypatch):
     write_tiny(tmp_path / "m", **SIZES, tokenizer=True)
     options: dict[str, Any] = {

@@ -54,6 +54,28 @@ def test_each_way_of_comparing(match, said, accepted, right, f1):
     assert judge(match, said, (accepted,)) == (right, pytest.approx(f1))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said", "letter"),
+    [
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "It is Paris.", "B"),
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "Paris", "B"),
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "C", "C"),
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "Not Paris: the answer is (C)", "C"),
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "Paris or Rome", None),
+        ("Which one?\nA. Lyon\nB. Paris\nC. Rome", "Parisian", None),
+        ("(A) vitamin C (B) vitamin A", "The answer is vitamin C.", "A"),
+        ("(A) vitamin C (B) vitamin A", "(B)", "B"),
+        ("A) wine B) red wine", "red wine", "B"),
+        ("A: 3\nB: 4", "4", "B"),
+        ("Q: x?\nA. one\nB. two\n\nQ: y?\nA. two\nB. one", "one", "B"),
+        ("No options here", "Paris", None),
+    ],
+)
+def test_the_text_of_an_option_stands_for_its_letter(prompt, said, letter):
+    right = [one for one in "ABC" if judge("choice", said, (one,), prompt)[0]]
+    assert right == ([] if letter is None else [letter])
+
+
 def test_any_of_several_answers_counts():
     assert judge("contains", "Holland, they say", ("Netherlands", "Holland")) == (True, pytest.approx(2 / 4))
     assert judge("last_number", "8", ("7", "8"))[0] and not judge("last_number", "9", ("7", "8"))[0]

@@ -24,7 +24,7 @@ from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
 from trtllm_thoughtx.tasks import TASKS, draw
 from trtllm_thoughtx.tasks.item import BOUNDARY, steps_of, thought
-from trtllm_thoughtx.text.chat import plain_messages
+from trtllm_thoughtx.text.chat import text_messages
 from trtllm_thoughtx.text.opening import opened
 from trtllm_thoughtx.text.text import Text
 
@@ -222,7 +222,7 @@ def _ids(raw: dict[str, Any], text: Text | None, where: str, *, add_generation_p
     if text is None:
         raise ValueError("a text needs a tokenizer, and the checkpoint has none; give input_ids")
     if form == "messages":
-        return text.chat(tuple(plain_messages(value, where)), add_generation_prompt=add_generation_prompt)
+        return text.chat(text_messages(value, where), add_generation_prompt=add_generation_prompt)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{form} must be a text that is not empty")
     return text.encode(value) if form == "text" else _told(raw, text)

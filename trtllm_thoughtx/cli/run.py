@@ -58,12 +58,6 @@ def _requests(
     return [Prompt(id="1", prompt=prompt, input_ids=input_ids)], []
 
 
-def _ids(request: Prompt, text: Text | None, use_template: bool) -> list[int]:
-    if (use_template and not request.is_raw) or request.prompt is None or text is None:
-        return prompt_ids(request, text)
-    return text.raw(request.prompt)
-
-
 def _template_notes(text: Text | None, requests: list[Prompt], use_template: bool, switch: str | None, kwargs: str | None) -> list[str]:
     """Set the chat template's variables; what of them, or of the template, is not applied."""
     if text is None:
@@ -187,7 +181,8 @@ def run_requests(
             own = dict(request.settings)
             size = own.pop("chunk_size", chunk_size)
             settings = engine.default_params(**{**given, **own})
-            return Todo(request, _ids(request, engine.text, not no_chat_template), settings, size, 0 if "seed" in own else request.place)
+            ids = prompt_ids(request, engine.text, use_template=not no_chat_template)
+            return Todo(request, ids, settings, size, 0 if "seed" in own else request.place)
 
         is_streamed = stream is not None and output is None and len(requests) == 1 and not bad and params.num_return_sequences == 1
         on_token, at_end = _streaming(engine.text, stream, params) if is_streamed and stream is not None else (None, None)

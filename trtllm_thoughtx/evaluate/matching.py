@@ -2,14 +2,15 @@
 
 `exact` compares texts but for whitespace; `normalized` as SQuAD does (case, punctuation, articles and whitespace apart); `contains`
 looks for the words of an accepted answer, in their order, in what was said; `last_number` takes the last number of it, `choice` the
-letter of an option, `boxed` the last \\boxed{...}. Without a choice of the user the form of the accepted answers decides.
+letter of an option (or, where the prompt lists them, its text), `boxed` the last \\boxed{...}. Without a choice of the user the form of
+the accepted answers decides.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -25,6 +26,20 @@ LETTERS = (
     re.compile(r"(?:^|[\s*(\[\"'])([A-Z])(?=[.):,\]*\"']|\s*$)"),
     re.compile(r"(?<![\w'])([B-HJ-Z])(?![\w'])"),
 )
+
+
+OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-Z])[.):]\s+(\S.*?)(?=\s+\(?[A-Z][.):]\s|\s*$)", re.MULTILINE)
+
+
+def options_of(prompt: str) -> dict[str, str]:
+    """Letter and text of the options that a question lists ("A. red", "(B) blue", ...): the last list of it, if it has several."""
+    found: dict[str, str] = {}
+    for letter, text in OPTION.findall(prompt):
+        if letter == "A":
+            found = {}
+        if letter == chr(ord("A") + len(found)):
+            found[letter] = text
+    return found if len(found) > 1 else {}
 
 
 def accepted_answers(value: Any) -> tuple[str, ...]:
@@ -59,9 +74,9 @@ def check_match(match: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"answer {shown(wrong[0], 40)} does not go with the match {match}, which needs {wanted}")
 
 
-def judge(match: str, said: str, accepted: Sequence[str]) -> tuple[bool, float]:
+def judge(match: str, said: str, accepted: Sequence[str], prompt: str = "") -> tuple[bool, float]:
     """Whether `said` is right, and its F1 with the accepted answer that it is nearest to: over words as `normalized` leaves them; numbers,
-    letters and boxed answers are right or wrong."""
+    letters and boxed answers are right or wrong. `prompt` may list the options of a choice."""
     inner = boxed(said)
     if match == BOXED:
         right = inner is not None and any(_same(inner, boxed(one) or one) for one in accepted)
@@ -70,8 +85,8 @@ def judge(match: str, said: str, accepted: Sequence[str]) -> tuple[bool, float]:
     if match == EXACT:
         return said in accepted, max(word_f1(said.split(), one.split()) for one in accepted)
     if match in (LAST_NUMBER, CHOICE):
-        read = _number if match == LAST_NUMBER else _letter
-        right = (found := read(said)) is not None and found in map(read, accepted)
+        found = _number(said) if match == LAST_NUMBER else _choice(said, options_of(prompt))
+        right = found is not None and found in map(_number if match == LAST_NUMBER else _letter, accepted)
         return right, float(right)
     words, wanted = normalized(said).split(), [normalized(one).split() for one in accepted]
     right = words in wanted if match == NORMALIZED else any(_contains(words, one) for one in wanted)
@@ -111,6 +126,17 @@ def _letter(said: str) -> str | None:
     if announced:
         return announced[-1]
     return next((found[0] for form in LETTERS[1:] if (found := form.findall(said))), None)
+
+
+def _choice(said: str, options: Mapping[str, str]) -> str | None:
+    """The letter that was said, else the one of the only option whose text was. A letter inside an option's text is none."""
+    rest, named = said, set[str]()
+    for letter, text in sorted(options.items(), key=lambda option: -len(option[1])):  # "red wine" before "red"
+        form = re.compile(rf"(?<!\w){re.escape(text.rstrip('.'))}(?!\w)", re.IGNORECASE)
+        if len(text) > 1 or text.isdecimal():
+            rest, num = form.subn("\0", rest)
+            named |= {letter} if num else set()
+    return _letter(rest) or (named.pop() if len(named) == 1 else None)
 
 
 def _same(one: str, other: str) -> bool:

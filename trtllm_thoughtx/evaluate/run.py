@@ -81,7 +81,7 @@ def judged(asked: Question, prompt: Sequence[int], written: Written, text: Text)
     answer = confidence = None
     correct, f1 = False, 0.0
     if reply.answer is not None and reply.answer_ids is not None:
-        correct, f1 = judge(asked.match, reply.answer, asked.accepted)
+        correct, f1 = judge(asked.match, reply.answer, asked.accepted, asked.prompt)
         answer = " ".join((boxed(reply.answer) or reply.answer).split())
         at = len(written.ids) - len(reply.answer_ids)
         said = [p for i, p in zip(written.ids[at:], written.logprobs[at:], strict=True) if i not in text.eos_ids]

@@ -133,9 +133,11 @@ def plain_messages(messages: object, where: str) -> list[dict[str, Any]]:
     return plain
 
 
-def text_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose contents are lists of parts with the texts of these, a line each; ValueError names a part that is no text."""
-    for i, message in enumerate(messages):
+def text_messages(messages: object, where: str) -> tuple[dict[str, Any], ...]:
+    """`plain_messages` of a user's line: contents that are lists of parts become their texts, a line each; ValueError names a part that
+    is no text."""
+    plain = plain_messages(messages, where)
+    for i, message in enumerate(plain):
         parts = message.get("content")
         if isinstance(parts, list):
             for part in parts:
@@ -143,7 +145,7 @@ def text_contents(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if kind != "text" or not isinstance(part.get("text"), str):
                     raise ValueError(f"message {i} has a part of type {shown(kind, 40)}; only text is read")
             message["content"] = "\n".join(part["text"] for part in parts)
-    return messages
+    return tuple(plain)
 
 
 def _bad_messages(what: str, where: str) -> ThoughtxError:

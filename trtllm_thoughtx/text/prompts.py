@@ -15,7 +15,7 @@ from typing import Any
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.jsonl import Line, Rows, read_rows
-from trtllm_thoughtx.text.chat import plain_messages, template_settings, text_contents
+from trtllm_thoughtx.text.chat import template_settings, text_messages
 from trtllm_thoughtx.text.params import GenerationParams
 
 FORMS = ("prompt", "messages", "input_ids")
@@ -64,10 +64,11 @@ def read_prompts(path: Path, note: Callable[[str], object] | None = None) -> lis
 
 def prompt_rows(path: Path) -> Rows[Prompt]:
     """The same, bad lines kept apart."""
-    return read_rows(path, _prompt, code="E140", columns=COLUMNS, fix=FIX)
+    return read_rows(path, prompt_of_row, code="E140", columns=COLUMNS, fix=FIX)
 
 
-def _prompt(row: dict[str, Any], line: Line) -> Prompt:
+def prompt_of_row(row: dict[str, Any], line: Line) -> Prompt:
+    """The request of a line that holds no other columns than `COLUMNS`; ValueError or ThoughtxError for one that cannot be used."""
     is_raw = False
     if "body" in row:
         row, is_raw = _body(row)
@@ -80,7 +81,7 @@ def _prompt(row: dict[str, Any], line: Line) -> Prompt:
     if form == "input_ids":
         value = token_ids(value)
     if form == "messages":
-        value = tuple(text_contents(plain_messages(value, line.where)))
+        value = text_messages(value, line.where)
     settings = template_settings(row.get(TEMPLATE[0]), row.get(TEMPLATE[1]), line.where, "E140")
     own = _settings(row)
     place = int(line.place.rpartition(" ")[2]) - 1

@@ -271,12 +271,15 @@ def _messages(prompt: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return plain_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "the prompt")
 
 
-def prompt_ids(prompt: Prompt, text: Text | None) -> list[int]:
-    """Token ids of a prompt in any of its forms. E140 when it needs a tokenizer and there is none."""
+def prompt_ids(prompt: Prompt, text: Text | None, *, use_template: bool = True) -> list[int]:
+    """Token ids of a prompt in any of its forms; `use_template` False: a text goes in as it is. E140 when it needs a tokenizer and there
+    is none."""
     if prompt.input_ids is not None:
         return list(prompt.input_ids)
     if text is None:
         raise _bad_prompt("a text needs a tokenizer, and there is no tokenizer.json", "the engine was built from files without one")
+    if prompt.prompt is not None and (prompt.is_raw or not use_template):
+        return text.raw(prompt.prompt)
     return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), template_kwargs=prompt.template_kwargs)
 
 

@@ -56,7 +56,7 @@ class Trace:
 
 def is_right(question: Question, answer: str) -> bool:
     """Of an answer that `plain` has been through."""
-    return judge(question.match, rf"\boxed{{{answer}}}" if question.match == BOXED else answer, question.accepted)[0]
+    return judge(question.match, rf"\boxed{{{answer}}}" if question.match == BOXED else answer, question.accepted, question.prompt)[0]
 
 
 def plain(text: str) -> str:
