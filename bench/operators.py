@@ -31,7 +31,7 @@ def use(ort_fused: Any, level: int, block: int) -> None:
         weight, names = tensors[matrix.input[0]], (f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks")
         num_out, num_in = weight.dims
         size = ort_fused.block_of(num_in)
-        raw = ort_fused.read_initializer(weight, data) ^ np.uint8(ort_fused.SIGN[8])
+        raw = ort_fused.read_initializer(weight, data) ^ np.uint8(ort_fused.INT8.sign)
         scales = ort_fused.read_initializer(tensors[matrix.input[1]], data).view(np.float32).reshape(-1, 1)
         arrays = raw.reshape(num_out, num_in // size, size), np.repeat(scales, num_in // size, 1)
         said = {"K": num_in, "N": num_out, "bits": 8, "block_size": size, "accuracy_level": level}

@@ -43,13 +43,6 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
 
 
-# --qformat -> TensorRT-LLM's quant_algo
-QUANT_ALGOS = {"fp8": "FP8", "int8_sq": "W8A8_SQ_PER_CHANNEL", "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ", "int4_wo": "W4A16"}
-# What quantized Hugging Face checkpoints are imported as: FP8 with a scale per row, 4 bits with zero points
-IMPORTED_ALGOS = ("FP8_PER_CHANNEL", "FP8_PER_CHANNEL_PER_TOKEN", "W8A16_FP8", "W4A16_GPTQ")
-KV_ALGOS = {"fp8": "FP8", "int8": "INT8"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How the linear layers of a checkpoint are stored: fields of TensorRT-LLM's `quantization` section.
@@ -57,8 +50,8 @@ class QuantConfig:
     `exclude` holds names of modules, such as `lm_head` or `transformer.layers.3.mlp.proj`; `*` and `?` are wildcards.
     """
 
-    algo: str | None  # a value of `QUANT_ALGOS`, or one of `IMPORTED_ALGOS`; None: the cache alone is quantized
-    kv_algo: str | None = None  # a value of `KV_ALGOS`
+    algo: str | None  # a key of `families.formats.FORMATS`; None: the cache alone is quantized
+    kv_algo: str | None = None  # FP8 | INT8
     group_size: int = 128  # input channels that share a scale, 4-bit formats only
     prequant: bool = False  # inputs are multiplied by a factor per channel
     zero_point: bool = False  # 4-bit groups have a zero of their own

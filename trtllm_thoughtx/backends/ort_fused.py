@@ -25,6 +25,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from trtllm_thoughtx.checkpoint.tensor_file import unpack_four
+from trtllm_thoughtx.families.formats import INT4, INT8
 from trtllm_thoughtx.process.machine import available_bytes
 
 DOMAIN = "com.microsoft"
@@ -41,7 +43,6 @@ CONSTANTS: dict[str, np.ndarray] = {
     AXIS: np.asarray([1], np.int64),
     SMALLEST: np.asarray(np.float32(2.0**-100)),  # the length of a token of zeros
 }
-SIGN = {4: 0x88, 8: 0x80}  # turns two's complement into an offset of half the range
 ROOM = 2.2  # memory that widened matrices need while a session packs them, in units of their size
 
 
@@ -203,7 +204,7 @@ def _integers(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], d
     if takes_signed_weights():
         return stored, ZERO, {}
     raw = read_initializer(tensors[stored], data)
-    raw ^= np.uint8(SIGN[8])
+    raw ^= np.uint8(INT8.sign)
     return f"{stored}/unsigned", MIDDLE, {f"{stored}/unsigned": raw.reshape(tensors[stored].dims)}
 
 
@@ -242,8 +243,7 @@ def _widened(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], da
     num_out, num_in = weight.dims
     raw = read_initializer(weight, data)
     if weight.data_type == TensorProto.INT4:
-        raw = np.stack([raw & 15, raw >> 4], -1).reshape(-1)
-        values = ((raw.astype(np.int8) ^ 8) - 8).astype(np.float32)
+        values = unpack_four(raw).astype(np.float32)
     else:
         values = raw.view(helper.tensor_dtype_to_np_dtype(weight.data_type)).astype(np.float32)
     scales = read_initializer(scale, data).view(np.float32) if scale.external_data else onnx.numpy_helper.to_array(scale)
@@ -268,7 +268,7 @@ def blocked(raw: np.ndarray, scales: np.ndarray, group: int) -> tuple[np.ndarray
     repeated for each block of its group."""
     size = block_of(group)
     scales = np.repeat(scales, group // size, 1)
-    return (raw ^ np.uint8(SIGN[4])).reshape(*scales.shape, size // 2), scales
+    return (raw ^ np.uint8(INT4.sign)).reshape(*scales.shape, size // 2), scales
 
 
 def blocks_node(x: str, names: tuple[str, str], output: str, num_out: int, num_in: int, group: int) -> onnx.NodeProto:

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from trtllm_thoughtx.backends import ort_fused
+from trtllm_thoughtx.families.formats import INT4, INT8, Format
 
 OPERATORS = {
     "rows": "QGemm twice, inputs rounded to 16 bits",
@@ -28,7 +29,7 @@ class FusedProduct:
         else:
             num_in, arrays = stored.shape[1], {"w": stored, "s": scale, **ort_fused.CONSTANTS}
             if not ort_fused.takes_signed_weights():
-                arrays["w"] = stored.view(np.uint8) ^ np.uint8(ort_fused.SIGN[8])
+                arrays["w"] = stored.view(np.uint8) ^ np.uint8(INT8.sign)
             zero = ort_fused.ZERO if arrays["w"].dtype == np.int8 else ort_fused.MIDDLE
             nodes = ort_fused.rows_nodes("x", "w", "s", zero, "y")
         tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in arrays.items()]
@@ -41,8 +42,10 @@ class FusedProduct:
         return out
 
 
-def kind_of(stored_as: str, group_size: int) -> str | None:
-    """What `ort_fused` makes of a weight-only format: a key of `OPERATORS`, or None where the graph's own numbers are computed."""
-    if stored_as == "I8":
+def kind_of(form: Format, group_size: int) -> str | None:
+    """The operators that round more than the graph: a key of `OPERATORS`, or None where the graph's own numbers are computed."""
+    if not form.is_weight_only:
+        return None
+    if (form.number, form.scales) == (INT8, "row"):
         return "rows"
-    return "blocks" if stored_as == "U8" and ort_fused.block_of(group_size) else None
+    return "blocks" if form.number == INT4 and ort_fused.block_of(group_size) else None

@@ -8,13 +8,12 @@ from typing import Any
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.families.quantization import STORED
+from trtllm_thoughtx.families.formats import FORMATS, INT4
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
 MAX_BASE, MAX_NATS = 1e6, 20.0
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
-FIRST_FP8 = (8, 9)
 MAX_BATCH, MAX_LEN = 4096, 1 << 24
 CHUNKS = ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors", "base_size", "threshold_low")
 KNOWN = (
@@ -204,14 +203,14 @@ def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
 
 
 def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """GPU generations; FP8 products exist from 8.9 on."""
+    """GPU generations, less those without products of the format."""
     asked = tuple(_listed(given.get("compute_capabilities")))
-    is_fp8 = config.quantization is not None and STORED.get(config.quantization.algo or "") == "F8_E4M3"
-    old = [name for name in asked or BuildConfig().compute_capabilities if is_fp8 and tuple(map(int, name.split("."))) < FIRST_FP8]
-    if asked and old:
-        raise refuse(
-            "compute_capabilities", ",".join(old), "GPUs of that generation have no FP8 products", "use 8.9 or later, or an int8 format"
-        )
+    number = FORMATS[config.quantization.algo].number if config.quantization and config.quantization.algo else None
+    first = number.first_capability if number else (0, 0)
+    old = [name for name in asked or BuildConfig().compute_capabilities if tuple(map(int, name.split("."))) < first]
+    if asked and old and number:
+        why = f"GPUs of that generation have no {number.name} products"
+        raise refuse("compute_capabilities", ",".join(old), why, f"use {first[0]}.{first[1]} or later, or an int8 format")
     return tuple(name for name in asked or BuildConfig().compute_capabilities if name not in old)
 
 
@@ -227,11 +226,11 @@ def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
     if settings.dtype != "float32":
         why = f"onnxruntime widens quantized weights of a {settings.dtype} engine in every step on a CPU"
         return [f"slower than float32: {why}; for CPUs build with --backend onnxruntime --dtype float32"]
-    stored = STORED[quant.algo]
-    if stored == "F8_E4M3":
-        why = "no CPU computes with FP8; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
+    number = FORMATS[quant.algo].number
+    if number.is_float:
+        why = f"no CPU computes with {number.name}; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
         return [f"not faster than float32 on a CPU: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"]
-    if stored == "U8" and quant.group_size % 16:
+    if number == INT4 and quant.group_size % 16:
         why = f"onnxruntime has no product for groups of {quant.group_size}, and widens the weights to float32 when it loads them"
         return [f"not faster than float32 on a CPU: {why}; thoughtx-calibrate --group_size 16, or a multiple, is"]
     return []

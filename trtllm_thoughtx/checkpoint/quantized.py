@@ -30,13 +30,14 @@ from trtllm_thoughtx.checkpoint.members import QUANT_FILE, Members
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.tensor_check import HEAD
-from trtllm_thoughtx.checkpoint.weights import FIXED_DTYPES, NUMPY_DTYPES, STORED_DTYPES
+from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, STORED_DTYPES
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor, tensors_of
 from trtllm_thoughtx.families.fields import Fields
+from trtllm_thoughtx.families.formats import FORMATS, FP8, algo_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
-from trtllm_thoughtx.families.quantization import TOKEN_ACTIVATIONS, linear_modules, with_quantization
+from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.progress import Progress
 
@@ -53,7 +54,7 @@ class Scheme:
     group_size: int = 128
     zero_offset: int = 0  # what is added to a stored zero
     needs_order: bool = False  # the config speaks of activation order, so g_idx cannot be missing
-    inputs: str = "tensor"  # FP8: what has a scale, tensor | token; none: inputs are not rounded
+    inputs: str = "static"  # FP8: `Format.inputs`
 
 
 def is_quantized(model_dir: Path) -> bool:
@@ -105,7 +106,7 @@ def scheme_of(model_dir: Path) -> Scheme:
 def _modelopt(algo: Any, what: str, where: str) -> Scheme:
     if algo not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         return _unread(f"{what} {shown(algo)}", where)
-    return Scheme("fp8", inputs="tensor" if algo == "FP8" else "token")
+    return Scheme("fp8", inputs=FORMATS[algo].inputs)
 
 
 def _compressed(fields: Fields, where: str) -> Scheme:
@@ -122,13 +123,13 @@ def _compressed(fields: Fields, where: str) -> Scheme:
     ):
         return _unread("compressed-tensors weights that are not FP8 with a scale per tensor or channel", where)
     if not inputs:
-        return Scheme("fp8", inputs="none")
+        return Scheme("fp8", inputs="as they are")
     if inputs.get("type") != "float" or inputs.get("num_bits") != 8:
         return _unread("compressed-tensors FP8 weights with inputs of another type", where)
     kind = (inputs.get("dynamic", False), inputs.get("strategy"))
     if kind not in ((False, "tensor"), (True, "token")):
         return _unread(f"FP8 with input scales of dynamic {shown(kind[0])}, strategy {shown(kind[1])}", where)
-    return Scheme("fp8", inputs=kind[1])
+    return Scheme("fp8", inputs="token" if kind[0] else "static")
 
 
 QUANTIZE = "use the original checkpoint, and quantize it with thoughtx-calibrate"
@@ -161,7 +162,7 @@ class _Source:
             found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
             raise _misfit(name, f"{found}, wanted {' or '.join(kinds)} {list(wanted) if wanted else ''}".rstrip(), self.root)
         self.used.add(name)
-        dtype = NUMPY_DTYPES[STORED_DTYPES[info.dtype]] if kind is None else FIXED_DTYPES[kind]
+        dtype = tensor_file.DTYPES[info.dtype]
         with files.open_inside(self.root, info.file) as file:
             file.seek(info.offset)
             data = tensor_file.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
@@ -221,9 +222,8 @@ def _made_four(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
     parts = [_four_bits(source, part.source.removesuffix(".weight"), part.shape[0], part.shape[1], scheme) for part in tensor.parts]
     numbers, zeros, scales = (np.concatenate([part[i] for part in parts]) for i in range(3))
     order = _input_order(source, tensor, scheme)
-    halves = (numbers[:, order].astype(np.int8) - 8).view(np.uint8) & 15
+    packed = tensor_file.pack_four(numbers[:, order].astype(np.int8) - 8)
     zero = (8 - zeros).astype(np.float32) * scales
-    packed = np.ascontiguousarray(halves[:, 0::2] | (halves[:, 1::2] << 4))
     scales, zero = np.ascontiguousarray(scales), np.ascontiguousarray(zero)
     return {"weight": packed, "weights_scaling_factor": scales, "zero": zero, "input_order": order}
 
@@ -238,7 +238,7 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
         if scale.shape not in ((), (1,), (1, 1), (part.shape[0],), (part.shape[0], 1)):
             _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.root))
         rows.append(np.broadcast_to(scale.astype(np.float32).reshape(-1), (part.shape[0],)))
-        if scheme.inputs != "tensor":
+        if scheme.inputs != "static":
             continue
         if not source.has(f"{base}.input_scale"):
             _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.root))
@@ -246,8 +246,8 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
         if inputs[-1].size != 1:
             raise _misfit(f"{base}.input_scale", f"{list(inputs[-1].shape)}, wanted one number", source.root)
     made = {"weight": np.concatenate([weight.view(np.uint8) for weight in weights]).view(weights[0].dtype)}
-    if scheme.inputs != "tensor":
-        return made | {"per_channel_scale" if scheme.inputs == "token" else "weights_scaling_factor": np.concatenate(rows)}
+    if scheme.inputs != "static":
+        return made | {FORMATS[algo_of(FP8, "row", scheme.inputs)].scale_name: np.concatenate(rows)}
     largest = np.max([scale.astype(np.float32).reshape(1) for scale in inputs], axis=0)
     return made | {"weights_scaling_factor": np.concatenate(rows), "activation_scaling_factor": largest}
 
@@ -333,11 +333,11 @@ class _Made:
         """One pass over the scales: does every matrix have one scale, is every zero in the middle, has any layer an activation order?"""
         if not self.covered:
             _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.root))
-        if self.scheme.inputs != "tensor":
-            return QuantConfig(algo=TOKEN_ACTIVATIONS if self.scheme.inputs == "token" else "W8A16_FP8", exclude=tuple(exclude))
+        if self.scheme.inputs != "static":
+            return QuantConfig(algo=algo_of(FP8, "row", self.scheme.inputs), exclude=tuple(exclude))
         if self.scheme.kind == "fp8":
             same = all(np.ptp(self.layer(module)["weights_scaling_factor"]) == 0 for module in self.covered)
-            return QuantConfig(algo="FP8" if same else "FP8_PER_CHANNEL", exclude=tuple(exclude))
+            return QuantConfig(algo=algo_of(FP8, "tensor" if same else "row", "static"), exclude=tuple(exclude))
         orders = [_input_order(self.source, tensor, self.scheme) for tensor in self.covered.values()]
         ordered = any(np.any(np.diff(order) < 0) for order in orders)
         zero = any(np.any(self.layer(module)["zero"]) for module in self.covered)

@@ -88,6 +88,18 @@ def read_all(root: Path, name: str) -> dict[str, np.ndarray]:
     return found
 
 
+def pack_four(numbers: np.ndarray) -> np.ndarray:
+    """4-bit numbers, int8 [out, in], two to a byte: uint8 [out, in / 2], the earlier in the low half."""
+    halves = numbers.view(np.uint8) & 15
+    return np.ascontiguousarray(halves[:, 0::2] | (halves[:, 1::2] << 4))
+
+
+def unpack_four(packed: np.ndarray) -> np.ndarray:
+    """Inverse of `pack_four`; the last axis doubles."""
+    halves = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+    return (halves.astype(np.int8) ^ 8) - 8
+
+
 def exactly(file: BinaryIO, num_bytes: int) -> bytes:
     """So many bytes from where the file stands; its header was checked against its size."""
     parts = []

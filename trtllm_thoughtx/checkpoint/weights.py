@@ -27,6 +27,7 @@ from trtllm_thoughtx.checkpoint.tensor_file import DTYPES
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
+from trtllm_thoughtx.families.formats import FP8
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
@@ -35,8 +36,6 @@ from trtllm_thoughtx.progress import Progress
 NUMPY_DTYPES = {name: DTYPES[stored] for stored, name in STORED_DTYPES.items()}
 # What is read, by the type's name in a safetensors file; float64 is always rounded.
 READ_DTYPES = {stored: NUMPY_DTYPES[name] for stored, name in STORED_DTYPES.items()} | {"F64": np.dtype(np.float64)}
-# Types of quantized tensors, which are never cast.
-FIXED_DTYPES = {stored: DTYPES[stored] for stored in ("F8_E4M3", "I8", "U8", "F32", "I32")}
 BLOCK_BYTES = 8 << 20  # holds the longest row that the bounds on sizes allow
 _CAST_ELEMENTS = 1 << 16  # a piece whose temporaries stay in the processor's cache
 
@@ -132,7 +131,7 @@ class WeightSource:
         """Bytes of a tensor as the checkpoint holds it."""
         stored = self._tensors[name].stored
         dtype = self._tensors[name].dtype or self.config.dtype
-        return math.prod(self.shape(name)) * (FIXED_DTYPES[stored] if stored else NUMPY_DTYPES[dtype]).itemsize
+        return math.prod(self.shape(name)) * (DTYPES[stored] if stored else NUMPY_DTYPES[dtype]).itemsize
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
         """One tensor in `dtype` (None: the checkpoint's), C-contiguous, [out, in]. E108 on values that are not finite numbers.
@@ -156,9 +155,9 @@ class WeightSource:
     def _read_fixed(self, tensor: Tensor) -> np.ndarray:
         """A tensor of a quantized layer. E108 when a scale is not a positive number, an 8-bit float no number, an order no permutation."""
         assert tensor.stored
-        out = np.empty(tensor.shape, FIXED_DTYPES[tensor.stored])
+        out = np.empty(tensor.shape, DTYPES[tensor.stored])
         self._pread(self._stored[tensor.name], 0, out)
-        if tensor.stored in ("F32", "F8_E4M3"):
+        if tensor.stored in ("F32", FP8.stored):
             wide = out.astype(np.float32)
             good = np.isfinite(wide) & ((wide > 0) | (tensor.stored != "F32") | tensor.name.endswith(".zero"))
             if not good.all():

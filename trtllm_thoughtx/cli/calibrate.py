@@ -11,8 +11,8 @@ import click
 from trtllm_thoughtx.cli.evaluate import NAMES
 from trtllm_thoughtx.cli.framework import COUNT, LAYERS, PATH, POSITIVE, command, template_options
 from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
-from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.formats import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.progress import Progress
 
 MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer")

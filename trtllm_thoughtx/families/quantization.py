@@ -23,16 +23,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trtllm_thoughtx.config import IMPORTED_ALGOS, KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.families.family import ALL, Part, Tensor
 from trtllm_thoughtx.families.fields import Fields
+from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
-STORED = {"FP8": "F8_E4M3", "W8A8_SQ_PER_CHANNEL": "I8", "W8A16": "I8", "W4A16": "U8", "W4A16_AWQ": "U8"}
-STORED |= {"FP8_PER_CHANNEL": "F8_E4M3", "FP8_PER_CHANNEL_PER_TOKEN": "F8_E4M3", "W8A16_FP8": "F8_E4M3", "W4A16_GPTQ": "U8"}
-STATIC_ACTIVATIONS = ("FP8", "FP8_PER_CHANNEL", "W8A8_SQ_PER_CHANNEL")
-TOKEN_ACTIVATIONS = "FP8_PER_CHANNEL_PER_TOKEN"  # scales of inputs are computed, token by token
 MAX_EXCLUDED = 1 << 14
 
 
@@ -41,21 +38,13 @@ def linear_modules(config: ModelConfig) -> list[str]:
     return [*(f"transformer.layers.{i}.{name}" for i in range(config.num_layers) for name in LINEARS), "lm_head"]
 
 
-def scale_of(algo: str, num_out: int, num_in: int, group_size: int) -> tuple[str, tuple[int, ...]]:
-    """(suffix, shape) of the scale of a matrix [num_out, num_in]."""
-    if algo in ("W8A16", TOKEN_ACTIVATIONS):
-        return "per_channel_scale", (num_out,)
-    by_row = ("W8A8_SQ_PER_CHANNEL", "FP8_PER_CHANNEL", "W8A16_FP8")
-    return "weights_scaling_factor", (1,) if algo == "FP8" else (num_out,) if algo in by_row else (num_out, num_in // group_size)
-
-
 def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """suffix -> (safetensors type, shape) of the tensors of one quantized linear layer, without its bias."""
     assert quant.algo is not None
-    stored = STORED[quant.algo]
-    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
-    found = {"weight": (stored, (num_out, num_in // 2 if stored == "U8" else num_in)), suffix: ("F32", shape)}
-    if quant.algo in STATIC_ACTIVATIONS:
+    form = FORMATS[quant.algo]
+    shape = form.scale_shape(num_out, num_in, quant.group_size)
+    found = {"weight": (form.number.stored, (num_out, num_in // form.number.per_item)), form.scale_name: ("F32", shape)}
+    if form.inputs == "static":
         found["activation_scaling_factor"] = ("F32", (1,))
     if quant.zero_point:
         found["zero"] = ("F32", shape)
@@ -67,9 +56,9 @@ def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str,
 
 
 def check_groups(config: ModelConfig, fields: Fields) -> None:
-    """E102 when a 4-bit matrix cannot be cut into groups of `group_size` input channels."""
+    """E102 when a matrix with a scale per group cannot be cut into groups of `group_size` input channels."""
     quant = config.quantization
-    if quant is not None and STORED.get(quant.algo or "") == "U8":
+    if quant is not None and quant.algo is not None and FORMATS[quant.algo].scales == "group":
         for num_in in (config.hidden_size, config.q_size, config.intermediate_size):
             if num_in % quant.group_size or quant.group_size % 2:
                 fields.wrong("quantization.group_size", f"is {quant.group_size}, which does not cut {num_in} inputs into even groups")
@@ -119,9 +108,8 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     table = fields.table("quantization")
     if table is None or not (table.get("quant_algo") or table.get("kv_cache_quant_algo")):
         return None
-    known_algos = [*QUANT_ALGOS.values(), *IMPORTED_ALGOS]
     algo, kv_algo = table.get("quant_algo"), table.get("kv_cache_quant_algo")
-    for key, value, known in (("quant_algo", algo, known_algos), ("kv_cache_quant_algo", kv_algo, list(KV_ALGOS.values()))):
+    for key, value, known in (("quant_algo", algo, list(FORMATS)), ("kv_cache_quant_algo", kv_algo, list(KV_ALGOS.values()))):
         if value is not None and value not in known:
             table.unsupported(
                 f"{key} {shown(value)} is not supported",
@@ -129,10 +117,11 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
                 "calibrate the original checkpoint with thoughtx-calibrate",
             )
     zero_point = table.boolean("has_zero_point", False)
-    if zero_point and algo != "W4A16_GPTQ":
+    has_zeros = algo is not None and FORMATS[algo].has_zeros
+    if zero_point and not has_zeros:
         table.unsupported("quantization.has_zero_point is true", f"{shown(algo)} has no zero points")
     input_order = table.boolean("has_input_order", False)
-    if input_order and algo != "W4A16_GPTQ":
+    if input_order and not has_zeros:
         table.unsupported("quantization.has_input_order is true", f"{shown(algo)} has no activation order")
     for key, off in (("clamp_val", None), ("use_meta_recipe", False)):
         if table.get(key) not in (None, off):

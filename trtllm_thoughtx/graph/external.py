@@ -13,22 +13,23 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto
 
+from trtllm_thoughtx.checkpoint.tensor_file import DTYPES
 from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, WeightSource
+from trtllm_thoughtx.families.formats import NUMBERS
 from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
+from trtllm_thoughtx.graph.quantized import elem_type
 from trtllm_thoughtx.progress import Progress
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
-# Types of quantized tensors, as they lie in memory: two 4-bit numbers share a byte. INT32 is an order of channels.
-FIXED: dict[int, Any] = {TensorProto.FLOAT8E4M3FN: ml_dtypes.float8_e4m3fn, TensorProto.INT8: np.int8, TensorProto.INT4: np.uint8}
-FIXED |= {TensorProto.INT32: np.int32}
+# Types of quantized tensors, as they lie in memory, and how many numbers an item holds. INT32 is an order of channels.
+FIXED = {elem_type(number): (DTYPES[number.stored], number.per_item) for number in NUMBERS.values()}
+FIXED |= {TensorProto.INT32: (DTYPES["I32"], 1)}
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ def bind(graph: Graph, dtype: str, location: str) -> Bound:
 
 def numpy_type(entry: Initializer, dtype: str) -> np.dtype:
     """How the entry lies in memory, in a graph of type `dtype`."""
-    return NUMPY_DTYPES[dtype] if entry.elem_type is None else np.dtype(FIXED[entry.elem_type])
+    return NUMPY_DTYPES[dtype] if entry.elem_type is None else FIXED[entry.elem_type][0]
 
 
 def stored_shape(entry: Initializer) -> tuple[int, ...]:
     """Shape in elements of `numpy_type`."""
-    return (*entry.shape[:-1], entry.shape[-1] // 2) if entry.elem_type == TensorProto.INT4 else entry.shape
+    per_item = 1 if entry.elem_type is None else FIXED[entry.elem_type][1]
+    return entry.shape if per_item == 1 else (*entry.shape[:-1], entry.shape[-1] // per_item)
 
 
 def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Initializer, np.ndarray]]:

@@ -7,8 +7,8 @@ type holds exactly).
 
 A product of two quantized sides has one scale on each, whatever the format: only then does TensorRT put the scales into the product. It
 would multiply by a scale per row behind it, and until then sums of raw numbers (up to 448 times 448 each) leave float16. So scales per
-row stand behind the product in the graph, over `ROW_STEPS`; and a token with a range of its own is divided by it before, and multiplied
-behind.
+row stand behind the product in the graph, over the number's `row_step`; and a token with a range of its own is divided by it before, and
+multiplied behind.
 """
 
 from __future__ import annotations
@@ -18,24 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, TOKEN_ACTIVATIONS, scale_of
+from trtllm_thoughtx.families.formats import FORMATS, FP8, INT8, Number
 
 if TYPE_CHECKING:
     from trtllm_thoughtx.graph.decoder import Builder
 
-ELEM_TYPES = {"F8_E4M3": TensorProto.FLOAT8E4M3FN, "I8": TensorProto.INT8, "U8": TensorProto.INT4}
-TRT_NAMES = {"F8_E4M3": "FP8", "I8": "Int8", "U8": "Int4"}  # as a plan's layer information spells them
-# Scales of a product whose true ones are applied around it. Powers of two are the same numbers in every type, and these leave the product
-# about as large as the layer's output: rows of common matrices (0.2 over 448 or 127), and inputs that their token's range has divided.
-ROW_STEPS = {"F8_E4M3": 2.0**-11, "I8": 2.0**-9}
-TOKEN_STEP = 2.0**-8
-TOKEN_SPAN = 448 * TOKEN_STEP  # what the largest of a token's inputs becomes
+TOKEN_STEP = 2.0**-8  # the scale of inputs that their token's range has divided
+TOKEN_SPAN = FP8.largest * TOKEN_STEP  # what the largest of a token's inputs becomes
 SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
 @dataclass(frozen=True)
 class Product:
-    """A Gemm that a plan must compute from `weight` (a name in `TRT_NAMES`), and from inputs of that type too if `both`."""
+    """A Gemm that a plan must compute from `weight` (a `plan` name of `families.formats`), and from inputs of that type too if `both`."""
 
     node: str
     weight: str
@@ -46,31 +41,31 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
     """A covered linear layer [N, num_in] -> [N, num_out]; `output` names its Gemm and its result."""
     quant = b.config.quantization
     assert quant is not None and quant.algo is not None
-    stored = STORED[quant.algo]
+    form = FORMATS[quant.algo]
     if quant.prequant:
         x = b.node("Mul", [x, b.weight(f"{module}.prequant_scaling_factor", (num_in,))], f"{output}.prequant")
     if quant.input_order:
         x = b.node("Gather", [x, b.weight(f"{module}.input_order", (num_in,), TensorProto.INT32)], f"{output}.ordered", axis=1)
-    both = quant.algo in STATIC_ACTIVATIONS
+    both = form.inputs == "static"
     if both:
         scale = b.weight(f"{module}.activation_scaling_factor", ())
-        x = b.node("QuantizeLinear", [x, scale, _zero(b, stored)], f"{output}.input.quantized")
+        x = b.node("QuantizeLinear", [x, scale, _zero(b, form.number)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
-    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
-    if quant.algo == TOKEN_ACTIVATIONS or (both and shape != (1,)):
+    shape = form.scale_shape(num_out, num_in, quant.group_size)
+    if form.inputs == "token" or (both and shape != (1,)):
         return _by_row(b, x, module, output, num_out, num_in, bias=bias)
-    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
-    scale = b.weight(f"{module}.{suffix}", () if shape == (1,) else shape)
-    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if stored == "U8" else {"axis": 0} if shape != (1,) else {}
+    weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
+    scale = b.weight(f"{module}.{form.scale_name}", () if shape == (1,) else shape)
+    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if form.scales == "group" else {"axis": 0} if shape != (1,) else {}
     matrix = b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
     inputs = [x, matrix]
     if bias:
         inputs.append(b.weight(f"{module}.bias", (num_out,)))
-    b.products.append(Product(output, TRT_NAMES[stored], both))
+    b.products.append(Product(output, form.number.plan, both))
     if not quant.zero_point:
         return b.node("Gemm", inputs, output, transB=1)
     product = b.node("Gemm", inputs, f"{output}.product", transB=1)
-    b.products[-1] = Product(f"{output}.product", TRT_NAMES[stored], both)
+    b.products[-1] = Product(f"{output}.product", form.number.plan, both)
     return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
 
 
@@ -78,16 +73,16 @@ def _by_row(b: Builder, x: str, module: str, output: str, num_out: int, num_in: 
     """Both sides quantized, with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
     quant = b.config.quantization
     assert quant is not None and quant.algo is not None
-    stored, spans = STORED[quant.algo], []
-    if quant.algo == TOKEN_ACTIVATIONS:
+    form, spans = FORMATS[quant.algo], []
+    if form.inputs == "token":
         x, span = _rounded_by_token(b, x)
         spans = [span]
-    weight = b.weight(f"{module}.weight", (num_out, num_in), ELEM_TYPES[stored])
-    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", ROW_STEPS[stored])], f"{output}.matrix")
+    weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
+    matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", form.number.row_step)], f"{output}.matrix")
     y = b.node("Gemm", [x, matrix], f"{output}.product", transB=1)
-    b.products.append(Product(y, TRT_NAMES[stored], True))
-    suffix, shape = scale_of(quant.algo, num_out, num_in, quant.group_size)
-    after = [("Mul", b.weight(f"{module}.{suffix}", shape, factor=1 / ROW_STEPS[stored])), *(("Mul", span) for span in spans)]
+    b.products.append(Product(y, form.number.plan, True))
+    shape = form.scale_shape(num_out, num_in, quant.group_size)
+    after = [("Mul", b.weight(f"{module}.{form.scale_name}", shape, factor=1 / form.number.row_step)), *(("Mul", span) for span in spans)]
     after += [("Add", b.weight(f"{module}.bias", (num_out,)))] if bias else []
     for i, (op, other) in enumerate(after):
         y = b.node(op, [y, other], output if i == len(after) - 1 else f"{output}.{('rows', 'tokens')[i]}")
@@ -102,7 +97,7 @@ def _rounded_by_token(b: Builder, x: str) -> tuple[str, str]:
         over = b.node("Div", [largest, _number(b, "token.span", TOKEN_SPAN)], f"{x}.span")
         b.node("Max", [over, _number(b, "token.smallest", SMALLEST_RANGE)], span)
         step = _number(b, "token.step", TOKEN_STEP)
-        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, "F8_E4M3")], f"{x}.quantized")
+        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, FP8)], f"{x}.quantized")
         b.node("DequantizeLinear", [f"{x}.quantized", step], rounded)
     return rounded, span
 
@@ -116,7 +111,7 @@ def _number(b: Builder, name: str, value: float) -> str:
 
 def cache_in(b: Builder, x: str, attention: str, output: str) -> str:
     """New keys or values as the INT8 cache holds them; one scale a layer for both."""
-    return b.node("QuantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ()), _zero(b, "I8")], f"{output}.cached")
+    return b.node("QuantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ()), _zero(b, INT8)], f"{output}.cached")
 
 
 def cache_out(b: Builder, x: str, attention: str, output: str) -> str:
@@ -124,11 +119,16 @@ def cache_out(b: Builder, x: str, attention: str, output: str) -> str:
     return b.node("DequantizeLinear", [x, b.weight(f"{attention}.kv_cache_scaling_factor", ())], f"{output}.wide")
 
 
-def _zero(b: Builder, stored: str) -> str:
+def elem_type(number: Number) -> int:
+    """ONNX's name of a type, as an element type."""
+    return int(TensorProto.DataType.Value(number.onnx))
+
+
+def _zero(b: Builder, number: Number) -> str:
     """The zero point, which also says to what type a QuantizeLinear rounds."""
-    name = f"zero.{stored}"
+    name = f"zero.{number.stored}"
     if all(tensor.name != name for tensor in b.inline):
-        b.inline.append(helper.make_tensor(name, ELEM_TYPES[stored], [], b"\0", raw=True))
+        b.inline.append(helper.make_tensor(name, elem_type(number), [], b"\0", raw=True))
     return name
 
 

@@ -21,7 +21,7 @@ from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, device,
 from trtllm_thoughtx.calibrate.quantize.products import on_head, quantized
 from trtllm_thoughtx.calibrate.quantize.search import Found
 from trtllm_thoughtx.checkpoint import tensor_file
-from trtllm_thoughtx.families.quantization import scale_of
+from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence
 from trtllm_thoughtx.validate.quality import ORT
@@ -145,8 +145,7 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
     for name in tensors:
         if name.endswith(".weight"):
             module = name.removesuffix(".weight")
-            suffix, _ = scale_of(walk.algo, 0, 0, 1)
-            scale = tensors[f"{module}.{suffix}"]
+            scale = tensors[f"{module}.{FORMATS[walk.algo].scale_name}"]
             matrix = torch.from_numpy(grid.unpack(tensors[name], scale)).to(device())
             extra = [
                 torch.from_numpy(tensors[f"{module}.{key}"].copy()).to(device()) if f"{module}.{key}" in tensors else None
@@ -159,7 +158,7 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
 def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
     """The quantized layers of one of the walk's files on onnxruntime's operators, by module."""
     tensors = tensor_file.read_all(walk.root, file)
-    suffix, _ = scale_of(walk.algo, 0, 0, 1)
+    suffix = FORMATS[walk.algo].scale_name
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     return {module: FusedProduct(tensors[f"{module}.weight"], tensors[f"{module}.{suffix}"]) for module in modules}
 

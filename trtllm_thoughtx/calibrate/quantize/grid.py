@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from trtllm_thoughtx.families.quantization import STORED
+from trtllm_thoughtx.checkpoint.tensor_file import pack_four, unpack_four
+from trtllm_thoughtx.families.formats import FORMATS, Number
 
-LEVELS = {"F8_E4M3": 448.0, "I8": 127.0, "U8": 7.0}  # what the largest value becomes
-LOWEST = {"F8_E4M3": -448.0, "I8": -127.0, "U8": -8.0}
 SMALLEST = 2.0**-24  # float16's smallest number
 EIGHT_BITS_FROM = 2.0**-17  # below, float16 holds multiples of its smallest number with fewer bits
 LARGEST = 65280.0  # of eight bits, in float16
@@ -30,14 +29,9 @@ def tidy(values: torch.Tensor, *, up: bool = True) -> torch.Tensor:
 
 def weight_scale(weight: torch.Tensor, algo: str, group_size: int) -> torch.Tensor:
     """The scale of a float32 matrix [out, in]: [1], [out] or [out, in / group_size], by the format."""
-    stored = STORED[algo]
-    if stored == "F8_E4M3":
-        amax = weight.abs().amax().reshape(1)
-    elif stored == "I8":
-        amax = weight.abs().amax(1)
-    else:
-        amax = weight.reshape(weight.shape[0], -1, group_size).abs().amax(2)
-    return tidy(amax / LEVELS[stored])
+    form = FORMATS[algo]
+    shape = form.scale_shape(weight.shape[0], weight.shape[1], group_size)
+    return tidy(weight.reshape(*shape, -1).abs().amax(-1) / form.number.largest)
 
 
 def _grouped(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,48 +41,41 @@ def _grouped(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, t
     return weight, scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.numel() > 1 else scale.reshape(1, 1)
 
 
-def to_grid(values: torch.Tensor, stored: str) -> torch.Tensor:
+def to_grid(values: torch.Tensor, number: Number) -> torch.Tensor:
     """Values in units of their scale, rounded to what can be stored (nearest, ties to even, saturated); float32."""
-    bounded = values.clamp(LOWEST[stored], LEVELS[stored])
-    return bounded.to(torch.float8_e4m3fn).float() if stored == "F8_E4M3" else torch.round(bounded)
+    bounded = values.clamp(number.lowest, number.largest)
+    return bounded.to(torch.float8_e4m3fn).float() if number.is_float else torch.round(bounded)
 
 
 def on_grid(weight: torch.Tensor, scale: torch.Tensor, algo: str) -> torch.Tensor:
     """What the stored matrix stands for: [out, in] float32."""
     values, by = _grouped(weight, scale)
-    return (to_grid(values / by, STORED[algo]) * by).reshape(weight.shape)
+    return (to_grid(values / by, FORMATS[algo].number) * by).reshape(weight.shape)
 
 
 def input_scale(amax: torch.Tensor | float, algo: str) -> torch.Tensor:
     """The static scale [1] of inputs whose largest size is `amax`."""
-    return tidy(torch.as_tensor(amax, dtype=torch.float32).reshape(1) / LEVELS[STORED[algo]])
+    return tidy(torch.as_tensor(amax, dtype=torch.float32).reshape(1) / FORMATS[algo].number.largest)
 
 
 def input_on_grid(x: torch.Tensor, scale: torch.Tensor, algo: str) -> torch.Tensor:
-    return to_grid(x / scale, STORED[algo]) * scale
+    return to_grid(x / scale, FORMATS[algo].number) * scale
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, algo: str) -> np.ndarray:
     """The stored matrix: float8_e4m3fn or int8 [out, in], or uint8 [out, in / 2] with the earlier number in the low half."""
-    stored = STORED[algo]
+    number = FORMATS[algo].number
     values, by = _grouped(weight, scale)
-    steps = to_grid(values / by, stored).reshape(weight.shape)
-    if stored == "F8_E4M3":
+    steps = to_grid(values / by, number).reshape(weight.shape)
+    if number.is_float:
         import ml_dtypes
 
         return steps.to(torch.float8_e4m3fn).view(torch.uint8).numpy(force=True).view(ml_dtypes.float8_e4m3fn)
     numbers = steps.to(torch.int8).numpy(force=True)
-    if stored == "I8":
-        return numbers
-    halves = numbers.view(np.uint8) & 15
-    return np.ascontiguousarray(halves[:, 0::2] | (halves[:, 1::2] << 4))
+    return numbers if number.per_item == 1 else pack_four(numbers)
 
 
 def unpack(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Inverse of `pack` up to the grid: what a stored matrix stands for, float32 [out, in]. NumPy alone."""
-    if stored.dtype == np.uint8:
-        halves = np.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1)
-        values = ((halves.astype(np.int8) ^ 8) - 8).astype(np.float32)
-        return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(values.shape).astype(np.float32)
-    values = stored.astype(np.float32)
-    return values * (scale[:, None] if scale.size > 1 else scale.reshape(1, 1))
+    values = (unpack_four(stored) if stored.dtype == np.uint8 else stored).astype(np.float32)
+    return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(values.shape)

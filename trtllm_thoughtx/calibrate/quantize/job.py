@@ -30,17 +30,17 @@ from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.weights import STORED_DTYPES, WeightSource, open_weights
-from trtllm_thoughtx.config import KV_ALGOS, QUANT_ALGOS, ModelConfig, QuantConfig
+from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.questions import sha256_of_questions
 from trtllm_thoughtx.families import Tensor
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, with_quantization
+from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS, QUANT_ALGOS
+from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress, duration
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
-SMOOTHED = ("int8_sq", "int4_awq")
 GROUPS = (128, 64, 32, 16)
 EXITS_CARRIED = (
     "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
@@ -212,7 +212,7 @@ def calibrate(
 
 def fits_nothing(quant: QuantConfig) -> bool:
     """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
-    return not quant.prequant and quant.algo not in STATIC_ACTIVATIONS and quant.kv_algo is None
+    return not quant.prequant and FORMATS[quant.algo or ""].is_weight_only and quant.kv_algo is None
 
 
 def told(data: Data, quant: QuantConfig) -> str:
@@ -240,7 +240,7 @@ def quant_config(
         why = f"known are {', '.join(QUANT_ALGOS)}"
         raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
     algo, size = QUANT_ALGOS[qformat], group_size or 128
-    if STORED[algo] == "U8":
+    if FORMATS[algo].scales == "group":
         widths = (config.hidden_size, config.q_size, config.intermediate_size)
         fitting = [g for g in GROUPS if all(width % g == 0 for width in widths)]
         size = group_size or (fitting[0] if fitting else 0)
@@ -249,7 +249,7 @@ def quant_config(
             fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
             raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
     excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
-    quant = QuantConfig(algo=algo, group_size=size, prequant=qformat in SMOOTHED and not plain, exclude=excluded)
+    quant = QuantConfig(algo=algo, group_size=size, prequant=FORMATS[algo].search is not None and not plain, exclude=excluded)
     known = linear_modules(config)
     idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
     if idle:
@@ -287,9 +287,7 @@ def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str |
 
 
 def stored_bits(quant: QuantConfig) -> float:
-    """Bits of a quantized weight; a 4-bit one has its share of a 16-bit scale."""
-    stored_as = STORED[quant.algo or ""]
-    return 4 + 16 / quant.group_size if stored_as == "U8" else 8.0
+    return FORMATS[quant.algo or ""].bits(quant.group_size)
 
 
 def wide_bits(config: ModelConfig) -> int:

@@ -14,9 +14,9 @@ import torch
 from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.model import Layer, Rotary, device
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.formats import NUMBERS
 
 Cache = Callable[[torch.Tensor], torch.Tensor]
-STORED = {"FP8": "F8_E4M3", "INT8": "I8"}
 MAX_ERROR = 0.01  # of the energy of an attention's result
 
 
@@ -31,14 +31,14 @@ def scale_of(layer: Layer, rows: Iterable[torch.Tensor], rotary: Rotary, kv_algo
 
     for x in rows:
         layer.forward(x, rotary, cache=look)
-    scale = grid.tidy(amax / grid.LEVELS[STORED[kv_algo]])
-    return scale.clamp(min=1.0) if kv_algo == "FP8" else scale
+    scale = grid.tidy(amax / NUMBERS[kv_algo].largest)
+    return scale.clamp(min=1.0) if NUMBERS[kv_algo].is_float else scale
 
 
 def on_grid(scale: torch.Tensor, kv_algo: str) -> Cache:
     """Keys or values as they come back from the cache."""
     scale = scale.to(device())
-    return lambda x: grid.to_grid(x / scale, STORED[kv_algo]) * scale
+    return lambda x: grid.to_grid(x / scale, NUMBERS[kv_algo]) * scale
 
 
 def error_share(layer: Layer, rows: Iterable[torch.Tensor], rotary: Rotary, cache: Cache, kv_algo: str) -> float:

@@ -28,7 +28,8 @@ from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.weights import WeightSource
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, linear_modules, scale_of
+from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.quantization import linear_modules
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence, spread
@@ -87,7 +88,7 @@ class _Judge:
         self.energy += float(wanted.double().square().sum())
         if self.found.input_scale is not None:
             scaled = (x if self.found.factor is None else x * self.found.factor).abs()
-            self.num_clipped += int((scaled > self.found.input_scale * grid.LEVELS[STORED[self.algo]]).sum())
+            self.num_clipped += int((scaled > self.found.input_scale * FORMATS[self.algo].number.largest).sum())
         self.num += x.numel()
 
     def facts(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ class Walk:
         made = {}
         for module, one in found.items():
             weight = weights[f"{module}.weight"] if one.factor is None else weights[f"{module}.weight"] / one.factor
-            shape = scale_of(self.algo, weight.shape[0], weight.shape[1], self.quant.group_size)[1]
+            shape = FORMATS[self.algo].scale_shape(weight.shape[0], weight.shape[1], self.quant.group_size)
             made[module] = FusedProduct(grid.pack(weight, one.scale, self.algo), one.scale.reshape(shape).numpy(force=True))
         return made
 
@@ -264,7 +265,8 @@ class Walk:
         for module, one in found.items():
             name = f"{prefix}.{module}".strip(".")
             scaled = weights[module] if one.factor is None else weights[module] / one.factor
-            suffix, shape = scale_of(self.algo, scaled.shape[0], scaled.shape[1], self.quant.group_size)
+            form = FORMATS[self.algo]
+            suffix, shape = form.scale_name, form.scale_shape(scaled.shape[0], scaled.shape[1], self.quant.group_size)
             tensors[f"{name}.weight"] = grid.pack(scaled, one.scale, self.algo)
             tensors[f"{name}.{suffix}"] = one.scale.reshape(shape).numpy(force=True)
             if one.input_scale is not None:
@@ -365,7 +367,7 @@ def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: Q
     made, first = {}, 0
     for module in covered:
         end = first + weights[module].shape[0]
-        scale = found.scale if quant.algo in STATIC_ACTIVATIONS and found.scale.numel() == 1 else found.scale[first:end]
+        scale = found.scale if FORMATS[quant.algo].scales == "tensor" else found.scale[first:end]
         made[module] = Found(found.matrix[first:end], scale, found.input_scale, found.factor, found.alpha, found.error, found.error_nearest)
         facts[f"{prefix}.{module}".strip(".")] |= {
             "alpha": found.alpha,

@@ -9,13 +9,12 @@ from trtllm_thoughtx.backends.ort_product import FusedProduct, kind_of
 from trtllm_thoughtx.calibrate.quantize.model import Layer
 from trtllm_thoughtx.calibrate.quantize.search import Found
 from trtllm_thoughtx.config import QuantConfig
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED, TOKEN_ACTIVATIONS
+from trtllm_thoughtx.families.formats import FORMATS
 
 
 def operators_of(quant: QuantConfig) -> str | None:
     """The operators of `ort_product` that round more than the graph in an engine of this format; None where none does."""
-    is_weight_only = quant.algo not in (*STATIC_ACTIVATIONS, TOKEN_ACTIVATIONS)
-    return kind_of(STORED[quant.algo or ""], quant.group_size) if is_weight_only else None
+    return kind_of(FORMATS[quant.algo or ""], quant.group_size)
 
 
 def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor, product: FusedProduct | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.config import QuantConfig
-from trtllm_thoughtx.families.quantization import STATIC_ACTIVATIONS, STORED
+from trtllm_thoughtx.families.formats import FORMATS
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -64,12 +64,13 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     step = -(-weight.shape[0] // MAX_OUTPUTS)
     wanted = seen.rows @ weight[::step].T
     energy = float(wanted.double().square().sum()) or 1.0
-    static = algo in STATIC_ACTIVATIONS
+    form = FORMATS[algo]
+    static = form.inputs == "static"
 
     def error(factor: torch.Tensor | None, scale: torch.Tensor | None = None) -> float:
         part = weight[::step] if factor is None else weight[::step] / factor
         if scale is None:
-            whole = weight if algo == "FP8" and factor is None else part
+            whole = weight if form.scales == "tensor" and factor is None else part
             scale = grid.weight_scale(whole, algo, size)
         else:
             scale = scale[::step]
@@ -89,7 +90,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
                 best, alpha, factor = cost, tried, candidate
     scaled = weight if factor is None else weight / factor
     scale = grid.weight_scale(scaled, algo, size)
-    if algo == "W4A16_AWQ" and quant.prequant:
+    if form.search == "awq" and quant.prequant:
         clipped = _shrunk(scaled, scale, seen.square if factor is None else seen.square * factor.square(), algo)
         cost = error(factor, clipped)
         if cost < best:
@@ -110,7 +111,7 @@ def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str, group_s
     SmoothQuant makes quiet channels as large as the scale holds. In a few sequences a channel may be quiet by chance, and clips once it is
     not; no half of them shows it. Then only the loudest channels are made smaller, and the rest keep their headroom.
     """
-    if STORED[algo] == "I8":  # SmoothQuant: both sides' largest values
+    if FORMATS[algo].search == "smoothquant":  # both sides' largest values
         x, w = seen.amax.double(), weight.abs().amax(0).double()
         if seen.num_sequences < FEW_SEQUENCES:
             x = x.clamp(min=float(torch.quantile(x, QUIET)))

@@ -1,0 +1,94 @@
+"""Quantization formats, one row each: what every reader, writer, search, graph and backend knows of a format is written here.
+
+A `Number` is a grid that values are rounded to, a `Format` how a linear layer is stored in such numbers. Names are those of TensorRT-LLM
+1.2 and ModelOpt, but for the rows marked as ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A type of quantized numbers. Values run from `lowest` to `largest`, in units of their scale."""
+
+    name: str  # as TensorRT-LLM's kv_cache_quant_algo has it
+    stored: str  # safetensors type that holds it
+    onnx: str  # TensorProto's name
+    plan: str  # as a plan's layer information spells it
+    bits: int
+    lowest: float
+    largest: float
+    is_float: bool = False
+    # A step that products of rows with scales of their own are computed in. A power of two is the same number in every type, and this one
+    # leaves the product about as large as the layer's output: rows of common matrices reach 0.2.
+    row_step: float = 0.0
+    first_capability: tuple[int, int] = (0, 0)  # GPU generation whose products take it
+
+    @property
+    def per_item(self) -> int:
+        """Numbers in one stored item, the earlier in the lower bits."""
+        return 8 // self.bits
+
+    @property
+    def sign(self) -> int:
+        """A byte that turns two's complement into an offset of half the range, by exclusive or."""
+        return 0x80 if self.bits == 8 else 0x88
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A stored linear layer [out, in]: one scale a `tensor`, `row`, or `group` of a row's inputs; inputs `as they are`, rounded with one
+    `static` scale, or with a scale per `token`."""
+
+    algo: str  # TensorRT-LLM's quant_algo
+    number: Number
+    scales: str = "row"
+    inputs: str = "as they are"
+    scale_name: str = "weights_scaling_factor"
+    qformat: str | None = None  # thoughtx-calibrate's name; None: only imported
+    search: str | None = None  # smoothquant | awq: factors per input channel
+    has_zeros: bool = False  # groups may have zero points, and inputs an order
+
+    @property
+    def is_weight_only(self) -> bool:
+        return self.inputs == "as they are"
+
+    def scale_shape(self, num_out: int, num_in: int, group_size: int) -> tuple[int, ...]:
+        return {"tensor": (1,), "row": (num_out,), "group": (num_out, num_in // group_size)}[self.scales]
+
+    def bits(self, group_size: int) -> float:
+        """Bits of a weight, with its share of a group's 16-bit scale."""
+        return self.number.bits + (16 / group_size if self.scales == "group" else 0.0)
+
+
+FP8 = Number(
+    name="FP8", stored="F8_E4M3", onnx="FLOAT8E4M3FN", plan="FP8", bits=8, lowest=-448.0, largest=448.0, is_float=True,
+    row_step=2.0**-11, first_capability=(8, 9),
+)  # fmt: skip
+INT8 = Number(name="INT8", stored="I8", onnx="INT8", plan="Int8", bits=8, lowest=-127.0, largest=127.0, row_step=2.0**-9)
+INT4 = Number(name="INT4", stored="U8", onnx="INT4", plan="Int4", bits=4, lowest=-8.0, largest=7.0)
+NUMBERS = {number.name: number for number in (FP8, INT8, INT4)}
+
+FORMATS = {
+    row.algo: row
+    for row in (
+        Format(algo="FP8", number=FP8, scales="tensor", inputs="static", qformat="fp8"),
+        Format(algo="W8A8_SQ_PER_CHANNEL", number=INT8, inputs="static", qformat="int8_sq", search="smoothquant"),
+        Format(algo="W8A16", number=INT8, scale_name="per_channel_scale", qformat="int8_wo"),
+        Format(algo="W4A16_AWQ", number=INT4, scales="group", qformat="int4_awq", search="awq"),
+        Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo"),
+        Format(algo="FP8_PER_CHANNEL", number=FP8, inputs="static"),  # ours
+        Format(algo="FP8_PER_CHANNEL_PER_TOKEN", number=FP8, inputs="token", scale_name="per_channel_scale"),
+        Format(algo="W8A16_FP8", number=FP8),  # ours
+        Format(algo="W4A16_GPTQ", number=INT4, scales="group", has_zeros=True),
+    )
+}
+QUANT_ALGOS = {row.qformat: row.algo for row in FORMATS.values() if row.qformat}  # --qformat -> quant_algo
+KV_ALGOS = {number.name.lower(): number.name for number in (FP8, INT8)}  # --kv_cache_dtype -> kv_cache_quant_algo
+
+
+def algo_of(number: Number, scales: str, inputs: str) -> str:
+    """The format of layers that were stored so by others."""
+    return next(row.algo for row in FORMATS.values() if (row.number, row.scales, row.inputs) == (number, scales, inputs) and not row.search)
