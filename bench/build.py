@@ -23,7 +23,7 @@ from pathlib import Path
 
 from convert import ROOT, SHAPES, make_checkpoint
 
-BUILD = "import sys; from trtllm_thoughtx.cli.commands import build_main; sys.argv[0] = 'thoughtx-build'; build_main()"
+BUILD = "import sys; from trtllm_thoughtx.cli.entry import build_main; sys.argv[0] = 'thoughtx-build'; build_main()"
 BARE = """
 import json, sys
 import tensorrt_rtx as trt

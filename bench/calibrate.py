@@ -20,7 +20,7 @@ import numpy as np
 from build import measured
 from convert import ROOT, SHAPES, config_of, make_checkpoint
 
-COMMAND = "import sys; from trtllm_thoughtx.cli.commands import calibrate_main; sys.argv[0] = 'thoughtx-calibrate'; calibrate_main()"
+COMMAND = "import sys; from trtllm_thoughtx.cli.entry import calibrate_main; sys.argv[0] = 'thoughtx-calibrate'; calibrate_main()"
 
 
 def main() -> None:

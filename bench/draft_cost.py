@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 from convert import make_checkpoint
+from exit_cost import break_even
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
-from trtllm_thoughtx.calibrate.exits.cost import break_even
 from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights

@@ -21,13 +21,16 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import exit_cost as cost
+from matplotlib.figure import Figure
+
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
-from trtllm_thoughtx.calibrate.exits import cost, rule
+from trtllm_thoughtx.calibrate.exits import rule
 from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits, measure
 from trtllm_thoughtx.calibrate.exits.traces import Stop, Trace
 from trtllm_thoughtx.checkpoint.exits import read_exits
@@ -41,14 +44,13 @@ from trtllm_thoughtx.evaluate.summary import compare
 from trtllm_thoughtx.evaluate.systems import EngineSystem
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.files import atomic_file
-from trtllm_thoughtx.plot import tradeoff_plot
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.report import to_json
 from trtllm_thoughtx.runtime.completion import head_in_layers, layer_parameters
 from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("chain", "lookup", "story", "loan")
 MAX_NEW = 400
 SEED = 7  # of the questions: not the calibration's
 RANK = 64
@@ -57,6 +59,20 @@ QWEN_7B: dict[str, Any] = {
     "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "hidden_act": "silu", "max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def tradeoff_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]]) -> None:
+    """Right answers in % over generated tokens: a line for each rule whose strictness varies, a mark for each that was run."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for name, line in curves.items():
+        axis.plot(*zip(*line, strict=True), marker=".", label=name)
+    for name, point in points.items():
+        axis.plot(*point, marker="*", markersize=13, linestyle="none", label=name)
+    axis.set(xlabel="generated tokens a question, trial answers included", ylabel="right answers, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -98,7 +114,7 @@ class Bench:
         options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 1024, "max_batch_size": 32}
         build(self.scratch / "ckpt", self.scratch / "engine", options)
         build(self.scratch / "ckpt", self.scratch / "stages", {**options, "early_exit_layers": (self.layer,)})
-        self.questions = generated(TASKS, "test", num_items=self.args.num_items, seed=SEED)
+        self.questions = generated(tuple(TASKS), "test", num_items=self.args.num_items, seed=SEED)
 
     # --- level 1 -----------------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ for name, weight in model.named_parameters():
         weight.data.add_(0.1 * torch.randn_like(weight))
 model.save_pretrained(out, max_shard_size="400MB")
 """
-COMMAND = "import sys; from trtllm_thoughtx import cli; name = sys.argv.pop(1); getattr(cli, name + '_main')()"
+COMMAND = "import sys; from trtllm_thoughtx.cli.commands import main; main(sys.argv.pop(1))"
 
 
 def main() -> None:

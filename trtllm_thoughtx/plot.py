@@ -130,16 +130,3 @@ def curves_plot(path: Path, stages: Mapping[str, Sequence[Mapping[str, float]]])
         axis.set(title=name, xlabel="optimizer steps")
         axis.grid(alpha=0.3)
     _save(figure, path)
-
-
-def tradeoff_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]]) -> None:
-    """Right answers in % over generated tokens: a line for each rule whose strictness varies, a mark for each that was run."""
-    figure, axes = _figure(1, 6.4, 4.4)
-    for name, line in curves.items():
-        axes[0].plot(*zip(*line, strict=True), marker=".", label=name)
-    for name, point in points.items():
-        axes[0].plot(*point, marker="*", markersize=13, linestyle="none", label=name)
-    axes[0].set(xlabel="generated tokens a question, trial answers included", ylabel="right answers, %")
-    axes[0].grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    _save(figure, path)

@@ -17,6 +17,7 @@ from places import TINY as SAMPLE
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli import entry
 from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
@@ -116,7 +117,7 @@ def test_installed_scripts_exist():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in NAMES:
         assert f'thoughtx-{name} = "trtllm_thoughtx.cli.entry:{name}_main"' in text
-        assert callable(getattr(cli, f"{name}_main"))
+        assert getattr(entry, f"{name}_main").args == (name,)
 
 
 # --- spelling --------------------------------------------------------------------------------------------------------
@@ -570,9 +571,7 @@ def test_debug_prints_the_traceback(capsys):
 
 
 def test_a_reader_that_leaves_is_no_error(engine):
-    script = (
-        "import sys\nfrom trtllm_thoughtx.cli.commands import inspect_main\nsys.argv = ['thoughtx-inspect', sys.argv[1]]\ninspect_main()"
-    )
+    script = "import sys\nfrom trtllm_thoughtx.cli.entry import inspect_main\nsys.argv = ['thoughtx-inspect', sys.argv[1]]\ninspect_main()"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", script, str(engine)], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

@@ -137,3 +137,10 @@ def test_answers_that_cannot_be_compared_so(tmp_path, row, why):
     with pytest.raises(ThoughtxError) as caught:
         from_file(tmp_path / "q.jsonl")
     assert caught.value.code == "E140" and why in caught.value.why and "line 1 (id n1)" in caught.value.where
+
+
+def test_the_command_line_names_what_there_is():
+    from trtllm_thoughtx.cli import evaluate as command
+    from trtllm_thoughtx.evaluate import benchmarks
+
+    assert (command.MATCHES, command.BENCHMARKS) == (MATCHES, benchmarks.TASKS)

@@ -15,9 +15,9 @@ import click
 
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.backends import BACKENDS
-from trtllm_thoughtx.cli.calibrate import calibrate
-from trtllm_thoughtx.cli.distill import distill
-from trtllm_thoughtx.cli.evaluate import evaluate
+from trtllm_thoughtx.cli.calibrate import calibrate  # noqa: F401 (importing registers a command)
+from trtllm_thoughtx.cli.distill import distill  # noqa: F401
+from trtllm_thoughtx.cli.evaluate import evaluate  # noqa: F401
 from trtllm_thoughtx.cli.framework import (
     CHUNK_SIZE,
     COMMANDS,
@@ -261,47 +261,9 @@ def thoughtx() -> None:
     """Turn a distilled reasoning checkpoint into engine files that can be shipped, and prove them correct."""
 
 
-def _end(status: int) -> NoReturn:
+def main(name: str = "thoughtx") -> NoReturn:
+    """Run the command `name` of `COMMANDS`, or the group of them, and end the process with its status."""
+    status = run(COMMANDS.get(name, thoughtx), name if name == "thoughtx" else f"thoughtx-{name}")
     if status == Exit.INTERRUPTED:
         interrupt.leave()
     sys.exit(status)
-
-
-def main() -> NoReturn:
-    _end(run(thoughtx, "thoughtx"))
-
-
-def distill_main() -> NoReturn:
-    _end(run(distill, "thoughtx-distill"))
-
-
-def convert_main() -> NoReturn:
-    _end(run(convert, "thoughtx-convert"))
-
-
-def calibrate_main() -> NoReturn:
-    _end(run(calibrate, "thoughtx-calibrate"))
-
-
-def build_main() -> NoReturn:
-    _end(run(build, "thoughtx-build"))
-
-
-def validate_main() -> NoReturn:
-    _end(run(validate, "thoughtx-validate"))
-
-
-def run_main() -> NoReturn:
-    _end(run(run_command, "thoughtx-run"))
-
-
-def eval_main() -> NoReturn:
-    _end(run(evaluate, "thoughtx-eval"))
-
-
-def bench_main() -> NoReturn:
-    _end(run(bench, "thoughtx-bench"))
-
-
-def inspect_main() -> NoReturn:
-    _end(run(inspect, "thoughtx-inspect"))

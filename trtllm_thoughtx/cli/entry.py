@@ -10,7 +10,12 @@ interrupt.guard()
 
 
 def __getattr__(name: str) -> "Any":
-    """`from trtllm_thoughtx.cli.entry import build_main`: the function of that name in `cli`."""
-    from trtllm_thoughtx.cli import commands as cli
+    """`from trtllm_thoughtx.cli.entry import build_main`: the function that runs `thoughtx-build`; `main` runs `thoughtx`."""
+    from functools import partial
 
-    return getattr(cli, name)
+    from trtllm_thoughtx.cli import commands
+
+    command = name.removesuffix("_main")
+    if command != "main" and command not in commands.COMMANDS:
+        raise AttributeError(name)
+    return commands.main if command == "main" else partial(commands.main, command)

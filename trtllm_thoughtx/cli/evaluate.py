@@ -22,10 +22,10 @@ from trtllm_thoughtx.cli.framework import (
 from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tasks import TASKS
 
 NUMBERS = CommaList("LIST", r"\d{1,6}", int, "a whole number")
-GENERATED = ("chain", "lookup", "story", "loan")
-NAMES = CommaList("LIST", "|".join(GENERATED), str, f"one of {', '.join(GENERATED)}")
+NAMES = CommaList("LIST", "|".join(TASKS), str, f"one of {', '.join(TASKS)}")
 MATCHES = ("exact", "normalized", "contains", "last_number", "choice", "boxed")
 BENCHMARKS = ("gsm8k", "hotpotqa", "boolq", "commonsense_qa")
 HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCHMARKS)}")
@@ -40,7 +40,7 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 )
 @click.option("--engine_dir", type=PATH, help="Engine directory to evaluate.")
 @click.option("--model_dir", type=PATH, help="Hugging Face directory to evaluate with transformers.")
-@click.option("--task", "tasks", type=NAMES, help=f"Generated questions: {', '.join(GENERATED)}.")
+@click.option("--task", "tasks", type=NAMES, help=f"Generated questions: {', '.join(TASKS)}.")
 @click.option("--dataset", type=PATH, help='JSONL file of {"prompt": ..., "answer": ...}, - is stdin.')
 @click.option(
     "--match", type=OneOf(MATCHES), help="How answers of --dataset are compared.  [default: by the answer's form: number, letter or words]"

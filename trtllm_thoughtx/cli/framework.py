@@ -8,16 +8,16 @@ from pathlib import Path
 import click
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, CountOr, FilePath, FiniteFloat, FiniteFloatOr, OneOf
+from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, FilePath, FiniteFloat, OneOf
 from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
 
 PATH = FilePath()
 POSITIVE = Count(min=1, max=1 << 24)
 COUNT = Count(min=0, max=1 << 24)
-CHUNK_SIZE = CountOr(AUTO, min=1, max=1 << 24)
+CHUNK_SIZE = Count(min=1, max=1 << 24, word=AUTO)
 NATS = FiniteFloat(min=0, max=20, min_open=True)
 CHANCE = FiniteFloat(min=0, max=1)
-CHANCE_OR_AUTO = FiniteFloatOr(AUTO, min=0, max=1)
+CHANCE_OR_AUTO = FiniteFloat(min=0, max=1, word=AUTO)
 TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
 PENALTY = FiniteFloat(min=-2, max=2)
 LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")

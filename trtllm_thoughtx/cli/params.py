@@ -68,52 +68,34 @@ class OneOf(click.Choice[str]):
 
 
 class FiniteFloat(click.FloatRange):
-    """A number in a range; NaN is in no range."""
+    """A number in a range, or the one `word`; NaN is in no range."""
 
-    name = "number"
+    def __init__(self, min: float | None = None, max: float | None = None, *, min_open: bool = False, word: str | None = None) -> None:
+        super().__init__(min, max, min_open=min_open)
+        self.word, self.name = word, f"number|{word}" if word else "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == self.word:
+            return value
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number", param, ctx)
         return number
 
 
-class FiniteFloatOr(FiniteFloat):
-    """A number in a range, or one word."""
+class Count(click.ParamType):
+    """A whole number from `min` to `max`, or the one `word`. The upper bound only stops typing errors, so help does not show it."""
 
-    def __init__(self, word: str, min: float, max: float) -> None:
-        super().__init__(min, max)
-        self.word, self.name = word, f"number|{word}"
+    def __init__(self, min: int, max: int, *, word: str | None = None) -> None:
+        self.min, self.max, self.word, self.name = min, max, word, f"N|{word}" if word else "N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == self.word else super().convert(value, param, ctx)
-
-
-class Count(click.ParamType):
-    """A whole number from `min` to `max`. The upper bound only stops typing errors, so help does not show it."""
-
-    name = "N"
-
-    def __init__(self, min: int, max: int) -> None:
-        self.min, self.max = min, max
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == self.word:
+            return value
         is_number = re.fullmatch(r"-?\d{1,19}", str(value), re.ASCII) is not None
         if not is_number or not self.min <= int(value) <= self.max:
             self.fail(f"{shown(str(value))!r} is not a whole number from {self.min} to {self.max}", param, ctx)
         return int(value)
-
-
-class CountOr(Count):
-    """A whole number, or one word."""
-
-    def __init__(self, word: str, min: int, max: int) -> None:
-        super().__init__(min, max)
-        self.word, self.name = word, f"N|{word}"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == self.word else super().convert(value, param, ctx)
 
 
 class FilePath(click.ParamType):

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.cli.params import Count, CountOr, FiniteFloatOr
+from trtllm_thoughtx.cli.params import Count, FiniteFloat
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 LIMIT_BYTES = 64 << 10
@@ -80,14 +80,9 @@ def _wanted(param: click.Option) -> tuple[str, tuple[type, ...]]:
     """What a YAML value for `param` must be: in words, and as Python types."""
     if param.is_flag:
         return "true or false", (bool,)
-    if isinstance(param.type, CountOr):
-        return f"a whole number or {param.type.word}", (int, str)
-    if isinstance(param.type, Count):
-        return "a whole number", (int,)
-    if isinstance(param.type, FiniteFloatOr):
-        return f"a number or {param.type.word}", (int, float, str)
-    if isinstance(param.type, click.types.FloatParamType):
-        return "a number", (int, float)
+    if isinstance(param.type, (Count, FiniteFloat)):
+        what, types = ("a whole number", (int,)) if isinstance(param.type, Count) else ("a number", (int, float))
+        return (what, types) if param.type.word is None else (f"{what} or {param.type.word}", (*types, str))
     if getattr(param.type, "is_list", False):
         return "a list, or its items joined by commas", (str, list, int)
     if param.multiple:

@@ -21,7 +21,7 @@ from trtllm_thoughtx.jsonl import STDIN, Line, read_rows, text_of
 from trtllm_thoughtx.tasks import TASKS, draw, item
 from trtllm_thoughtx.tasks.item import Item
 
-SIZES = {"chain": tuple(range(1, 13)), "lookup": (1, 2, 3, 4), "story": (1, 2, 3, 4), "loan": (1, 2, 3, 4)}
+SIZES = {task: tuple(range(1, 13 if task == "chain" else 5)) for task in TASKS}
 COLUMNS = ("prompt", "answer", "task", "match")
 FIX = 'each line is an object like {"prompt": "...", "answer": "..."}'
 

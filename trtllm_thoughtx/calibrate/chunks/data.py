@@ -7,19 +7,19 @@ from pathlib import Path
 from trtllm_thoughtx.distill.traces import Trace, read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.tasks.item import BOUNDARY
 from trtllm_thoughtx.text.opening import opened
 from trtllm_thoughtx.text.text import Text
 
 SPLIT = "validation"  # neither trained on nor asked in an evaluation
 LENGTHS = (0, 128, 256, 512, 1000)  # words of context of generated lookups
-TASKS = ("chain", "lookup", "story", "loan")
 
 
 def questions_of(data: Path | None, num_items: int, seed: int, progress: Progress) -> list[Question]:
     """`num_items` of each generated task, or as many rows of a file of traces (E161 for rows that cannot be used)."""
     if data is None:
-        return generated(TASKS, SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
+        return generated(tuple(TASKS), SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
     return [_question(trace) for trace in read_traces(data, progress.note)[:num_items]]
 
 
@@ -30,7 +30,7 @@ def _question(trace: Trace) -> Question:
 def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, seed: int) -> list[list[int]]:
     """Token ids of whole traces, question, thought and answer, cut behind `context` tokens; without thinking tags none are written."""
     if data is None:
-        drawn = generated(TASKS, SPLIT, num_items=-(-num_samples // len(TASKS)), seed=seed, lengths=LENGTHS[::-1], sizes=(4,))
+        drawn = generated(tuple(TASKS), SPLIT, num_items=-(-num_samples // len(TASKS)), seed=seed, lengths=LENGTHS[::-1], sizes=(4,))
         told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
     else:
         told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]

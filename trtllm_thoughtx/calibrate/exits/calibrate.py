@@ -30,6 +30,7 @@ from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, s
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.completion import head_in_layers
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.text.text import Text
 
 MAX_LENGTH = 2048  # tokens of a question and its traced answer
@@ -146,7 +147,7 @@ def _check(config: ModelConfig, fit_exit_head: bool, exit_layers: Sequence[int],
 def _questions(tasks: Sequence[str] | None, dataset: Path | None, num_items: int, seed: int, progress: Progress) -> list[list[Question]]:
     """To fit, to choose, to report; no question in two of them."""
     if dataset is None:
-        return [generated(tasks or ("chain", "lookup", "story", "loan"), split, num_items=num_items, seed=seed) for split in SPLITS]
+        return [generated(tasks or tuple(TASKS), split, num_items=num_items, seed=seed) for split in SPLITS]
     rows = from_file(dataset, note=progress.note)
     if len(rows) < MIN_ITEMS:
         why = f"{len(rows)} questions are too few to fit, to choose a threshold and to report on"
