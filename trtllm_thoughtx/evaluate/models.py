@@ -15,7 +15,8 @@ import torch
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import Written, need_text
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler, log_probability
+from trtllm_thoughtx.runtime.logits import log_probability
+from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.reference import load_model, version
 

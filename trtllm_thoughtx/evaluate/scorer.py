@@ -20,6 +20,7 @@ from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Stage
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.logits import log_softmax
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
 from trtllm_thoughtx.text.answer import split_text
 from trtllm_thoughtx.text.text import Text
@@ -273,8 +274,7 @@ def _log_likelihood(logits: np.ndarray, ids: Sequence[int]) -> tuple[float, bool
         why = "the numbers left the range of the engine's type, or the weights are damaged"
         fix = "build the engine with more range (thoughtx-build --dtype float32) and compare it with its checkpoint (thoughtx-validate)"
         raise ThoughtxError("E123", "logits are not finite", where="a text to be scored", why=why, fix=fix)
-    shifted = values - values.max(axis=1, keepdims=True)
-    log_probs = shifted[np.arange(len(ids)), list(ids)] - np.log(np.exp(shifted).sum(axis=1))
+    log_probs = log_softmax(values)[np.arange(len(ids)), list(ids)]
     return float(log_probs.sum()), bool((values.argmax(axis=1) == np.array(ids)).all())
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, token_ids, unused_settings
 
 __all__ = [
@@ -152,24 +153,6 @@ def distribution(logits: np.ndarray, params: GenerationParams) -> tuple[np.ndarr
     if params.min_p:  # of the likeliest token, whose weight is 1
         ids, weights = ids[weights >= params.min_p], weights[weights >= params.min_p]
     return ids, weights / weights.sum()
-
-
-def log_probability(logits: np.ndarray, token: int) -> float:
-    """Natural logarithm of the softmax of float[V] at `token`."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
-
-
-def top_logprobs(logits: np.ndarray, num: int) -> list[tuple[int, float]]:
-    """The `num` likeliest tokens of float[V] and their natural log-probabilities, falling; of equal ones the lowest ids."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    num = min(num, len(shifted))
-    if not num:
-        return []
-    ids = np.flatnonzero(shifted >= np.partition(shifted, len(shifted) - num)[len(shifted) - num])
-    ids = ids[np.argsort(-shifted[ids], kind="stable")][:num]
-    total = float(np.log(np.exp(shifted).sum()))
-    return [(int(i), float(shifted[i]) - total) for i in ids]
 
 
 def uniform(seed: int, stream: int, step: int) -> float:

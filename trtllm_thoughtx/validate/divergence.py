@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trtllm_thoughtx.runtime.logits import kl_divergence, log_softmax
+
 MAX_VALUES, MIN_POSITIONS = 2 << 20, 48
 
 
@@ -25,7 +27,7 @@ class Divergence:
 
     def add(self, reference: np.ndarray, other: np.ndarray, targets: Sequence[int] | None = None) -> None:
         p, q = log_softmax(reference), log_softmax(other)
-        each = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+        each = kl_divergence(p, q)
         self.num += len(p)
         self.kl += float(each.sum())
         self.worst_kl = max(self.worst_kl, float(each.max(initial=0.0)))
@@ -56,10 +58,3 @@ def spread(length: int, vocab_size: int) -> list[int]:
     """Positions of a row at which logits are kept: all, or as many, evenly spread, as a large vocabulary leaves room for."""
     count = min(length, max(MIN_POSITIONS, MAX_VALUES // vocab_size))
     return np.unique(np.linspace(0, length - 1, count).round().astype(int)).tolist()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, vocab]."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -31,6 +31,7 @@ from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.statistics import mcnemar, mean_interval
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.logits import kl_divergence, log_softmax
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
@@ -147,8 +148,8 @@ def _look(
         divergences, same, apart = [], [], []
         for ids in sequences:
             (full, states), (cut, cut_states) = (reference.run(ids, chunk=chunk, layers=True) for chunk in (None, window))
-            log_full, log_cut = (x - np.logaddexp.reduce(x.astype(np.float64), axis=-1, keepdims=True) for x in (full, cut))
-            divergences.append((np.exp(log_full) * (log_full - log_cut)).sum(-1))
+            log_full, log_cut = log_softmax(full), log_softmax(cut)
+            divergences.append(kl_divergence(log_full, log_cut))
             same.append(full.argmax(-1) == cut.argmax(-1))
             apart.append([float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(states[1:], cut_states[1:], strict=True)])
         kl = np.concatenate(divergences)
