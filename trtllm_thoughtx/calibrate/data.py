@@ -23,9 +23,9 @@ from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
 from trtllm_thoughtx.tasks import TASKS, draw
-from trtllm_thoughtx.tasks.item import BOUNDARY, steps_of, thought
+from trtllm_thoughtx.tasks.item import steps_of, thought
 from trtllm_thoughtx.text.chat import text_messages
-from trtllm_thoughtx.text.opening import opened
+from trtllm_thoughtx.text.opening import trace_ids
 from trtllm_thoughtx.text.text import Text
 
 COLUMNS = ("text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient", "id")
@@ -234,13 +234,7 @@ def _told(raw: dict[str, Any], text: Text) -> list[int]:
     answer = raw.get("answer", "")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps) or not isinstance(answer, str):
         raise ValueError("steps must be a list of texts, thought and answer texts")
-    ids: list[int] = text.chat(raw["prompt"])
-    last = text.think_ids[1] if text.think_ids else ()
-    if steps and text.think_ids:
-        ids = opened(text, ids)
-    for step in steps:
-        ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
-    return [*ids, *(last if steps else ()), *(text.encode(answer, add_special=False) if answer else ())]
+    return trace_ids(text, raw["prompt"], steps, answer)
 
 
 def _without_pads(ids: list[int], raw: dict[str, Any], pad_id: int | None) -> list[int]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trtllm_thoughtx.tasks.item import BOUNDARY
 from trtllm_thoughtx.text.answer import num_tokens_until
 
 if TYPE_CHECKING:
@@ -93,6 +94,18 @@ def closed(text: Text, ids: Sequence[int]) -> Sequence[int]:
     if isinstance(ids, ChatIds) and (own := ids.closed()) is not None and own.state != INSIDE:
         return own
     return ChatIds([*opened(text, ids), *text.think_ids[1]], BEHIND)
+
+
+def trace_ids(text: Text, prompt: str, steps: Sequence[str], answer: str) -> list[int]:
+    """Ids of a whole trace: the prompt in its chat template, the steps between the thinking tags (without, where there are none), and
+    the answer."""
+    ids: list[int] = text.chat(prompt)
+    tagged = bool(steps) and text.think_ids is not None
+    ids = opened(text, ids) if tagged else list(ids)
+    for step in steps:
+        ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
+    end = text.think_ids[1] if tagged and text.think_ids else ()
+    return [*ids, *end, *(text.encode(answer, add_special=False) if answer else ())]
 
 
 def _judged(opens: bool, rest: str, text: Text) -> str:

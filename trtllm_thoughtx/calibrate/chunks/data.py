@@ -8,8 +8,7 @@ from trtllm_thoughtx.distill.traces import Trace, read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tasks import TASKS
-from trtllm_thoughtx.tasks.item import BOUNDARY
-from trtllm_thoughtx.text.opening import opened
+from trtllm_thoughtx.text.opening import trace_ids
 from trtllm_thoughtx.text.text import Text
 
 SPLIT = "validation"  # neither trained on nor asked in an evaluation
@@ -34,11 +33,4 @@ def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, 
         told = [(one.prompt, one.item.steps if one.item else (), one.expected) for one in drawn]
     else:
         told = [(trace.prompt, trace.steps, trace.answer) for trace in read_traces(data)]
-    last = text.think_ids[1] if text.think_ids else ()
-    found = []
-    for prompt, steps, answer in told[:num_samples]:
-        ids = opened(text, text.chat(prompt)) if text.think_ids else list(text.chat(prompt))
-        for step in steps:
-            ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
-        found.append([*ids, *last, *text.encode(answer, add_special=False)][:context])
-    return found
+    return [trace_ids(text, *one)[:context] for one in told[:num_samples]]
