@@ -82,9 +82,15 @@ class Subject(Protocol):
 
     def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]: ...
 
+    def forward_layers(
+        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]: ...
+
     def decode_logits(
         self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
     ) -> list[np.ndarray]: ...
+
+    def close(self) -> None: ...
 
 
 def read_limits(directory: EngineDir, way: str = EXACT) -> tuple[Limits, list[list[int]]]:

@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +36,6 @@ from trtllm_thoughtx.validate import parity, quality
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
 
 WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
-PIECES = (1, 7, 16)
 MAX_RAGGED_LENGTH = 512
 
 
@@ -68,25 +67,6 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         checks = [dataclasses.asdict(check) for check in self.checks]
         return {"ok": self.ok, "count": self.count, "expected_from": self.expected_from, "checks": checks}
-
-
-class Subject(Protocol):
-    """What the checks need of `runtime.engine.Engine`."""
-
-    @property
-    def build(self) -> BuildConfig: ...
-
-    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]: ...
-
-    def forward_layers(
-        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None
-    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]: ...
-
-    def decode_logits(
-        self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
-    ) -> list[np.ndarray]: ...
-
-    def close(self) -> None: ...
 
 
 def validate(
@@ -269,7 +249,7 @@ def _plan_check(directory: EngineDir, backend: str) -> Check:
     return Check(name, "failed" if wrong else "passed", listed(wrong), {"num_hashes": num, "num_parts": len(directory.parts)})
 
 
-def logits_checks(engine: Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
+def logits_checks(engine: quality.Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
     """Prefill, decode, ragged and pieces, on an engine that is loaded."""
     judge = _Judge(backend, expected)
     alone: dict[str, np.ndarray] = {}
@@ -316,7 +296,7 @@ class _Judge:
         self.add(name, [self.verdict(prompt, got, rows)], num_tokens=len(prompt.ids), num_rows=len(rows), top1_agreement=agree)
 
 
-def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
+def _decoded(engine: quality.Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
     """Teacher-forced decoding of `prompts` in one batch, from `num_prompt[b]` tokens on."""
     found = engine.decode_logits([p.ids for p in prompts], num_prompt, chunk_size=prompts[0].chunk_size)
     verdicts, num_rows = [], 0
@@ -328,7 +308,7 @@ def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt
     judge.add(name, verdicts, num_steps=max(steps), num_rows=num_rows)
 
 
-def _ragged(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _ragged(engine: quality.Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompts = _batch(judge.expected.prompts, engine.build.max_batch_size)
     if len(prompts) < 2:
         judge.skip("ragged prefill", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
@@ -350,9 +330,9 @@ def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     return list({p.name: p for p in ends}.values())[:size]
 
 
-def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _pieces(engine: quality.Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompt = max((p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH), key=lambda p: len(p.ids))
-    for piece in PIECES:
+    for piece in quality.PIECES:
         name, rows = f"pieces of {piece}", range(len(prompt.rows))
         if piece > engine.build.max_input_len or piece >= len(prompt.ids):
             judge.skip(name, f"max_input_len is {engine.build.max_input_len}, the longest prompt has {len(prompt.ids)} tokens")
@@ -362,7 +342,7 @@ def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> Non
         judge.add(name, verdicts, num_tokens=len(prompt.ids))
 
 
-def layers_checks(engine: Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
+def layers_checks(engine: quality.Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
     """Every hidden state of the prompts that have them; with `bisect` also the first layer out of its band, over all of them."""
     judge = _Judge(backend, expected)
     out: list[tuple[int, str, parity.Verdict]] = []
