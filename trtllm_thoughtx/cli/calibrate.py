@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,71 @@ class Budget(click.ParamType):
 
 
 OF_ALL = ("seed", "force", "enable_thinking", "chat_template_kwargs")
-# What a flag that was given can belong to, but for those of all.
-FLAGS_OF = {
-    "--qformat": (
-        *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
-        *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits", "self_traces", "private_data"),
-        *("eval_items", "dataset", "max_new_tokens"),
+Ran = tuple[dict[str, Any], list[Any]]  # the JSON document, and the same for people
+
+
+def _quantize(model_dir: Path, output_dir: Path, progress: Progress, **given: Any) -> Ran:
+    from trtllm_thoughtx.calibrate.quantize.job import calibrate
+    from trtllm_thoughtx.calibrate.quantize.page import calibration_tables
+
+    found = calibrate(model_dir, output_dir, progress=progress, **given)
+    return found, [*calibration_tables(found), _next(output_dir)]
+
+
+def _report_chunks(model_dir: Path, output_dir: Path, progress: Progress, chunk_report: bool, **given: Any) -> Ran:
+    from trtllm_thoughtx.calibrate.chunks import job
+
+    found = job.chunk_report(model_dir, output_dir, progress=progress, **given)
+    recipe = f"next: thoughtx-build --config {output_dir / 'build.yaml'} --checkpoint_dir {model_dir} --output_dir ENGINE"
+    return found, [*job.chunk_tables(found), *([recipe] if found["chosen"] is not None else [])]
+
+
+def _fit_exits(model_dir: Path, output_dir: Path, progress: Progress, **given: Any) -> Ran:
+    from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
+    from trtllm_thoughtx.calibrate.exits.tables import exit_tables
+
+    found = calibrate_exits(model_dir, output_dir, progress=progress, **given)
+    return found, [*exit_tables(found), _next(output_dir)]
+
+
+def _next(output_dir: Path) -> str:
+    return f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of the three programs of this command: the flags that ask for it, those that it takes beside them, and its function."""
+
+    asked_by: tuple[str, ...]
+    flags: tuple[str, ...]
+    run: Callable[..., Ran]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"--{flag}" for flag in self.asked_by)
+
+
+PROGRAMS = (
+    Program(
+        ("qformat",),
+        (
+            *("calib_data", "calib_size", "calib_seq_len", "batch_size", "group_size", "exclude", "quant_lm_head", "plain_rounding"),
+            *("kv_cache_dtype", "sensitivity", "accuracy_budget", "target_bits", "self_traces", "private_data"),
+            *("eval_items", "dataset", "max_new_tokens"),
+        ),
+        _quantize,
     ),
-    "--chunk_report": ("calib_data", "calib_size", "context", "target_capture", "max_task_loss", "eval_items"),
-    "--fit_exit_head, --exit_layers": (
-        *("adapter_rank", "max_accuracy_loss", "tasks", "dataset", "num_items", "max_new_tokens", "batch_size", "num_threads"),
+    Program(
+        ("chunk_report",),
+        ("calib_data", "calib_size", "context", "target_capture", "max_task_loss", "eval_items"),
+        _report_chunks,
     ),
-}
+    Program(
+        ("fit_exit_head", "exit_layers"),
+        ("adapter_rank", "max_accuracy_loss", "tasks", "dataset", "num_items", "max_new_tokens", "batch_size", "num_threads"),
+        _fit_exits,
+    ),
+)
 
 
 @command(
@@ -98,52 +153,28 @@ FLAGS_OF = {
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads, for exits.")
 @click.option("--seed", type=Count(0, (1 << 31) - 1), default=0, help="Seed of the sample.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def calibrate(
-    model_dir: Path,
-    output_dir: Path,
-    qformat: str | None,
-    chunk_report: bool,
-    fit_exit_head: bool,
-    exit_layers: tuple[int, ...] | None,
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
-    **options: Any,
-) -> None:
+def calibrate(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Quantize a model, fit early exits, or choose chunk sizes on data, each with an accuracy report."""
-    wanted = (qformat is not None, chunk_report, fit_exit_head or exit_layers is not None)
-    named = [flag for flag, is_wanted in zip(FLAGS_OF, wanted, strict=True) if is_wanted]
-    if len(named) != 1:
-        why = f"given: {'; '.join(named)}" if named else "none was given"
-        fix = "thoughtx-calibrate --help shows examples"
-        what = "one of --qformat, --chunk_report and --fit_exit_head (or --exit_layers) is needed"
-        raise ThoughtxError("E001", what, where="thoughtx-calibrate", why=why, fix=fix)
-    given = {name: value for name, value in options.items() if value is not None}
-    other = [f"--{'task' if name == 'tasks' else name}" for name in given if name not in (*FLAGS_OF[named[0]], *OF_ALL)]
-    if other:
-        why, fix = "it means nothing with this flag", "leave it out"
-        raise ThoughtxError("E001", f"{', '.join(other)} cannot be used here", where=named[0], why=why, fix=fix)
-    progress = Progress(quiet=quiet)
-    following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
-    if chunk_report:
-        from trtllm_thoughtx.calibrate.chunks import job
-
-        found = job.chunk_report(model_dir, output_dir, progress=progress, **given)
-        recipe = f"next: thoughtx-build --config {output_dir / 'build.yaml'} --checkpoint_dir {model_dir} --output_dir ENGINE"
-        human = [*job.chunk_tables(found), *([recipe] if found["chosen"] is not None else [])]
-    elif qformat is not None:
-        from trtllm_thoughtx.calibrate.quantize.job import calibrate
-        from trtllm_thoughtx.calibrate.quantize.page import calibration_tables
-
-        found = calibrate(model_dir, output_dir, progress=progress, qformat=qformat, **given)
-        human = [*calibration_tables(found), following]
-    else:
-        from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
-        from trtllm_thoughtx.calibrate.exits.tables import exit_tables
-
-        given |= {"fit_exit_head": fit_exit_head, "exit_layers": exit_layers or ()}
-        found = calibrate_exits(model_dir, output_dir, progress=progress, **given)
-        human = [*exit_tables(found), following]
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    program = _program(given)
+    found, human = program.run(model_dir, output_dir, Progress(quiet=quiet), **given)
     if found["up_to_date"]:
         human = ["up to date: the same inputs and settings made what is there, and its files are intact", *human]
     emit("calibrate", found, as_json=as_json, human=human)
+
+
+def _program(given: dict[str, Any]) -> Program:
+    """The one that `given` asks for. E001 for none, for two, and for a flag of another one."""
+    wanted = [program for program in PROGRAMS if set(program.asked_by) & set(given)]
+    if len(wanted) != 1:
+        why = f"given: {'; '.join(program.name for program in wanted)}" if wanted else "none was given"
+        fix = "thoughtx-calibrate --help shows examples"
+        what = "one of --qformat, --chunk_report and --fit_exit_head (or --exit_layers) is needed"
+        raise ThoughtxError("E001", what, where="thoughtx-calibrate", why=why, fix=fix)
+    program = wanted[0]
+    known = (*program.asked_by, *program.flags, *OF_ALL)
+    other = [f"--{'task' if name == 'tasks' else name}" for name in given if name not in known]
+    if other:
+        why, fix = "it means nothing with this flag", "leave it out"
+        raise ThoughtxError("E001", f"{', '.join(other)} cannot be used here", where=program.name, why=why, fix=fix)
+    return program
