@@ -13,17 +13,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtllm_thoughtx import __version__, files, report
-from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.calibrate.data import Data, read_data
 from trtllm_thoughtx.calibrate.quantize import cost
 from trtllm_thoughtx.calibrate.quantize.page import report_html
+from trtllm_thoughtx.calibrate.quantize.result import (
+    Calibration,
+    backends_of,
+    judged_modules,
+    limits_of,
+    sizes,
+    stored_bits,
+    warnings_of,
+    wide_bits,
+)
 from trtllm_thoughtx.calibrate.self_traces import answered
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
@@ -39,8 +48,12 @@ from trtllm_thoughtx.families.quantization import linear_modules, with_quantizat
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress, duration
 from trtllm_thoughtx.text.text import Text
-from trtllm_thoughtx.validate.quality import EXACT, ORT
+from trtllm_thoughtx.validate.quality import EXACT
 
+if TYPE_CHECKING:
+    from trtllm_thoughtx.calibrate.quantize.layers import Walk
+
+Modules = Mapping[str, Mapping[str, Any]]
 GROUPS = (128, 64, 32, 16)
 EXITS_CARRIED = (
     "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
@@ -48,9 +61,26 @@ EXITS_CARRIED = (
 )
 WALK = 2  # form of the state that a walk keeps
 SIZES, MEASURED = (128, 512), (16, 256)  # sequences and their tokens: to fit scales on; only to measure what rounding loses
-GRAPH = "the graph as it stands"
 AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
 NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Which layers stay unquantized for what they cost: none, or those that a mean KL or a mean of bits decides."""
+
+    sensitivity: bool
+    accuracy_budget: float | None
+    target_bits: float | None
+
+    @property
+    def is_set(self) -> bool:
+        return self.sensitivity or self.accuracy_budget is not None or self.target_bits is not None
+
+    def check(self) -> None:
+        if self.accuracy_budget is not None and self.target_bits is not None:
+            where, why = "--accuracy_budget, --target_bits", "each decides which layers stay"
+            raise ThoughtxError("E001", "two goals", where=where, why=why, fix="give one of the two")
 
 
 def calibrate(
@@ -90,17 +120,13 @@ def calibrate(
     """
     command = command_line("thoughtx-calibrate", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    progress, load = progress or Progress.silent(), os.getloadavg()[0]
+    progress, load, goal = progress or Progress.silent(), os.getloadavg()[0], Goal(sensitivity, accuracy_budget, target_bits)
     with open_weights(model_dir, progress=progress) as source:
         config = source.config
-        if accuracy_budget is not None and target_bits is not None:
-            fix = "give one of the two"
-            raise ThoughtxError(
-                "E001", "two goals", where="--accuracy_budget, --target_bits", why="each decides which layers stay", fix=fix
-            )
+        goal.check()
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
         quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
-        measures = fits_nothing(quant) and calib_size is None and not (sensitivity or accuracy_budget or target_bits or self_traces)
+        measures = fits_nothing(quant) and calib_size is None and not (goal.is_set or self_traces)
         calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
         calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
         text, template = Text.load(model_dir), (enable_thinking, chat_template_kwargs)
@@ -157,57 +183,62 @@ def calibrate(
             data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
-        from trtllm_thoughtx.calibrate.quantize import budget, estimate
+        from trtllm_thoughtx.calibrate.quantize import estimate
         from trtllm_thoughtx.calibrate.quantize.layers import Walk
 
         walk = Walk(source, data, quant, work, batch_size)
         say(f"about {duration(estimate.seconds(walk))} on this machine, by one row")
         walk.run(progress)
-        modules, losses = walk.facts()
-        kept: frozenset[str] = frozenset()
-        if sensitivity or accuracy_budget is not None or target_bits is not None:
-            alone = budget.sensitivities(walk, modules, progress)
-            modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
-            seen: budget.Losses = {}
-            if accuracy_budget is not None and max(whole["kl"] for whole, _ in losses.values()) > accuracy_budget:
-                kept, seen = budget.keep_for_budget(walk, modules, alone, accuracy_budget, progress)
-            elif target_bits is not None:
-                size = sizes(config, quant, modules)
-                kept = budget.keep_for_bits(
-                    _judged_modules(modules, quant), alone, stored_bits(quant), wide_bits(config), int(size["num_weights"]), target_bits
-                )
-                seen = budget.measured(walk, [kept], progress)[0]
-            if seen:
-                losses = {way: [one.summary() for one in pair] for way, pair in seen.items()}
-            modules = {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}
+        modules, losses = _kept(walk, config, quant, goal, progress) if goal.is_set else walk.facts()
         final = with_excluded(quant, modules)
-        found = {
-            "schema": "trtllm-thoughtx/calibration/1",
-            "qformat": qformat,
-            "quantization": report.plain(final),
-            "data": data.facts,
-            "end_to_end": losses[EXACT][0],
-            "limits": limits_of(losses[EXACT][1]),
-            "backends": backends_of(losses, walk.kind),
-            "size": sizes(config, final, modules),
-            "modules": modules,
-            "warnings": [*data.warnings, *carried_exits, *_warnings(modules)],
-            "answers": None,
-            "speed": None,
-            "skipped": [] if questions else [NOT_ASKED],
-            "validation": walk.stored_rows(),
-        }
-        for warning in [*carried_exits, *_warnings(modules)]:
+        warnings = [*carried_exits, *warnings_of(modules)]
+        for warning in warnings:
             progress.note(f"warning: {warning}")
 
-        def ask(made: Path) -> None:
+        def result(made: Path) -> Calibration:
+            answers = speed = None
             if questions:
-                found["answers"], found["speed"] = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template)
-                found["speed"]["conditions"]["load_before"] = load  # of others: later it is this calibration's own
+                answers, speed = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template)
+                speed["conditions"]["load_before"] = load  # of others: later it is this calibration's own
+            return Calibration(
+                qformat=qformat,
+                quantization=final,
+                data=data.facts,
+                end_to_end=losses[EXACT][0],
+                limits=limits_of(losses[EXACT][1]),
+                backends=backends_of(losses, walk.kind),
+                size=sizes(config, final, modules),
+                modules=modules,
+                warnings=[*data.warnings, *warnings],
+                answers=answers,
+                speed=speed,
+                skipped=[] if questions else [NOT_ASKED],
+                validation=walk.stored_rows(),
+            )
 
-        _write(output, source, replace(config, quantization=final), work, found, ask, progress)
+        found = _write(output, source, replace(config, quantization=final), work, result, progress)
         shutil.rmtree(work, ignore_errors=True)
     return {**found, "output_dir": str(output_dir), "up_to_date": False}
+
+
+def _kept(walk: Walk, config: ModelConfig, quant: QuantConfig, goal: Goal, progress: Progress) -> tuple[Modules, Mapping[str, Any]]:
+    """Facts of the layers and losses, with the layers kept that the goal leaves unquantized; each layer's sensitivity is measured."""
+    from trtllm_thoughtx.calibrate.quantize import budget
+
+    modules, losses = walk.facts()
+    alone = budget.sensitivities(walk, modules, progress)
+    modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
+    kept: frozenset[str] = frozenset()
+    seen: budget.Losses = {}
+    if goal.accuracy_budget is not None and max(whole["kl"] for whole, _ in losses.values()) > goal.accuracy_budget:
+        kept, seen = budget.keep_for_budget(walk, modules, alone, goal.accuracy_budget, progress)
+    elif goal.target_bits is not None:
+        num_weights, bits = int(sizes(config, quant, modules)["num_weights"]), (stored_bits(quant), wide_bits(config))
+        kept = budget.keep_for_bits(judged_modules(modules, quant), alone, *bits, num_weights, goal.target_bits)
+        seen = budget.measured(walk, [kept], progress)[0]
+    if seen:
+        losses = {way: [one.summary() for one in pair] for way, pair in seen.items()}
+    return {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}, losses
 
 
 def fits_nothing(quant: QuantConfig) -> bool:
@@ -266,47 +297,6 @@ def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) 
     return replace(quant, exclude=(*quant.exclude, *kept))
 
 
-def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
-    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding.
-    The share of top tokens has a standard error beside it: of 96 positions three turn easily."""
-    share = seen["top1_agreement"]
-    return {
-        "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
-        "min_top1_agreement": round(max(0.0, share - 0.02 - (share * (1 - share) / seen["num_positions"]) ** 0.5), 6),
-        "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
-    }
-
-
-def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str | None) -> dict[str, Any]:
-    """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
-    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
-    measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
-    return {
-        way: {"runs": runs[way], "end_to_end": dict(whole), "limits": limits_of(on_stored)} for way, (whole, on_stored) in measured.items()
-    }
-
-
-def stored_bits(quant: QuantConfig) -> float:
-    return FORMATS[quant.algo or ""].bits(quant.group_size)
-
-
-def wide_bits(config: ModelConfig) -> int:
-    return 32 if config.dtype == "float32" else 16
-
-
-def _judged_modules(modules: Mapping[str, Any], quant: QuantConfig) -> dict[str, Any]:
-    """The layers whose bits count: the head only when it is quantized, for it shares the embedding otherwise."""
-    return {name: facts for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")}
-
-
-def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them."""
-    wide, counted = wide_bits(config), _judged_modules(modules, quant)
-    total = sum(facts["num_weights"] for facts in counted.values())
-    used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
-    return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
-
-
 def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
     if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
         why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
@@ -316,17 +306,6 @@ def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | 
 
 def source_bytes(source: WeightSource) -> int:
     return sum(source.num_bytes(name) for name in source.names())
-
-
-def _warnings(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    silent = [name for name, facts in modules.items() if not facts["input_amax"]]
-    wide = [name for name, facts in modules.items() if facts["exceeds_float16"]]
-    found = []
-    if silent:
-        found.append(f"always zero inputs, so kept as they are: {', '.join(silent)}")
-    if wide:
-        found.append(f"inputs beyond float16's range (build with bfloat16 or float32): {', '.join(wide)}")
-    return found
 
 
 def working_dir(output_dir: Path, key: Mapping[str, Any], progress: Progress) -> Path:
@@ -353,10 +332,10 @@ def _write(
     source: WeightSource,
     config: ModelConfig,
     work: Path,
-    found: Mapping[str, Any],
-    ask: Callable[[Path], None],
+    result: Callable[[Path], Calibration],
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
+    """Write the checkpoint and the documents of `result`, which may look at the checkpoint; returns calibration.json's."""
     table = with_quantization(source.tensors(), config)
     entries = [(t.name, t.stored or _stored_name(config.dtype), t.shape) for t in table]
     with output.writing() as partial:
@@ -370,9 +349,10 @@ def _write(
             output.hashes["rank0.safetensors"] = tensor_file.write(partial / "rank0.safetensors", entries, values())
         output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
         output.carry(*(name for name in source.members.carried if name != CALIBRATION), *source.members.exits)
-        ask(partial)
+        found = result(partial).as_dict()
         output.write(CALIBRATION, report.to_json(found))
         output.write(CALIBRATION_PAGE, report_html(found))
+    return found
 
 
 def _stored_name(dtype: str) -> str:

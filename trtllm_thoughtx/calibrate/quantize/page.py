@@ -136,31 +136,11 @@ def _engines(found: Mapping[str, Any]) -> list[str]:
         "<h2>Answers</h2>",
         _table(["right answers, %", "questions", "before", "after", "points", "95 % from", "to"], rows),
         f"<p>The same questions to engines of both checkpoints, greedy; {told}; exact p of equal accuracy {answers['p_equal']:.3g}.</p>",
-        whiskers({str(r["task"]): (r["difference"], *r["interval"]) for r in answers["accuracy_percent"]}),
         "<h2>Speed</h2>",
         *([f"<p class='warning'>{NOT_QUOTED}</p>"] if _is_busy(speed) else []),
         _table(["tokens a second", "before", "after", "ratio"], [*rates, ["bytes of the engine", before, after, after / before]]),
         f"<p>{_text(conditions)}. These are speeds on this machine's CPU; on a GPU, and for another backend, thoughtx-bench tells.</p>",
     ]
-
-
-def whiskers(values: Mapping[str, tuple[float, float, float]]) -> str:
-    """Points of accuracy won or lost, a line a task: the difference and its interval."""
-    rim = max(1.0, *(abs(x) for row in values.values() for x in row))
-    left, line = 90, 24
-    middle, scale = left + (WIDTH - left) / 2, (WIDTH - left) / 2 / (1.1 * rim)
-    tall = line * len(values) + BELOW
-    out = [f"<svg viewBox='0 0 {WIDTH} {tall}' width='{WIDTH}' height='{tall}' role='img'>"]
-    for tick in (-rim, -rim / 2, 0.0, rim / 2, rim):
-        x = middle + scale * tick
-        out.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='0' y2='{tall - BELOW}' stroke='{'#eee' if tick else '#999'}'/>")
-        out.append(f"<text x='{x:.1f}' y='{tall - 18}' text-anchor='middle'>{f'{tick:+.3g}' if tick else '0'}</text>")
-    for number, (name, (at, low, high)) in enumerate(values.items()):
-        y = line * number + line / 2
-        ends = f"x1='{middle + scale * low:.1f}' x2='{middle + scale * high:.1f}' y1='{y}' y2='{y}'"
-        out.append(f"<text x='0' y='{y + 4}'>{_text(name)}</text><line {ends} stroke='#4269d0' stroke-width='2'/>")
-        out.append(f"<circle cx='{middle + scale * at:.1f}' cy='{y}' r='4' fill='#4269d0'><title>{at:+.3g} points</title></circle>")
-    return "".join([*out, f"<text x='{middle}' y='{tall - 4}' text-anchor='middle'>points, after less before</text></svg>"])
 
 
 def bars(values: Mapping[str, float], *, is_log: bool) -> str:

@@ -1,0 +1,92 @@
+"""What a calibration found: the document that calibration.json holds, and the numbers in it that follow from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trtllm_thoughtx import report
+from trtllm_thoughtx.backends.ort_product import OPERATORS
+from trtllm_thoughtx.config import ModelConfig, QuantConfig
+from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.validate.quality import EXACT, ORT
+
+GRAPH = "the graph as it stands"
+SCHEMA = "trtllm-thoughtx/calibration/1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`end_to_end`: loss on the held-out sequences; `limits` and `backends`: what engines are judged by. `answers` and `speed` are those
+    of engines of both checkpoints, None where none were asked. `validation`: sequences that travel."""
+
+    qformat: str
+    quantization: QuantConfig
+    data: Mapping[str, Any]
+    end_to_end: Mapping[str, float]
+    limits: Mapping[str, float]
+    backends: Mapping[str, Any]
+    size: Mapping[str, float]
+    modules: Mapping[str, Mapping[str, Any]]
+    warnings: Sequence[str]
+    answers: Mapping[str, Any] | None
+    speed: Mapping[str, Any] | None
+    skipped: Sequence[str]
+    validation: Sequence[Sequence[int]]
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"schema": SCHEMA, **found, "quantization": report.plain(self.quantization)}
+
+
+def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
+    """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding.
+    The share of top tokens has a standard error beside it: of 96 positions three turn easily."""
+    share = seen["top1_agreement"]
+    return {
+        "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
+        "min_top1_agreement": round(max(0.0, share - 0.02 - (share * (1 - share) / seen["num_positions"]) ** 0.5), 6),
+        "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
+    }
+
+
+def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str | None) -> dict[str, Any]:
+    """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
+    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
+    measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
+    return {
+        way: {"runs": runs[way], "end_to_end": dict(whole), "limits": limits_of(on_stored)} for way, (whole, on_stored) in measured.items()
+    }
+
+
+def stored_bits(quant: QuantConfig) -> float:
+    return FORMATS[quant.algo or ""].bits(quant.group_size)
+
+
+def wide_bits(config: ModelConfig) -> int:
+    return 32 if config.dtype == "float32" else 16
+
+
+def judged_modules(modules: Mapping[str, Any], quant: QuantConfig) -> dict[str, Any]:
+    """The layers whose bits count: the head only when it is quantized, for it shares the embedding otherwise."""
+    return {name: facts for name, facts in modules.items() if name != "lm_head" or quant.covers("lm_head")}
+
+
+def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them."""
+    wide, counted = wide_bits(config), judged_modules(modules, quant)
+    total = sum(facts["num_weights"] for facts in counted.values())
+    used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
+    return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
+
+
+def warnings_of(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    silent = [name for name, facts in modules.items() if not facts["input_amax"]]
+    wide = [name for name, facts in modules.items() if facts["exceeds_float16"]]
+    found = []
+    if silent:
+        found.append(f"always zero inputs, so kept as they are: {', '.join(silent)}")
+    if wide:
+        found.append(f"inputs beyond float16's range (build with bfloat16 or float32): {', '.join(wide)}")
+    return found
