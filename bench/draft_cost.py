@@ -26,7 +26,7 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights
-from trtllm_thoughtx.runtime import generation
+from trtllm_thoughtx.runtime import row
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 RANK = 64
@@ -66,7 +66,7 @@ class Inside:
 
 def timed(engine: Engine, inside: Inside, batch: int, new_tokens: int, num_drafts: int) -> tuple[float, float]:
     """Seconds of a cycle, and the share of the decoding that is the runtime's own."""
-    generation.MAX_DRAFTS = num_drafts
+    row.MAX_DRAFTS = num_drafts
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, engine.config.vocab_size, (batch, 64)).tolist()
     settings: dict[str, Any] = {"exit_policy": "trust", "draft_threshold": 0.0} if num_drafts else {"exit_policy": "off"}

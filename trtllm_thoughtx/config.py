@@ -149,7 +149,7 @@ class BuildConfig:
     dtype: str = "float32"
     backends: tuple[str, ...] = ("tensorrt-rtx", "onnxruntime")
     max_batch_size: int = 4
-    max_input_len: int = 512  # longest piece of a prompt that one prefill call takes
+    max_input_len: int = 512  # longest segment of a prompt that one prefill call takes
     max_seq_len: int = 2048  # positions: prompt and answer
     use_chunked_attention: bool = False
     chunk_size: int = 0  # default chunk of the engine, a run-time input; 0 without chunked attention
@@ -183,7 +183,7 @@ class BuildConfig:
         return min(self.max_seq_len, self.num_kept + (self.left_chunks + 1) * max(self.max_chunk_size, self.chunk_size))
 
     @property
-    def max_piece(self) -> int:
+    def max_segment(self) -> int:
         """Most tokens of a row that one call takes: a bounded cache is written within one chunk."""
         return min(self.max_input_len, max(self.max_chunk_size, self.chunk_size)) if self.is_bounded else self.max_input_len
 

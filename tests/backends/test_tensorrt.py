@@ -360,7 +360,7 @@ class TestRunner:
         assert runner.max_logit_rows == 8
         runner.start(2)
         for width, num_rows, profile in ((5, 3, 0), (1, 1, 1), (1, 2, 0), (7, 1, 0)):
-            logits = runner.step(feeds(width, num_rows))
+            logits = runner.run(feeds(width, num_rows), 0, 3)["logits"]
             assert logits.shape == (2, num_rows, 97) and logits.dtype == np.float32
             last = feeds(width, num_rows)["input_ids"][:, -1]
             assert (logits == (last + 2)[:, None, None]).all()  # two stages, each adds 1
@@ -383,7 +383,7 @@ class TestRunner:
         first = runner.run({name: value for name, value in fed.items() if name != "logit_indices"}, 0, 1)
         assert set(first) == {"hidden_states_out"} and first["hidden_states_out"].dtype == ml_dtypes.bfloat16
         rest = runner.run({**fed, "hidden_states": first["hidden_states_out"]}, 1, 3)
-        assert (rest["logits"] == runner.step(fed)).all()
+        assert (rest["logits"] == runner.run(fed, 0, 3)["logits"]).all()
         alone = runner.run({"hidden_states": first["hidden_states_out"], "logit_indices": fed["logit_indices"]}, 2, 3)
         assert (alone["logits"] == rest["logits"] - 1).all()
 

@@ -345,14 +345,14 @@ def test_trials_that_could_never_be_taken_back_are_refused(tmp_path):
 
 
 def test_the_rule_of_trials():
-    trials = probe.Trials()
+    trials = probe.ProbeAnswers()
     settings = {"threshold": 0.9, "num_agreeing": 2}
     assert not trials.settles((7,), 0.95, "7", **settings)
     assert not trials.settles((7,), 0.5, "7", **settings)  # not sure: what came before no longer counts
     assert not trials.settles((7,), 0.95, "7", **settings)
     assert not trials.settles((8,), 0.95, "8", **settings)
     assert trials.settles((8,), 0.9, "8", **settings)
-    assert not any(probe.Trials().settles((6,), 1.0, "?", threshold=0.0, num_agreeing=1) for _ in range(3))
+    assert not any(probe.ProbeAnswers().settles((6,), 1.0, "?", threshold=0.0, num_agreeing=1) for _ in range(3))
 
 
 @pytest.mark.parametrize("flag", ["exit_threshold", "exit_probe"])

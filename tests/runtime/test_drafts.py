@@ -17,7 +17,8 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime.drafts import NUM_TRIED, Drafter, Pace, Timer
+from trtllm_thoughtx.runtime.drafts import Drafter
+from trtllm_thoughtx.runtime.pace import NUM_TRIED, Pace, Timer
 from trtllm_thoughtx.runtime.sampling import GenerationParams, penalized
 
 BASE = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 384, "max_batch_size": 8}

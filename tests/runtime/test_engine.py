@@ -111,6 +111,16 @@ def test_stop_ids_end_a_row(full):
     assert len(full.generate([[5, 6]], GenerationParams(max_new_tokens=12, stop_ids=(stop,), ignore_eos=True))[0].output_ids) == 12
 
 
+def test_a_forward_pass_is_work_like_any_other(chunked):
+    """Its tokens, its rows of logits and the calls that keep sinks for later chunks; `Stats` are of the last call alone."""
+    for _ in range(2):
+        chunked.forward(ROWS, piece=8)
+    work, num_tokens = chunked.stats.work, sum(map(len, ROWS))
+    assert work.num_head_rows >= num_tokens and work.num_layer_tokens >= num_tokens * chunked.config.num_layers
+    assert work.num_layer_tokens < 2 * num_tokens * chunked.config.num_layers and work.num_calls >= max(map(len, ROWS)) // 8
+    assert work.weight_bytes == work.num_calls * sum(chunked.session.part_bytes)
+
+
 def test_layers_are_tapped_for_every_position(full, tmp_path):
     tapped = Engine.load(full.directory.root, num_threads=1, tap_layers=True)
     logits, layers = tapped.forward_layers(ROWS)

@@ -20,6 +20,7 @@ from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import Written
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.text.opening import BEFORE, BEHIND, INSIDE, closed, opened, state_of
 from trtllm_thoughtx.text.text import Text
 
@@ -144,8 +145,8 @@ def test_a_single_step_answer_is_one_too(models, kind, tmp_path, monkeypatch):
     build(models[kind], tmp_path / "e", OPTIONS | settings)
     engine = Engine.load(tmp_path / "e", num_threads=1)
     fed: list[list[list[int]]] = []
-    prefill = Engine.prefill
-    monkeypatch.setattr(Engine, "prefill", lambda self, batch, rows: (fed.append(rows), prefill(self, batch, rows))[1])
+    prefill = Session.prefill
+    monkeypatch.setattr(Session, "prefill", lambda self, batch, rows: (fed.append(rows), prefill(self, batch, rows))[1])
     try:
         prompts = [engine.text.chat("What is 2 + 3?"), engine.text.chat("Why? " * 30)]
         done = engine.generate(prompts, GenerationParams(max_new_tokens=8))

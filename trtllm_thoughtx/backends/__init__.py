@@ -2,9 +2,9 @@
 
 | backend       | builds on            | runs on                         | module                 |
 |---------------|----------------------|---------------------------------|------------------------|
-| onnxruntime   | any CPU              | CPU; CUDA provider when present | engines.onnxruntime    |
-| tensorrt-rtx  | any CPU, no GPU      | RTX GPUs                        | engines.tensorrt       |
-| tensorrt      | a host with its GPU  | that GPU                        | engines.tensorrt       |
+| onnxruntime   | any CPU              | CPU; CUDA provider when present | backends.onnxruntime   |
+| tensorrt-rtx  | any CPU, no GPU      | RTX GPUs                        | backends.tensorrt      |
+| tensorrt      | a host with its GPU  | that GPU                        | backends.tensorrt      |
 
 `BACKENDS` has one record for each; everything else in the package that depends on a backend reads it from there.
 """
@@ -59,21 +59,18 @@ class Runner(Protocol):
     """A loaded engine: all parts of one model and their KV cache. Shapes as in `graph.decoder`."""
 
     is_exact: bool  # quantized products are computed as the graph has them, with no rounding of a faster operator's own
-    max_logit_rows: int  # how many rows of logits one step can return for a sequence
+    max_logit_rows: int  # how many rows of logits one call can return for a sequence
+    tapped: dict[int, np.ndarray]  # hidden states [B * S, H] of the last call by layer (-1: embedding); empty unless it taps layers
 
     def start(self, batch_size: int) -> None:
         """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
         ...
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One call through all parts: feeds by input name (input_ids, positions, kv_positions, write_indices, logit_indices,
-        chunk_size) -> logits float32 [B, K, vocab]. The KV cache is updated in place."""
-        ...
-
     def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
-        """The parts `first` to `last - 1` alone. `feeds` has the inputs of `step`, as far as they take them, and `hidden_states`
-        [B, S, H] unless the first part is among them. Outputs of the last of them by name: hidden_states_out [B, S, H], draft_states
-        [B, S, H] and draft_confidence [B, S] where it has an exit adapter; logits, exit."""
+        """One call through the parts `first` to `last - 1`; the KV cache is updated in place. `feeds` by input name (input_ids, positions,
+        kv_positions, write_indices, logit_indices, chunk_size), as far as these parts take them, and `hidden_states` [B, S, H] unless the
+        first part is among them. Outputs of the last of them by name: hidden_states_out [B, S, H], draft_states [B, S, H] and
+        draft_confidence [B, S] where it has an exit adapter; logits float32 [B, K, vocab], exit [B, K, 2]."""
         ...
 
     def close(self) -> None: ...
@@ -92,7 +89,7 @@ def open_runner(
 ) -> Runner:
     """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
 
-    `tap_layers` (onnxruntime only, else E001) also keeps every layer's hidden state of the last step, for validation.
+    `tap_layers` (onnxruntime only, else E001) also keeps every layer's hidden state of the last call, for validation.
     `exact` (onnxruntime only, else E001) runs quantized products as the graph has them, not on faster operators that round a little more.
     """
     for name, is_given in (("tap_layers", tap_layers), ("exact", exact)):

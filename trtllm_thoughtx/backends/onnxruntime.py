@@ -1,7 +1,7 @@
 """The onnxruntime backend: the graph itself is the engine. Runs on any CPU, and on CUDA where that provider is installed.
 
 The KV cache is one buffer per tensor, bound as past and as present, so that TensorScatter writes in place. A bfloat16 graph runs as
-its float32 twin (`graph.twin`), since onnxruntime has no bfloat16 kernels on CPU.
+its float32 twin (`backends.ort_bfloat16`), since onnxruntime has no bfloat16 kernels on CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def available_device() -> str:
 
 
 class OnnxRuntimeRunner:
-    """`Runner` over one session per part. `tapped` holds, after a step with `tap_layers`, hidden states [N, H] by layer (-1: embedding)."""
+    """`Runner` over one session per part."""
 
     max_logit_rows = 1 << 30
 
@@ -113,9 +113,6 @@ class OnnxRuntimeRunner:
         if names and names[0] in self.cache and tuple(self.cache[names[0]].shape()) == shape:
             return  # stale positions are masked by kv_positions; what they hold is finite
         self.cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.kv_dtype), self.device, 0) for name in names}
-
-    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self.run(feeds, 0, len(self.parts))["logits"]
 
     def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
         hidden: ort.OrtValue | None = None

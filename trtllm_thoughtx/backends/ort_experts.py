@@ -2,7 +2,7 @@
 
 The graph's function would gather matrices, or run every token through all experts. `MoE` wants the rows of an expert's up and gate matrices
 in turn, gates first, so those are read from the data file and put in that order; bfloat16 ones are widened, as their graph's twin is
-(`graph.twin`). `Engine.load(..., exact=True)` runs the graph as it stands.
+(`backends.ort_bfloat16`). `Engine.load(..., exact=True)` runs the graph as it stands.
 """
 
 from __future__ import annotations

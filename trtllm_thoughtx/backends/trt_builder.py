@@ -1,4 +1,4 @@
-"""The builder process: one ONNX graph in, one TensorRT plan out. `engines.tensorrt` runs this file as a script.
+"""The builder process: one ONNX graph in, one TensorRT plan out. `backends.tensorrt` runs this file as a script.
 
 Why a process of its own:
 - A builder that crashes, or that the system kills for memory, becomes an error message instead of the end of the command; Ctrl-C

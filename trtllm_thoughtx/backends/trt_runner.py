@@ -104,6 +104,7 @@ class TensorRTRunner:
         self.parts = [self._load(root, part.plans[backend].file) for part in parts]
         head = self.parts[-1].engine
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
+        self.tapped: dict[int, np.ndarray] = {}  # nothing: a plan has no outputs but its graph's
         self.cache: dict[str, int] = {}
         self.batch_size = 0
         self.buffers: dict[str, tuple[int, int]] = {}  # name -> address and size; they only grow
@@ -137,12 +138,8 @@ class TensorRTRunner:
                     self.device.clear(address, num_bytes)
         self.batch_size = batch_size
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One call through all parts; feeds as in `engines.Runner` -> logits float32 [B, K, vocab]."""
-        return self.run(feeds, 0, len(self.parts))["logits"]
-
     def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
-        """One call through some parts; see `engines.Runner`. Hidden states pass through the host only where the caller holds them."""
+        """One call through some parts; see `backends.Runner`. Hidden states pass through the host only where the caller holds them."""
         batch, width = (feeds["positions"] if "positions" in feeds else feeds["hidden_states"]).shape[:2]
         num_rows = feeds["logit_indices"].shape[1] if "logit_indices" in feeds else 1
         profile = DECODE if width == 1 and num_rows == 1 else PREFILL

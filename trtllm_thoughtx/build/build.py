@@ -323,10 +323,10 @@ def _hashes(parts: list[PartFiles]) -> dict[str, str]:
 
 def profiles_of(graph: Graph, settings: BuildConfig) -> list[Profile]:
     """Shape ranges (min, opt, max) by input for prefill and for decode, in the order of `PROFILES`."""
-    batch, length, piece = settings.max_batch_size, settings.kv_capacity, settings.max_piece
+    batch, length, segment = settings.max_batch_size, settings.kv_capacity, settings.max_segment
     slots = (1, max(1, length // 2), length)
     by_phase = {
-        "prefill": {"B": (1, 1, batch), "S": (1, piece, piece), "T": slots, "K": (1, 1, min(MAX_LOGIT_ROWS, piece))},
+        "prefill": {"B": (1, 1, batch), "S": (1, segment, segment), "T": slots, "K": (1, 1, min(MAX_LOGIT_ROWS, segment))},
         "decode": {"B": (1, batch, batch), "S": (1, 1, 1), "T": slots, "K": (1, 1, 1)},
     }
     profiles = []

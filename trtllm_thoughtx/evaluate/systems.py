@@ -27,7 +27,7 @@ TRUNCATED = ("length", "capacity")
 class Written:
     """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last.
 
-    `thinking_stop` says why the thinking ended where the system knows (`runtime.thinking`), `num_layer_tokens` what the answer cost.
+    `thinking_stop` says why the thinking ended where the system knows (`text.thinking`), `num_layer_tokens` what the answer cost.
     `is_open`: the thinking was open where `ids` begin; None: as the prompt left it."""
 
     ids: list[int]

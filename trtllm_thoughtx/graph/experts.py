@@ -5,7 +5,7 @@
 `thoughtx::SparseExperts` is the sum, with its weights as TensorRT-LLM stacks them: fc [E, 2X, H], in which an expert's up_proj comes before
 its activated gate_proj, and proj [E, H, X]. Its function body has two ways through standard operators, and takes the one that
 reads less: few tokens gather the matrices of their experts, many run through all of them and keep what their router asked for. A
-backend with a kernel replaces the function by name (onnxruntime's `MoE`, see `engines.ort_experts`).
+backend with a kernel replaces the function by name (onnxruntime's `MoE`, see `backends.ort_experts`).
 Source: transformers `Qwen2MoeSparseMoeBlock` and `Qwen3MoeExperts`, which the reference runs.
 """
 

@@ -34,7 +34,8 @@ class Batch:
         self.slots = np.full((num_rows, build.kv_capacity), -1, np.int64)  # the position that a slot holds, -1: none
         self.used = 0  # slots from here on were never written
         self.layer_tokens = [0] * num_rows  # work done for each row: tokens times layers
-        self.chances = np.zeros((num_rows, 2), np.float32)  # what an exit head said of each row's last token
+        self.offsets = [0] * num_rows  # where in the last call of `feed` each row's new tokens begin
+        self.exit_probs = np.zeros((num_rows, 2), np.float32)  # what an exit head said of each row's last token
 
     @property
     def lengths(self) -> np.ndarray:
@@ -65,6 +66,14 @@ class Batch:
             widths.append(min(len(tokens), most, end - length))
             limit = min(limit, end - first)
         return [list(tokens[: min(width, limit)]) for tokens, width in zip(pending, widths, strict=True)]
+
+    def segments(self, pending: Sequence[Sequence[int]], most: int) -> Iterator[list[list[int]]]:
+        """`pending` tokens of each row, cut to calls; each must be fed before the next is taken."""
+        rest = [list(tokens) for tokens in pending]
+        while any(rest):
+            new = self.cut(rest, most)
+            rest = [tokens[len(taken) :] for tokens, taken in zip(rest, new, strict=True)]
+            yield new
 
     def forget(self, row: int, length: int) -> None:
         """Take back all but the first `length` tokens of a row. Bounded caches: only within the chunk that was fed last."""
@@ -111,6 +120,7 @@ class Batch:
             assert first == len(history) or self.section(row, first) == self.section(row, len(history) - 1), "cut() was not asked"
             rows.append([first - start + i if extra else len(history) - 1 - start for i in wanted])
             starts.append(start)
+            self.offsets[row] = first - start
             at = self.slot(row, start)
             self.slots[row, at : at + width] = -1
             self.slots[row, at : at + len(history) - start] = np.arange(start, len(history))

@@ -67,16 +67,16 @@ class Work:
 
 @dataclass
 class Stats:
-    """Wall-clock and work of the last `generate`, summed over its batches."""
+    """Of the last call of an `Engine`, summed over its batches: its work, and of `generate` what took how long and why."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_prefilled: int = 0
     num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
     num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
-    num_cycles: int = 0  # of drafts and checks
+    num_cycles: int = 0  # of drafts and their verification
     num_drafted: int = 0
-    num_accepted: int = 0  # drafts that were written
+    num_accepted: int = 0  # drafts
     work: Work = field(default_factory=Work)
 
 

@@ -102,11 +102,11 @@ class Job:
         for request in requests:
             try:
                 one = todo(request)
-                if self.is_file and (what := self.engine.problem(one.ids)) is not None:
+                if self.is_file and (what := self.engine.session.problem(one.ids)) is not None:
                     why, fix = f"it {what}", "shorten it, or build an engine with other limits (thoughtx-build --help)"
                     raise ThoughtxError("E122", "the prompt does not fit the engine", where=request.where, why=why, fix=fix)
-                check(self.engine, one.params)
-                self.engine.check_chunk_size(one.chunk_size)
+                check(self.engine.session, self.engine.text, one.params)
+                self.engine.session.check_chunk_size(one.chunk_size)
                 ready.append(one)
             except ThoughtxError as error:
                 if not self.is_file:

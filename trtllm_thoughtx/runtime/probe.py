@@ -1,54 +1,51 @@
-"""Trial answers at the end of a step: is the answer known already?
+"""Answer probing at the end of a reasoning step: is the answer known already?
 
 The end tag is fed, the likeliest answer is read for a few tokens, and everything is taken back from the KV cache. The thinking may end
-when the trial is confident (geometric mean of its tokens' probabilities, as DEER has it, arXiv 2504.15895) and the last few trials
-agree (as Dynasor has it, arXiv 2412.20993). An answer that only says that it is not known never counts.
+when the probe answer is confident (geometric mean of its tokens' probabilities, as DEER has it, arXiv 2504.15895) and the last few agree
+(as Dynasor has it, arXiv 2412.20993). An answer that only says that it is not known never counts.
 
-A cache that is bounded forgets what it overwrites, so a trial must fit into the chunk that is being written; one that does not is left
-out and counted. All tokens of trials are work (`Work`, `Completion.num_layer_tokens`).
+A cache that is bounded forgets what it overwrites, so a probe must fit into the chunk that is being written; one that does not is left
+out and counted. All tokens of probes are work (`Work`, `Completion.num_layer_tokens`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.sampling import log_probability
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.runtime.batch import Batch
-    from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.session import Session
 
 UNKNOWN = ("?", "")  # answers that say nothing is known yet
 
 
 @dataclass
-class Trials:
-    """What the trials of one row found. `num_skipped` did not fit."""
+class ProbeAnswers:
+    """The probe answers of one row. `num_skipped` probes did not fit."""
 
     num_done: int = 0
     num_skipped: int = 0
-    answers: list[tuple[int, ...]] = field(default_factory=list)
+    agreeing: list[tuple[int, ...]] = field(default_factory=list)
 
     def settles(self, answer: tuple[int, ...], confidence: float, text: str, *, threshold: float, num_agreeing: int) -> bool:
-        """Note a trial, and say whether it and those before it end the thinking."""
+        """Note an answer, and say whether it and those before it end the thinking."""
         self.num_done += 1
         is_known = confidence >= threshold and text.strip() not in UNKNOWN
-        self.answers = [*self.answers, answer] if is_known and self.answers[-1:] == [answer] else [answer] if is_known else []
-        return len(self.answers) >= num_agreeing
+        self.agreeing = [*self.agreeing, answer] if is_known and self.agreeing[-1:] == [answer] else [answer] if is_known else []
+        return len(self.agreeing) >= num_agreeing
 
 
-def check_room(engine: Engine, num_tokens: int) -> None:
-    """E122 when no trial of `num_tokens` tokens, tag included, could ever be taken back."""
-    build = engine.build
+def check_room(session: Session, num_tokens: int) -> None:
+    """E122 when no probe of `num_tokens` tokens, tag included, could ever be taken back."""
+    build = session.build
     if build.is_bounded and num_tokens >= build.max_chunk_size:
-        why = f"a trial takes {num_tokens} tokens, and the cache can only take back tokens of a chunk of at most {build.max_chunk_size}"
+        why = f"a probe takes {num_tokens} tokens, and the cache can only take back tokens of a chunk of at most {build.max_chunk_size}"
         fix = f"lower --probe_tokens, or build with thoughtx-build --max_chunk_size {num_tokens + 1} or more"
-        raise ThoughtxError("E122", "--exit_probe cannot be used", where=str(engine.directory.root), why=why, fix=fix)
+        raise ThoughtxError("E122", "--exit_probe cannot be used", where=str(session.directory.root), why=why, fix=fix)
 
 
 def room(batch: Batch, row: int) -> int:
@@ -57,12 +54,12 @@ def room(batch: Batch, row: int) -> int:
     return batch.section(row, length - 1)[1] - length
 
 
-def trial(
-    engine: Engine, batch: Batch, closings: Mapping[int, Sequence[int]], num_tokens: int, stops: frozenset[int]
+def ask(
+    session: Session, batch: Batch, closings: Mapping[int, Sequence[int]], num_tokens: int, stops: frozenset[int]
 ) -> dict[int, tuple[tuple[int, ...], float]]:
     """Row -> its likeliest answer, at most `num_tokens` ids, and the geometric mean of their probabilities, in [0, 1].
 
-    `closings`: the ids that end the thinking of the rows that are tried; there must be `room` for them and the answer.
+    `closings`: the ids that end the thinking of the rows that are probed; there must be `room` for them and the answer.
     """
     lengths = {row: len(batch.tokens[row]) for row in closings}
     pending = [list(closings.get(row, ())) for row in range(len(batch.tokens))]
@@ -70,7 +67,7 @@ def trial(
     logs: dict[int, list[float]] = {row: [] for row in closings}
     going = set(closings)
     while going:
-        logits = engine.extend(batch, pending)
+        logits = session.extend(batch, pending)
         pending = [[] for _ in batch.tokens]
         for row in sorted(going):
             token = int(logits[row].argmax())

@@ -1,17 +1,37 @@
-"""One row of a batch on its way from a prompt to a `Completion`: what it was asked, what it wrote, and where it stands."""
+"""One row of a batch on its way from a prompt to a `Completion`: what it was asked, what it wrote, and what it writes next.
+
+The next token is the sampler's choice unless the thinking must end there (`thinking`): then the end tag is written instead, token by
+token like any other, so that rows of a batch, streams and logits see nothing special.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
-from trtllm_thoughtx.runtime.probe import Trials
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF
+from trtllm_thoughtx.runtime.probe import ProbeAnswers
+from trtllm_thoughtx.runtime.sampling import GenerationParams, log_probability, top_logprobs
+from trtllm_thoughtx.text import thinking
 from trtllm_thoughtx.text.stream import StopStream
 from trtllm_thoughtx.text.thinking import Thinking
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one row is asked for. `index`: its place among the completions; `stream`: of its random numbers."""
+
+    prompt: Sequence[int]
+    params: GenerationParams
+    index: int
+    stream: int
+    keeps_logits: bool = False
+    keeps_logprobs: bool = False
 
 
 @dataclass
@@ -19,57 +39,126 @@ class Row:
     """`index` is its place in the batch, `prompt` what is fed before its first token (a thinking closed at once included)."""
 
     index: int
-    params: GenerationParams
+    request: Request
     prompt: list[int]
-    num_prompt: int  # of the request alone
-    choice: Choice | None = None  # the chunk size, where there is one
+    choice: Choice | None  # the chunk size, where there is one
+    eos_ids: frozenset[int]
+    max_seq_len: int
+    exit_threshold: float | None = None
     thought: Thinking | None = None
+    stream: StopStream | None = None  # looks for what stops the text
     reason: str | None = None  # why it ended
     output: list[int] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    stream: StopStream | None = None  # looks for what stops the text
     forced: list[int] = field(default_factory=list)  # what must be written next ...
     why: str = ""  # ... and why the thinking ends by it
-    exit_threshold: float | None = None
-    trials: Trials = field(default_factory=Trials)
-    is_settled: bool = False  # by a trial, behind the step that just ended
-    is_held: bool = False  # a trial comes before the next token
+    probes: ProbeAnswers = field(default_factory=ProbeAnswers)
+    is_settled: bool = False  # by a probe, behind the step that just ended
+    is_held: bool = False  # a probe comes before the next token
     drafts: list[int] = field(default_factory=list)
     num_used: int = 0  # of the logits that the last call gave
+
+    @property
+    def params(self) -> GenerationParams:
+        return self.request.params
 
     @property
     def is_live(self) -> bool:
         return self.reason is None
 
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end it."""
+        return self.params.stops | (frozenset() if self.params.ignore_eos else self.eos_ids)
+
     @property
-    def awaits_trial(self) -> bool:
-        """A step has just ended, and trial answers are asked for."""
+    def awaits_probe(self) -> bool:
+        """A step has just ended, and probe answers are asked for."""
         return self.params.exit_probe is not None and self.thought is not None and self.thought.is_step_end
 
-    def completion(self, *, has_logprobs: bool, num_layer_tokens: int) -> Completion:
-        choice, thought = self.choice, self.thought
-        size, complexity, single = (None, None, False) if choice is None else (choice.chunk_size, choice.complexity, choice.single_step)
+    @property
+    def can_probe(self) -> bool:
+        """It awaits a probe whose answer could end the thinking here."""
+        return self.awaits_probe and self.is_live and not self.forced and self.thought is not None and not self.thought.budget_spent
+
+    @property
+    def max_drafts(self) -> int:
+        if self.awaits_probe or self.params.exit_policy == OFF:
+            return 0
+        return min(MAX_DRAFTS, self.params.max_new_tokens - len(self.output) - 1)
+
+    def next_token(self, picked: int, readiness: float) -> int:
+        """`picked` by the sampler, or a token that ends the thinking; `readiness`: what the exit head says of the last token."""
+        thought = self.thought
+        if thought is None:
+            return picked
+        if not self.forced and (why := self._must_end(thought, picked, readiness)):
+            self.why = why
+            self.forced += thought.closing()
+        if not self.forced:
+            thought.push(picked)
+            return picked
+        token = self.forced.pop(0)
+        if not self.forced:
+            thought.end(self.why)
+        return token
+
+    def _must_end(self, thought: Thinking, picked: int, readiness: float) -> str | None:
+        if thought.is_end_tag(picked):
+            return None
+        why = thought.budget_spent or (None if thought.admits(picked) else thinking.DEPTH)
+        if why or not thought.is_step_end:
+            return why
+        if self.exit_threshold is not None and readiness >= self.exit_threshold:
+            return thinking.HEAD
+        return thinking.PROBE if self.is_settled else None
+
+    def append(self, token: int, logits: np.ndarray) -> None:
+        """Write `token`, which was picked from `logits` [V]."""
+        num_top = self.params.logprobs
+        self.output.append(token)
+        if self.request.keeps_logits:
+            self.logits.append(logits.copy())
+        if self.request.keeps_logprobs or num_top is not None:
+            self.logprobs.append(log_probability(logits, token))
+        if num_top is not None:
+            self.top_logprobs.append(top_logprobs(logits, num_top))
+        if self.stream is not None:
+            self.stream.push(token)
+        self.reason = self._reason(token)
+
+    def _reason(self, token: int) -> str | None:
+        if token in self.stop_ids:
+            return "eos" if token in self.eos_ids and not self.params.ignore_eos else "stop"
+        if self.stream is not None and self.stream.is_done:
+            return "stop"
+        if len(self.output) >= self.params.max_new_tokens:
+            return "length"
+        return "capacity" if len(self.prompt) + len(self.output) >= self.max_seq_len else None
+
+    def completion(self, num_layer_tokens: int) -> Completion:
+        choice, thought, stream, num_top = self.choice, self.thought, self.stream, self.params.logprobs
         if thought is not None:
             thought.finish()
         return Completion(
             output_ids=self.output,
             stop_reason=str(self.reason),
-            num_prompt_tokens=self.num_prompt,
-            chunk_size=size,
+            num_prompt_tokens=len(self.request.prompt),
+            chunk_size=choice.chunk_size if choice else None,
             logits=np.stack(self.logits) if self.logits else None,
-            logprobs=self.logprobs if has_logprobs or self.params.logprobs is not None else None,
-            top_logprobs=self.top_logprobs if self.params.logprobs is not None else None,
-            text_end=self.stream.num_chars if self.stream is not None and self.stream.is_done else None,
-            stop_string=self.stream.found if self.stream is not None else None,
-            complexity=complexity,
-            single_step=single,
+            logprobs=self.logprobs if self.request.keeps_logprobs or num_top is not None else None,
+            top_logprobs=self.top_logprobs if num_top is not None else None,
+            text_end=stream.num_chars if stream is not None and stream.is_done else None,
+            stop_string=stream.found if stream is not None else None,
+            complexity=choice.prompt_entropy if choice else None,
+            single_step=choice is not None and choice.single_step,
             is_open=thought is not None and thought.was_open,
             num_steps=thought.num_steps if thought else 0,
             num_thinking_tokens=thought.num_tokens if thought else 0,
             thinking_stop=thought.stop if thought else None,
             num_layer_tokens=num_layer_tokens,
-            num_probes=self.trials.num_done,
-            num_probes_skipped=self.trials.num_skipped,
+            num_probes=self.probes.num_done,
+            num_probes_skipped=self.probes.num_skipped,
         )

@@ -1,0 +1,162 @@
+"""`Session`: a loaded model and its KV cache. Generation, drafts, probes and forward passes all feed tokens through it.
+
+`start` begins a batch, `step` is one call of the model, `extend` feeds any number of tokens in prefill segments of at most
+max_input_len. All work is counted here. The same Python runs every backend; `backends.Runner` is the seam.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trtllm_thoughtx.backends import Runner
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime.batch import Batch
+from trtllm_thoughtx.runtime.completion import Stats, matrix_bytes
+from trtllm_thoughtx.runtime.pace import Pace
+
+
+@dataclass
+class Session:
+    """Holds one batch at a time, in one KV cache: not for several threads at once."""
+
+    directory: EngineDir
+    runner: Runner
+    stats: Stats = field(default_factory=Stats)
+    paces: dict[int, Pace] = field(default_factory=dict)  # by batch size
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.directory.config
+
+    @property
+    def build(self) -> BuildConfig:
+        return self.directory.build
+
+    @functools.cached_property
+    def part_bytes(self) -> list[int]:
+        """Of the matrices of each part of the graph, exit head and draft adapters included, as `Work.weight_bytes` counts them."""
+        item, found = 4 if self.build.dtype == "float32" else 2, []
+        for part in self.directory.parts:
+            num_bytes = matrix_bytes(self.config, part.first_layer, part.last_layer, item, head=part.head)
+            if part.head:
+                num_bytes += 2 * self.build.exit_head * self.config.hidden_size * item
+            if part.last_layer in self.build.draft_layers:
+                num_bytes += self.directory.adapter_weights(part.last_layer) * item
+            found.append(num_bytes)
+        return found
+
+    def start(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> Batch:
+        """An empty batch for these rows, once they are found to fit (else E122)."""
+        self._check(rows, chunk_size)
+        chunk = None
+        if self.build.use_chunked_attention:
+            chunk = np.full(len(rows), chunk_size or self.build.chunk_size, np.int64)
+        self.runner.start(len(rows))
+        return Batch(len(rows), self.build, chunk)
+
+    def _check(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> None:
+        if not 1 <= len(rows) <= self.build.max_batch_size:
+            raise self._unfit(f"a batch of {len(rows)}; the engine takes 1 to {self.build.max_batch_size}")
+        self.check_chunk_size(chunk_size)
+        found = (f"prompt {index} {what}" for index, row in enumerate(rows) if (what := self.problem(row)))
+        if (problem := next(found, None)) is not None:
+            raise self._unfit(problem)
+
+    def problem(self, ids: Sequence[int]) -> str | None:
+        """Why a prompt does not fit this engine, None when it does."""
+        wrong = next((t for t in ids if not 0 <= t < self.config.vocab_size), None)
+        if not ids:
+            return "is empty"
+        if len(ids) > self.build.max_seq_len:
+            return f"has {len(ids)} tokens; the engine's max_seq_len is {self.build.max_seq_len}"
+        return None if wrong is None else f"has token id {wrong}; the vocabulary has {self.config.vocab_size}"
+
+    def check_chunk_size(self, chunk_size: int | str | None) -> None:
+        """E122 for one that this engine cannot follow."""
+        build, problem = self.build, None
+        if chunk_size is None or isinstance(chunk_size, str):
+            return
+        if not build.use_chunked_attention:
+            problem = "a chunk size was given, and the engine was built without chunked attention"
+        elif chunk_size < 1:
+            problem = f"chunk size {chunk_size}; it must be at least 1"
+        elif build.is_bounded and chunk_size > build.max_chunk_size:
+            problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size}"
+        if problem:
+            raise self._unfit(problem)
+
+    def _unfit(self, why: str) -> ThoughtxError:
+        what, fix = (
+            "the request does not fit the engine",
+            "change the request, or build an engine with other limits (thoughtx-build --help)",
+        )
+        return ThoughtxError("E122", what, where=str(self.directory.root), why=why, fix=fix)
+
+    def step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
+        """One call of all parts, after those that keep what the next chunk still needs; logits [B, K, vocab]."""
+        self.upkeep(batch, new)
+        counts = list(map(len, new))
+        rows = [len(wanted) if extra else 0 for wanted, extra in zip(logit_rows, new, strict=True)]
+        out = self.run_parts(batch, batch.feed(new, logit_rows), 0, len(self.directory.parts), counts, rows)
+        if "exit" in out:
+            is_new = [bool(extra) for extra in new]
+            batch.exit_probs[is_new] = out["exit"][is_new, -1]
+        return out["logits"]
+
+    def upkeep(self, batch: Batch, new: Sequence[Sequence[int]]) -> None:
+        """The calls that must come before `new` is fed: see `Batch.upkeep`."""
+        for feeds in batch.upkeep(new):
+            none = [0] * len(new)
+            self.run_parts(batch, feeds, 0, len(self.directory.parts), none, none)
+            self.stats.work.num_layer_tokens += feeds["positions"].shape[1] * self.config.num_layers  # at least one row's
+
+    def run_parts(
+        self, batch: Batch, feeds: Mapping[str, np.ndarray], first: int, last: int, num_tokens: Sequence[int], num_rows: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row, padding left out."""
+        parts = self.directory.parts[first:last]
+        num_layers = parts[-1].last_layer - parts[0].first_layer
+        for row, number in enumerate(num_tokens):
+            batch.layer_tokens[row] += number * num_layers
+        self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), sum(self.part_bytes[first:last]))
+        return self.runner.run(feeds, first, last)
+
+    def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
+        """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""
+        return self.extend(batch, [row[len(fed) :] for fed, row in zip(batch.tokens, rows, strict=True)])
+
+    def extend(self, batch: Batch, pending: Sequence[Sequence[int]]) -> np.ndarray:
+        """Feed each row its tokens, in as many calls as they take; float32 logits [B, vocab] of the last of them, zeros without any."""
+        logits = np.zeros((len(pending), self.config.vocab_size), np.float32)
+        for new in batch.segments(pending, self.build.max_input_len):
+            out = self.step(batch, new, [[max(len(extra) - 1, 0)] for extra in new])[:, 0]
+            is_new = [bool(extra) for extra in new]
+            logits[is_new] = out[is_new]
+        return logits
+
+    def forward(
+        self, batch: Batch, rows: Sequence[Sequence[int]], max_segment: int | None
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Feed whole rows in segments of at most `max_segment` tokens. Of every position of each row: float32 logits [length, vocab],
+        and hidden states [length, H] by layer (0: embedding) and row, where the runner taps them."""
+        limit = min(self.build.max_input_len, self.runner.max_logit_rows)
+        logits: list[list[np.ndarray]] = [[] for _ in rows]
+        layers: list[list[list[np.ndarray]]] = []
+        for new in batch.segments(rows, min(max_segment or limit, limit)):
+            width = max(map(len, new))
+            out = self.step(batch, new, [[min(i, max(len(extra) - 1, 0)) for i in range(width)] for extra in new])
+            hidden = [states.reshape(len(rows), width, -1) for _, states in sorted(self.runner.tapped.items())]
+            layers = layers or [[[] for _ in rows] for _ in hidden]
+            for row, (extra, offset) in enumerate(zip(new, batch.offsets, strict=True)):
+                if not extra:
+                    continue
+                logits[row].append(out[row, : len(extra)])
+                for layer, states in zip(layers, hidden, strict=True):
+                    layer[row].append(states[row, offset : offset + len(extra)].astype(np.float32))
+        return [np.concatenate(row) for row in logits], [[np.concatenate(row) for row in layer] for layer in layers]
