@@ -51,7 +51,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E163": (Exit.USAGE, "a training setting is wrong"),
     "E164": (Exit.REFUSED, "calibration data has rows that cannot be used"),
     "E165": (Exit.REFUSED, "a layer computes numbers that are not finite on the calibration data"),
-    "E166": (Exit.REFUSED, "the KV cache of the model does not survive the asked precision"),
+    "E166": (Exit.REFUSED, "the KV cache of the model loses too much in the asked precision"),
     "E201": (Exit.ENVIRONMENT, "a package that this step needs is not installed"),
     "E202": (Exit.ENVIRONMENT, "no GPU that can run this engine"),
     "E203": (Exit.ENVIRONMENT, "not enough disk space"),

@@ -222,7 +222,7 @@ def comparison_tables(found: dict[str, Any]) -> list[Any]:
         *(
             []
             if saved is None
-            else [f"{names[1]} needs {100 * saved:.1f} % fewer layer-tokens, prompts, trial answers and drafts included"]
+            else [f"{names[1]} needs {100 * saved:.1f} % fewer layer-tokens, prompts, probe answers and drafts included"]
         ),
         *skipped,
     ]

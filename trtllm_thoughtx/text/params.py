@@ -66,7 +66,7 @@ class GenerationParams:
     part of the text. `num_return_sequences` answers are drawn from different random streams. `logprobs`: of so many of the likeliest tokens
     at each place, and of the one that was written (None: not asked for). `max_reasoning_depth` steps and `max_thinking_tokens` at most
     stand between the thinking tags (None: as many as the model likes). The thinking also ends behind a step where the engine's exit head
-    says `exit_threshold` ("auto": as calibrated), or where the last `probe_agree` trial answers of up to `probe_tokens` tokens agree
+    says `exit_threshold` ("auto": as calibrated), or where the last `probe_agree` probe answers of up to `probe_tokens` tokens agree
     with a confidence of `exit_probe`. `exit_policy` says what becomes of drafted tokens, `draft_threshold` how confident a draft must
     be (None: the engine's): see `drafts`. Wrong values raise E001 naming the flag.
     """

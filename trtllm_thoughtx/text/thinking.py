@@ -8,7 +8,7 @@ behind the beginning of an end tag that the model was writing, the rest of that 
     end          the model ended its thinking
     depth        --max_reasoning_depth was reached
     tokens       --max_thinking_tokens was reached
-    head, probe  a step ended, and the exit head, or a trial answer, said that the answer is known
+    head, probe  a step ended, and the exit head, or a probe answer, said that the answer is known
     single_step  the thinking was closed before it began
     cut          the answer itself ended inside the thinking
 """

@@ -5,7 +5,7 @@ and in the reference at different places. Their limits follow from what 16 bits 
 
 Rounding bands do not fit here: the grid moves every number on purpose. What an engine must keep are the limits that calibration.json
 records, on the held-out sequences that it carries; beyond that its own runs must agree with each other: decoding, rows that share a
-batch, and prompts read in pieces, against the same prompts prefilled alone.
+batch, and prompts prefilled in segments, against the same prompts prefilled alone.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     layers      every layer's hidden state
     decode      logits through the KV cache, one token at a time, with the reference's tokens
     ragged      rows of different lengths in one batch, against the reference and against the same rows alone
-    pieces      a prompt prefilled in pieces, against the reference and against the whole
+    pieces      a prompt prefilled in segments, against the reference and against the whole
     answers     of a quantized engine, and of experts in 16 bits, in place of all these: KL, top-1 agreement, perplexity (`quality`)
 
 What is expected comes from transformers (`reference`) or from a golden file; the limits are `parity`'s. A backend that cannot run

@@ -139,7 +139,7 @@ def _embedded(walk: Walk, rows: Sequence[Sequence[int]]) -> Streams:
 
 
 def _grids(walk: Walk, file: str) -> dict[str, Found]:
-    """The quantized layers of one of the walk's files, by module."""
+    """The quantized layers of one of the calibration's layer files, by module."""
     tensors = tensor_file.read_all(walk.root, file)
     found = {}
     for name in tensors:
@@ -156,7 +156,7 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
 
 
 def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
-    """The quantized layers of one of the walk's files on onnxruntime's operators, by module."""
+    """The quantized layers of one of the calibration's layer files on onnxruntime's operators, by module."""
     tensors = tensor_file.read_all(walk.root, file)
     suffix = FORMATS[walk.algo].scale_name
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]

@@ -309,7 +309,7 @@ def source_bytes(source: WeightSource) -> int:
 
 
 def working_dir(output_dir: Path, key: Mapping[str, Any], progress: Progress) -> Path:
-    """Where the walk keeps its state: emptied unless a run with the same key left it."""
+    """Where calibration keeps its state: emptied unless a run with the same key left it."""
     real = output_dir.resolve()
     work = real.parent / f".{real.name}.calibration"
     digest = hashlib.sha256(json.dumps(report.plain(key), sort_keys=True).encode()).hexdigest()
@@ -360,7 +360,7 @@ def _stored_name(dtype: str) -> str:
 
 
 def _values(table: Sequence[Tensor], source: WeightSource, work: Path) -> Iterator[np.ndarray]:
-    """Every tensor in order: quantized ones from the walk's files, a layer of them in memory at a time, the rest from the source."""
+    """Every tensor in order: quantized ones from calibration's files, a layer in memory at a time, the rest from the source."""
     held: dict[str, np.ndarray] = {}
     name_held = ""
     for tensor in table:

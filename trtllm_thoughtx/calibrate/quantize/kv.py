@@ -1,4 +1,4 @@
-"""The KV cache in 8 bits: one scale a layer, and whether the attention survives it.
+"""The KV cache in 8 bits: one scale a layer, and how much error attention makes of it.
 
 A model without norms on queries and keys may have key channels that are far larger than the rest, a constant from the key's bias. One scale
 for all of them then leaves the others a few steps of the grid; Qwen2.5 is known to break so. It is measured here, on held-out rows, and

@@ -83,7 +83,7 @@ class Layer:
 
 
 class Head:
-    """The final norm and the output matrix, applied to a few rows at a time: logits of a long row would not fit."""
+    """The final norm and lm_head, applied to a few rows at a time: logits of a long row would not fit."""
 
     ROWS = 64
 
