@@ -112,9 +112,9 @@ def test_stop_ids_end_a_row(full):
 
 
 def test_a_forward_pass_is_work_like_any_other(chunked):
-    """Its tokens, its rows of logits and the calls that keep sinks for later chunks; `Stats` are of the last call alone."""
-    for _ in range(2):
-        chunked.forward(ROWS, piece=8)
+    """Its tokens, its rows of logits and the calls that keep sinks for later chunks, on top of those of the last `generate`."""
+    chunked.generate([], GenerationParams())
+    chunked.forward(ROWS, piece=8)
     work, num_tokens = chunked.stats.work, sum(map(len, ROWS))
     assert work.num_head_rows >= num_tokens and work.num_layer_tokens >= num_tokens * chunked.config.num_layers
     assert work.num_layer_tokens < 2 * num_tokens * chunked.config.num_layers and work.num_calls >= max(map(len, ROWS)) // 8

@@ -67,7 +67,7 @@ class Work:
 
 @dataclass
 class Stats:
-    """Of the last call of an `Engine`, summed over its batches: its work, and of `generate` what took how long and why."""
+    """Wall-clock and counts of the last `generate`, summed over its batches, and all work since it began, forward passes included."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -94,7 +94,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """Of the last call that ran the model."""
+        """Of the last `generate`; the work of any call that followed it is added."""
         return self.session.stats
 
     @property
@@ -135,7 +135,6 @@ class Engine:
 
         Needs `Engine.load(..., tap_layers=True)`.
         """
-        self.session.stats = Stats()
         return self.session.forward(self.session.start(ids, chunk_size), ids, piece)
 
     def decode_logits(self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None) -> list[np.ndarray]:
@@ -144,7 +143,6 @@ class Engine:
         Returns float32 logits [length - num_prompt + 1, vocab] per row, for positions num_prompt-1 .. length-1.
         """
         session = self.session
-        session.stats = Stats()
         batch = session.start(ids, chunk_size)
         first = session.prefill(batch, [list(row[:n]) for row, n in zip(ids, num_prompt, strict=True)])
         logits = [[row] for row in first]
@@ -158,7 +156,6 @@ class Engine:
 
     def complexity(self, prompts: Sequence[Sequence[int]]) -> list[float]:
         """The prompt entropy, in nats, of each prompt: how unsure the model is of what follows its tokens (`chunks`)."""
-        self.session.stats = Stats()
         return chunks.prompt_entropies(self.session, prompts)
 
     def generate(
