@@ -61,7 +61,7 @@ def run_format(qformat: str, model_dir: Path, work: Path, args: argparse.Namespa
     where = ("--engine_dir", str(engine))
     steps.append(step("validate", *where, "--reference", str(model_dir)))
     steps.append(step("run", *where, "--prompt", "What is the capital of France?", "--max_new_tokens", "32", "--temperature", "0"))
-    asked = ("--dataset", str(args.questions), "--num_items", str(args.num_questions), "--max_new_tokens", "64", "--temperature", "0")
+    asked = ("--dataset", str(args.questions), "--limit", str(args.num_questions), "--max_new_tokens", "64", "--temperature", "0")
     steps.append(step("eval", *where, *asked))
     return steps
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.cli.framework import (
@@ -29,6 +30,11 @@ NAMES = CommaList("LIST", "|".join(TASKS), str, f"one of {', '.join(TASKS)}")
 MATCHES = ("exact", "normalized", "contains", "last_number", "choice", "boxed")
 BENCHMARKS = ("gsm8k", "hotpotqa", "boolq", "commonsense_qa")
 HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCHMARKS)}")
+SOURCES = ("tasks", "dataset", "harness")
+OF_TASKS = ("num_items", "sizes", "lengths", "cut_share", "split")
+OF_DATASET = ("match", "limit")
+ONLY_HARNESS = ("data_dir", "num_fewshot", "chat_template")
+OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", "enable_thinking", "chat_template_kwargs")
 
 
 @command(
@@ -73,22 +79,43 @@ HARNESS = CommaList("LIST", "|".join(BENCHMARKS), str, f"one of {', '.join(BENCH
 @click.option("--chat_template", is_flag=True, help="Apply the chat template to --harness questions.")
 def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Measure accuracy with intervals, tokens, steps and time; compare two systems on the same questions."""
-    from trtllm_thoughtx.evaluate.job import evaluation, evaluation_tables
+    from trtllm_thoughtx.evaluate.job import evaluation, evaluation_tables, harness_evaluation
 
     one_of({name: options[name] for name in ("engine_dir", "model_dir")})
-    one_of({name: options[name] for name in ("tasks", "dataset", "harness")})
-    path: Path = options.pop("engine_dir") or options["model_dir"]
-    options.pop("model_dir")
+    source = one_of({name: options[name] for name in ("tasks", "dataset", "harness")})
+    _refuse_unused(source, options)
+    path: Path = options["engine_dir"] or options["model_dir"]
     options["stop"] = options["stop"] or None
-    found = evaluation(path, progress=Progress(quiet=quiet), **options)
+    taken = {name: value for name, value in options.items() if name not in ("engine_dir", "model_dir") and not _is_unused(source, name)}
+    made = harness_evaluation if source == "harness" else evaluation
+    found = made(path, progress=Progress(quiet=quiet), **taken)
     emit("eval", found, as_json=as_json, human=evaluation_tables(found))
 
 
-def one_of(given: dict[str, Any]) -> None:
-    """E001 unless exactly one of the flags is there."""
+def _is_unused(source: str, name: str) -> bool:
+    """True for a flag that means nothing for the questions of `source`: tasks, dataset or harness."""
+    if name in SOURCES:
+        return name != source
+    if source == "harness":
+        return name not in OF_HARNESS
+    return name in ONLY_HARNESS or name in (OF_DATASET if source == "tasks" else OF_TASKS)
+
+
+def _refuse_unused(source: str, options: dict[str, Any]) -> None:
+    context = click.get_current_context()
+    given = [n for n, value in options.items() if context.get_parameter_source(n) is not ParameterSource.DEFAULT and value is not False]
+    unused = [f"--{name}" for name in given if name not in ("engine_dir", "model_dir") and _is_unused(source, name)]
+    if unused:
+        why = "these questions have no use for it"
+        raise ThoughtxError("E001", f"{', '.join(unused)} cannot be used here", where="thoughtx-eval", why=why, fix="leave it out")
+
+
+def one_of(given: dict[str, Any]) -> str:
+    """The one flag that is there. E001 for none and for two."""
     flags = [f"--{'task' if name == 'tasks' else name}" for name in given]
     named = [flag for flag, value in zip(flags, given.values(), strict=True) if value is not None]
     if len(named) != 1:
         why = f"given: {', '.join(named)}" if named else "none was given"
         fix = "thoughtx-eval --help shows examples"
         raise ThoughtxError("E001", f"exactly one of {', '.join(flags)} is needed", where="thoughtx-eval", why=why, fix=fix)
+    return next(name for name, value in given.items() if value is not None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from trtllm_thoughtx import plot as pictures
 from trtllm_thoughtx import report
 from trtllm_thoughtx.bench import BUSY
 from trtllm_thoughtx.checkpoint.directory import kind_of
-from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
 from trtllm_thoughtx.evaluate.record import Result
@@ -32,7 +31,6 @@ def evaluation(
     *,
     tasks: Sequence[str] | None = None,
     dataset: Path | None = None,
-    harness: Sequence[str] | None = None,
     compare: Path | None = None,
     num_items: int = 120,
     sizes: Sequence[int] | None = None,
@@ -51,17 +49,15 @@ def evaluation(
     memory_context: int | None = None,
     output: Path | None = None,
     plot: Path | None = None,
-    data_dir: Path | None = None,
     limit: int | None = None,
     match: str | None = None,
-    num_fewshot: int | None = None,
-    chat_template: bool = False,
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What the flags of the same names ask for; see `thoughtx-eval --help`. {"system", "summary", "comparison", "harness"}."""
+    """Ask the system at `path`, and the one that it is compared with, the questions of `tasks` or `dataset`; the flags of
+    `thoughtx-eval` have the same names. {"path", "summary", "other_summary", "comparison", "harness": None}."""
     progress = progress or Progress.silent()
     for target in (output, plot):
         if target is not None:
@@ -70,114 +66,115 @@ def evaluation(
         pictures.check_format(plot)
     assert set(settings) <= {*THINKING, *DRAFTS, *SETTINGS}, settings
     settings = {name: value for name, value in settings.items() if value is not None}
-    if harness is not None:
-        _refuse_unused({"--match": match, **{f"--{name}": value for name, value in settings.items()}})
-        _refuse_unused(
-            {"--compare": compare, "--output": output, "--plot": plot, "--cut_share": cut_share or None, "--chunk_size": chunk_size}
-        )
-        from trtllm_thoughtx.evaluate.harness import run_harness
-
-        found = run_harness(
-            path,
-            harness,
-            data_dir,
-            num_fewshot,
-            limit,
-            use_chat_template=chat_template,
-            template=(enable_thinking, chat_template_kwargs),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature or None,
-            exact=exact,
-            progress=progress,
-        )
-        return {"path": str(path), "summary": None, "comparison": None, "harness": found}
-    _refuse_unused({"--data_dir": data_dir, "--num_fewshot": num_fewshot, "--chat_template": chat_template or None})
-    if tasks is not None:
-        _refuse_unused({"--limit": limit, "--match": match})
     asked = (
         from_file(dataset, limit, progress.note, match)
         if dataset is not None
         else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
     )
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
-    params = GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **settings)
-    context = memory_context if memory_context is not None else 2048 if compare is not None else 0
-    options = {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size}
+    asking = Asking(
+        asked,
+        GenerationParams(max_new_tokens=max_new_tokens or 512, temperature=temperature, top_p=top_p, seed=seed, **settings),
+        frozenset(settings),
+        (enable_thinking, chat_template_kwargs),
+        {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size},
+        memory_context if memory_context is not None else 2048 if compare is not None else 0,
+        progress,
+    )
     if earlier is not None:
         check_same_questions([(one.id, " | ".join(one.accepted), one.match) for one in asked], earlier)
-    for one in (path, *((compare,) if compare is not None and earlier is None else ())):
-        is_exact = exact and (one is path or kind_of(one) == "engine")
-        flags: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "chunk_size": chunk_size, "exact": is_exact}
-        check_system(one, **flags, engine_flags=tuple(params.engine_flags))
-    results = [
-        _ask(
-            one,
-            asked,
-            params,
-            settings,
-            context,
-            progress,
-            (enable_thinking, chat_template_kwargs),
-            exact=exact and (one is path or kind_of(one) == "engine"),
-            **options,
-        )
-        for one in (path, *((compare,) if compare is not None and earlier is None else ()))
-    ]
+    paths = (path, *((compare,) if compare is not None and earlier is None else ()))
+    exacts = [exact and (one is path or kind_of(one) == "engine") for one in paths]
+    for one, is_exact in zip(paths, exacts, strict=True):
+        asking.check(one, is_exact)
+    results = [asking.ask(one, is_exact) for one, is_exact in zip(paths, exacts, strict=True)]
     if output is not None:
         record.save(results[0], output)
     results += [earlier] if earlier is not None else []
     summaries = [summarize(result) for result in results]
-    comparison = compared(*results) if len(results) > 1 else None
     if plot is not None:
         pictures.accuracy_plot(plot, summaries)
     return {
         "path": str(path),
         "summary": summaries[0],
-        "other_summary": summaries[1] if comparison else None,
-        "comparison": comparison,
+        "other_summary": summaries[1] if len(results) > 1 else None,
+        "comparison": compared(*results) if len(results) > 1 else None,
         "harness": None,
     }
 
 
-def _refuse_unused(flags: dict[str, Any]) -> None:
-    given = [flag for flag, value in flags.items() if value is not None]
-    if given:
-        why = "these questions have no use for it"
-        raise ThoughtxError("E001", f"{', '.join(given)} cannot be used here", where="thoughtx-eval", why=why, fix="leave it out")
-
-
-def _ask(
+def harness_evaluation(
     path: Path,
-    asked: list[Question],
-    params: GenerationParams,
-    given: Collection[str],
-    context: int,
-    progress: Progress,
-    template: tuple[str | None, str | None],
+    harness: Sequence[str],
     *,
-    backend: Any,
-    exact: bool,
-    **options: Any,
-) -> Result:
-    system = open_system(path, backend=backend, exact=exact, **options)
-    try:
-        unread = system.text.set_template(*template)
-        unread += [] if system.text.has_template else ["chat template (the checkpoint has none: questions go in as they are)"]
-        for one in unread:
-            progress.note(f"{path.name}: not applied: {one}")
-        own = system.text.default_params()
-        params = replace(params, **{name: getattr(own, name) for name in CHECKPOINTS if name not in given})
-        ignored = unused_settings(system.text.generation_config, {*given, *OWN})
-        if ignored:
-            progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
-        result = evaluate(system, asked, params, progress)
-        result.conditions.update({"template_kwargs": system.text.template_kwargs, "not_applied": [*ignored, *unread]})
-    finally:
-        system.close()
-    if context:
-        progress.note(f"measuring the memory of {path.name} at {context} tokens")
-        result.conditions["memory"] = memory.measure(path, context, backend, exact=exact)
-    return result
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    exact: bool = False,
+    enable_thinking: str | None = None,
+    chat_template_kwargs: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The same document for the lm-eval tasks `harness`, under "harness"."""
+    from trtllm_thoughtx.evaluate.harness import run_harness
+
+    found = run_harness(
+        path,
+        harness,
+        data_dir,
+        num_fewshot,
+        limit,
+        use_chat_template=chat_template,
+        template=(enable_thinking, chat_template_kwargs),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature or None,
+        exact=exact,
+        progress=progress,
+    )
+    return {"path": str(path), "summary": None, "comparison": None, "harness": found}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked of each system, and how. `given` names the settings that a flag set, `options` how a system is opened;
+    `context` is the length at which memory is measured, 0 not."""
+
+    questions: Sequence[Question]
+    params: GenerationParams
+    given: frozenset[str]
+    template: tuple[str | None, str | None]
+    options: Mapping[str, Any]
+    context: int
+    progress: Progress
+
+    def check(self, path: Path, exact: bool) -> None:
+        """Refuse what can be refused before anything is loaded."""
+        flags = {name: self.options[name] for name in ("backend", "batch_size", "chunk_size")}
+        check_system(path, **flags, exact=exact, engine_flags=tuple(self.params.engine_flags))
+
+    def ask(self, path: Path, exact: bool) -> Result:
+        progress, system = self.progress, open_system(path, exact=exact, **self.options)
+        try:
+            unread = system.text.set_template(*self.template)
+            unread += [] if system.text.has_template else ["chat template (the checkpoint has none: questions go in as they are)"]
+            for one in unread:
+                progress.note(f"{path.name}: not applied: {one}")
+            own = system.text.default_params()
+            params = replace(self.params, **{name: getattr(own, name) for name in CHECKPOINTS if name not in self.given})
+            ignored = unused_settings(system.text.generation_config, {*self.given, *OWN})
+            if ignored:
+                progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
+            result = evaluate(system, self.questions, params, progress)
+            result.conditions.update({"template_kwargs": system.text.template_kwargs, "not_applied": [*ignored, *unread]})
+        finally:
+            system.close()
+        if self.context:
+            progress.note(f"measuring the memory of {path.name} at {self.context} tokens")
+            result.conditions["memory"] = memory.measure(path, self.context, self.options["backend"], exact=exact)
+        return result
 
 
 def evaluation_tables(found: dict[str, Any]) -> list[Any]:
