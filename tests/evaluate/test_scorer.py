@@ -12,7 +12,8 @@ from tiny import write_tiny
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer
+from trtllm_thoughtx.evaluate.scorer import Scorer
+from trtllm_thoughtx.evaluate.systems import EngineSystem, Written
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 LENGTH = 64
@@ -37,7 +38,11 @@ def model(engine: Engine) -> Any:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
     from trtllm_thoughtx.evaluate.harness import lm_class
 
-    return lm_class()(Scorer(EngineSource(engine)))
+    return lm_class()(Scorer(opened(engine)))
+
+
+def opened(engine: Engine) -> EngineSystem:
+    return EngineSystem(engine, batch_size=engine.build.max_batch_size)
 
 
 def asked(*pairs: tuple[Any, ...]) -> list[Any]:
@@ -82,7 +87,7 @@ def test_what_greedy_decoding_writes_is_greedy(engine):
     prompt = engine.text.encode("Is slate a stone?")
     ids = engine.generate([prompt], GenerationParams(max_new_tokens=4, ignore_eos=True))[0].output_ids
     other = [*ids[:-1], (ids[-1] + 1) % 97]
-    found = Scorer(EngineSource(engine)).score([(prompt, ids), (prompt, other)])
+    found = Scorer(opened(engine)).score([(prompt, ids), (prompt, other)])
     assert [is_greedy for _, is_greedy in found] == [True, False] and found[0][0] > found[1][0]
 
 
@@ -107,12 +112,12 @@ def test_rows_of_a_batch_do_not_disturb_each_other(model):
 def test_a_row_that_is_done_writes_no_more(engine):
     ends = {0: 2, 1: 6, 2: 4, 3: 3}
     params = GenerationParams(max_new_tokens=9, ignore_eos=True)
-    new = EngineSource(engine).generate([[5], [6], [7], [8]], params, lambda row, ids: len(ids) >= ends[row])
-    assert [len(ids) for ids in new] == list(ends.values())
+    new = opened(engine).write([[5], [6], [7], [8]], params, range(4), lambda row, ids: len(ids) >= ends[row])
+    assert [len(one.ids) for one in new] == list(ends.values())
 
 
 def test_long_prompts_keep_their_end(engine):
-    scorer, prompt = Scorer(EngineSource(engine)), "".join(chr(33 + i) for i in range(90))
+    scorer, prompt = Scorer(opened(engine)), "".join(chr(33 + i) for i in range(90))
     (answer,) = scorer.complete([(prompt, {"max_gen_toks": 4})])
     assert scorer.num_truncated == 1
     assert [answer] == scorer.complete([(prompt[-60:], {"max_gen_toks": 4})]) != scorer.complete([(prompt[:60], {"max_gen_toks": 4})])
@@ -120,18 +125,18 @@ def test_long_prompts_keep_their_end(engine):
 
 
 def test_choices_that_the_tokenizer_cannot_tell_apart_are_counted(engine):
-    scorer = Scorer(EngineSource(engine))
+    scorer = Scorer(opened(engine))
     scorer.score([([1], [2]), ([1], [3]), ([1], [2]), ([4], [2])])
     assert scorer.num_alike == 1
 
 
 def test_sampling_does_not_depend_on_the_batch_size(engine):
-    small = EngineSource(engine)
+    small = opened(engine)
     small.batch_size = 1
     prompts = [(text, {"do_sample": True, "temperature": 0.8, "max_gen_toks": 10}) for text in ("one", "two words", "three", "four")]
-    drawn = Scorer(EngineSource(engine)).complete(prompts)
+    drawn = Scorer(opened(engine)).complete(prompts)
     assert drawn == Scorer(small).complete(prompts)
-    assert drawn != Scorer(EngineSource(engine)).complete([(text, {"max_gen_toks": 10}) for text, _ in prompts])
+    assert drawn != Scorer(opened(engine)).complete([(text, {"max_gen_toks": 10}) for text, _ in prompts])
 
 
 def test_rolling_counts_every_token_once(engine, model):
@@ -149,7 +154,9 @@ def test_rolling_counts_every_token_once(engine, model):
 def test_the_reference_gives_the_same(engine, made):
     pytest.importorskip("torch", reason="the reference needs torch")
     pytest.importorskip("transformers", reason="the reference needs transformers")
-    source, ours = ModelSource(made / "m"), Scorer(EngineSource(engine))
+    from trtllm_thoughtx.evaluate.models import ModelSystem
+
+    source, ours = ModelSystem(made / "m", batch_size=3), Scorer(opened(engine))
     theirs = Scorer(source)
     assert source.max_length == LENGTH
     pairs = [(engine.text.encode(a), engine.text.encode(b)) for a, b in PAIRS if a]
@@ -160,7 +167,7 @@ def test_the_reference_gives_the_same(engine, made):
 
 
 def test_what_does_not_fit_is_refused(engine):
-    scorer = Scorer(EngineSource(engine))
+    scorer = Scorer(opened(engine))
     for code, call in (
         ("E122", lambda: scorer.complete([("x", {"max_gen_toks": LENGTH})])),
         ("E122", lambda: scorer.score([([1], [2] * (LENGTH + 1))])),
@@ -185,7 +192,7 @@ class Writes:
     def logits(self, rows: Any, firsts: Any) -> list[np.ndarray]:
         raise AssertionError("answers are asked for")
 
-    def generate(self, rows: Any, params: GenerationParams, is_done: Any) -> list[list[int]]:
+    def write(self, rows: Any, params: GenerationParams, streams: Any, is_done: Any) -> list[Written]:
         done = []
         for index, row in enumerate(rows):
             ids = list[int]()
@@ -194,7 +201,7 @@ class Writes:
                 if is_done(index, ids):
                     break
             self.num_written += len(ids)
-            done.append(ids)
+            done.append(Written(ids, [], "stop", 0.0))
         return done
 
 
@@ -228,7 +235,8 @@ def test_a_row_ends_soon_after_its_stop_string_and_the_order_is_kept(engine):
     assert answers == ["no", "yes", "maybe so", "w"] and source.num_written == 2 + 8 + 8 + 10
 
 
-def test_an_engine_without_a_tokenizer_is_refused(engine):
+def test_an_engine_without_a_tokenizer_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(engine, "text", None)
     with pytest.raises(ThoughtxError) as caught:
-        Scorer(Writes(None, {}))
-    assert caught.value.code == "E140"
+        opened(engine)
+    assert caught.value.code == "E112"

@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__
+from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, read_rows
-from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer, Source
+from trtllm_thoughtx.evaluate.scorer import Scorer
+from trtllm_thoughtx.evaluate.systems import EngineSystem, System, open_system
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.sampling import unused_settings
 
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+MODEL_BATCH = 8  # rows of a Hugging Face model at once
 SEED = 1234  # lm-eval's own, for the choice of few-shot examples
 PACKAGES = ("lm_eval", "datasets", "onnxruntime", "tokenizers", "torch", "transformers")
 
@@ -52,7 +55,7 @@ def run_harness(
 ) -> dict[str, Any]:
     """Evaluate one task or several of `TASKS`.
 
-    `system` is an `Engine` (or an object with one as `.engine`), the path of an engine or a Hugging Face directory, a `Source`, or an
+    `system` is an `Engine` (or an object with one as `.engine`), the path of an engine or a Hugging Face directory, a `System`, or an
     lm-eval model. `num_fewshot` None is the task's own number (GSM8K 5, others 0); `limit` takes the first rows of each task.
     Returns {"tasks": {task: {"num_items", "num_fewshot", "num_truncated", "num_alike", "metrics": {metric: {"value", "stderr"}}}},
     "versions": {package: version}}, and with `return_samples` "samples": {task: [...]}. `num_truncated` counts prompts that lost their
@@ -193,18 +196,16 @@ def _model(
 
     if isinstance(system, LM):
         return system, None
-    source: Source
-    system = getattr(system, "engine", system) if not isinstance(system, (EngineSource, Engine)) else system
-    if isinstance(system, (str, Path)):
-        if kind_of(Path(system)) == "engine":
-            engine = Engine.load(system, exact=exact)
-            stack.callback(engine.close)
-            source = EngineSource(engine)
-        else:
-            source = ModelSource(Path(system))
-            stack.callback(source.reference.close)
+    source: System
+    system = getattr(system, "engine", system)
+    if isinstance(system, Engine):
+        source = EngineSystem(system, batch_size=system.build.max_batch_size)
+    elif isinstance(system, (str, Path)):
+        batch_size = EngineDir.open(Path(system)).build.max_batch_size if kind_of(Path(system)) == "engine" else MODEL_BATCH
+        source = open_system(Path(system), batch_size=batch_size, exact=exact)
+        stack.callback(source.close)
     else:
-        source = EngineSource(system) if isinstance(system, Engine) else system
+        source = system
     scorer = Scorer(source, is_chat=use_chat_template, think_tags=think_tags, max_new_tokens=max_new_tokens or 256)
     return lm_class()(scorer), scorer
 

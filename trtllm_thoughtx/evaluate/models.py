@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.systems import Written, need_text
+from trtllm_thoughtx.evaluate.systems import STEPPED, IsDone, Written, need_text
 from trtllm_thoughtx.runtime.logits import log_probability
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
 from trtllm_thoughtx.text.text import Text
@@ -33,7 +34,9 @@ class ModelSystem:
         backend = f"transformers {version()}"
         self.description = {"name": path.name, "path": str(path), "kind": "model", "backend": backend, "dtype": "float32"}
 
-    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
+    ) -> list[Written]:
         if params.engine_flags:
             why = "transformers runs this one, and its thinking is not followed"
             fix = "give an engine directory, or leave the flag out"
@@ -73,7 +76,7 @@ class ModelSystem:
                     is_long = len(written[row]) >= params.max_new_tokens
                     ends = (
                         (token in eos, "eos"),
-                        (token in params.stops or streams_of[row].is_done, "stop"),
+                        (token in params.stops or streams_of[row].is_done or (is_done is not None and is_done(row, written[row])), "stop"),
                         (is_long, "length"),
                         (full, "capacity"),
                     )
@@ -83,6 +86,17 @@ class ModelSystem:
                 place = place[:, -1:] + 1
         ends_at = [stream.num_chars if stream.is_done else None for stream in streams_of]
         return [Written(written[row], logprobs[row], str(reasons[row]), seconds[row], text_end=ends_at[row]) for row in range(num)]
+
+    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
+        if len(rows) > 1 and max(map(len, rows)) - min(firsts) > STEPPED:  # logits of so many positions: one row at a time
+            return [self.logits([row], [first])[0] for row, first in zip(rows, firsts, strict=True)]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)  # padded on the right, which a causal mask hides
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(list(row))
+        low = min(firsts)
+        with torch.inference_mode():
+            out = self.model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - low).logits.float().numpy(force=True)
+        return [out[place, first - low : len(row) - low] for place, (row, first) in enumerate(zip(rows, firsts, strict=True))]
 
     def close(self) -> None:
         self.model = None

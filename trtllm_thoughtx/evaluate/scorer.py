@@ -1,124 +1,28 @@
-"""Log-likelihoods and answers of texts, from an engine or from the reference: what a benchmark harness asks of a model.
+"""Log-likelihoods and answers of texts, from an engine or from transformers: what a benchmark harness asks of a model.
 
-`Source` is the seam: `EngineSource` and `ModelSource` give logits and new token ids, `Scorer` turns texts into them and back. The
-rules are lm-eval's (prompts lose their beginning when they are too long, a continuation's score is the sum over its tokens), with
-two deliberate differences: the thought is cut off before stop strings are looked for and before an answer is scored, and a
-thought that never ends is no answer, where lm-eval would score the thought. No benchmark package is imported here.
+A `System` gives logits and new token ids, `Scorer` turns texts into them and back. The rules are lm-eval's (prompts lose their beginning
+when they are too long, a continuation's score is the sum over its tokens), with two deliberate differences: the thought is cut off
+before stop strings are looked for and before an answer is scored, and a thought that never ends is no answer, where lm-eval would
+score the thought. No benchmark package is imported here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.evaluate.systems import IsDone, System
 from trtllm_thoughtx.progress import Stage
-from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.logits import log_softmax
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
+from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text.answer import split_text
-from trtllm_thoughtx.text.text import Text
 
-STEPPED = 32  # continuations up to this long are fed token by token: the logits of a whole prompt may take gigabytes
 LOOK_EVERY = 8  # tokens between two looks for a stop string
 MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-IsDone = Callable[[int, list[int]], bool]  # (row, its new ids so far)
-
-
-# --- where logits come from ----------------------------------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """A model as the harness needs it. Rows are token ids, at most `max_length` of them."""
-
-    text: Text | None
-    max_length: int
-    batch_size: int
-
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        """For each of at most `batch_size` rows: float [length - first, vocab], the logits of positions first .. length - 1."""
-        ...
-
-    def generate(self, rows: Sequence[Sequence[int]], params: GenerationParams, is_done: IsDone) -> list[list[int]]:
-        """New ids of each of any number of rows; a row ends early once `is_done` says so."""
-        ...
-
-
-class _Enough(Exception):
-    """Every row of a batch is done."""
-
-
-class EngineSource:
-    """An engine, at its own batch size. `chunk_size` as in `Engine.forward`."""
-
-    def __init__(self, engine: Engine, chunk_size: int | None = None) -> None:
-        self.engine, self.text, self.chunk_size = engine, engine.text, chunk_size
-        self.max_length, self.batch_size = engine.build.max_seq_len, engine.build.max_batch_size
-
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        if max(len(row) - first for row, first in zip(rows, firsts, strict=True)) <= STEPPED:
-            return self.engine.decode_logits(rows, [first + 1 for first in firsts], chunk_size=self.chunk_size)
-        whole = self.engine.forward(rows, chunk_size=self.chunk_size)
-        return [logits[first:] for logits, first in zip(whole, firsts, strict=True)]
-
-    def generate(self, rows: Sequence[Sequence[int]], params: GenerationParams, is_done: IsDone) -> list[list[int]]:
-        size = self.batch_size if params.is_greedy else len(rows)  # a draw depends on a row's place in the call
-        return [ids for start in range(0, len(rows), size) for ids in self._generate(rows[start : start + size], params, is_done, start)]
-
-    def _generate(self, rows: Sequence[Sequence[int]], params: GenerationParams, is_done: IsDone, start: int) -> list[list[int]]:
-        new: list[list[int]] = [[] for _ in rows]
-        running = set(range(len(rows)))
-
-        def on_token(row: int, token: int) -> None:
-            if row not in running:
-                return  # it goes on because others of its batch do; what it writes now must not count
-            new[row].append(token)
-            if token in params.stops or len(new[row]) >= params.max_new_tokens or is_done(start + row, new[row]):
-                running.discard(row)
-                if not running:
-                    raise _Enough
-
-        with contextlib.suppress(_Enough):
-            self.engine.generate(rows, params, on_token, chunk_size=self.chunk_size)
-        return new
-
-
-class ModelSource:
-    """A Hugging Face directory through the reference: row by row, without a KV cache. A measure for small models, and slow."""
-
-    batch_size = 1
-
-    def __init__(self, path: Path, dtype: str = "float32") -> None:
-        from trtllm_thoughtx.validate.reference import Reference
-
-        with open_weights(path, allow_nonfinite=True) as source:
-            self.max_length = source.config.max_position
-        self.text, self.reference = Text.load(path), Reference(path, dtype)
-
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        return [self.reference.run(row, rows=range(first, len(row)))[0] for row, first in zip(rows, firsts, strict=True)]
-
-    def generate(self, rows: Sequence[Sequence[int]], params: GenerationParams, is_done: IsDone) -> list[list[int]]:
-        done = []
-        for index, row in enumerate(rows):
-            sampler, new = Sampler(params, 1, streams=[index], prompts=[row]), list[int]()
-            while len(new) < params.max_new_tokens and len(row) + len(new) < self.max_length:
-                ids = [*row, *new]
-                new.append(int(sampler.pick(self.reference.run(ids, rows=[len(ids) - 1])[0])[0]))
-                sampler.note(0, new[-1])
-                if new[-1] in params.stops or is_done(index, new):
-                    break
-            done.append(new)
-        return done
-
-
-# --- what lm-eval asks of a model ----------------------------------------------------------------------------------------
 
 
 class Scorer:
@@ -129,17 +33,8 @@ class Scorer:
     """
 
     def __init__(
-        self, source: Source, *, is_chat: bool = False, think_tags: tuple[str, str] | str | None = "auto", max_new_tokens: int = 256
+        self, source: System, *, is_chat: bool = False, think_tags: tuple[str, str] | str | None = "auto", max_new_tokens: int = 256
     ) -> None:
-        if source.text is None:
-            why = "there is no tokenizer.json beside the model"
-            raise ThoughtxError(
-                "E140",
-                "texts need a tokenizer",
-                where="the harness",
-                why=why,
-                fix="copy the model's tokenizer.json into its directory, and build again",
-            )
         self.source, self.text, self.is_chat, self.max_new_tokens = source, source.text, is_chat, max_new_tokens
         tags = self.text.think_tags if think_tags == "auto" else think_tags
         self.think_tags = tags if isinstance(tags, tuple) else None
@@ -207,12 +102,12 @@ class Scorer:
                 members = sorted(members, key=lambda index: -len(rows[index]))
             prompts = [requests[index][0] for index in members]
             is_done = functools.partial(self._is_done, prompts, until)
-            step = self.source.batch_size if params.is_greedy else len(members)
-            for start in range(0, len(members), step):
-                part = members[start : start + step]
-                done = self.source.generate([rows[index] for index in part], params, functools.partial(_shifted, is_done, start))
-                for index, ids in zip(part, done, strict=True):
-                    answers[index] = self.answer(requests[index][0], ids, until)
+            for start in range(0, len(members), self.source.batch_size):
+                part = members[start : start + self.source.batch_size]
+                streams = range(start, start + len(part))  # not the batch: draws must not depend on its size
+                done = self.source.write([rows[index] for index in part], params, streams, functools.partial(_shifted, is_done, start))
+                for index, one in zip(part, done, strict=True):
+                    answers[index] = self.answer(requests[index][0], one.ids, until)
                 self._advance(len(part))
         return answers
 

@@ -6,12 +6,15 @@ models, not of the sampling.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
@@ -21,6 +24,8 @@ from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 TRUNCATED = ("length", "capacity")
+STEPPED = 32  # continuations up to this long are fed token by token: the logits of a whole prompt may take gigabytes
+IsDone = Callable[[int, list[int]], bool]  # (row, its new ids so far)
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,21 @@ class Written:
 
 
 class System(Protocol):
-    """`max_length` prompt and answer together; `description` is what a result keeps of it."""
+    """`max_length` prompt and answer together; `description` is what a result keeps of it. Prompts and rows are token ids."""
 
     text: Text
     max_length: int
     batch_size: int
     description: dict[str, Any]
 
-    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
-        """Answers to at most `batch_size` prompts; `streams` names the random stream of each."""
+    def write(
+        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
+    ) -> list[Written]:
+        """Answers to at most `batch_size` prompts; `streams` names the random stream of each. A row ends early once `is_done` says so."""
+        ...
+
+    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
+        """For each of at most `batch_size` rows: float [length - first, vocab], the logits of positions first .. length - 1."""
         ...
 
     def close(self) -> None: ...
@@ -60,15 +71,16 @@ class EngineSystem:
 
     def __init__(
         self,
-        path: Path,
-        backend: str | None,
-        num_threads: int | None,
-        batch_size: int | None,
+        engine: Path | Engine,
+        backend: str | None = None,
+        num_threads: int | None = None,
+        batch_size: int | None = None,
         chunk_size: int | str | None = None,
         *,
         exact: bool = False,
     ) -> None:
-        self.engine, self.chunk_size = Engine.load(path, backend, num_threads, exact=exact), chunk_size
+        self.engine = engine if isinstance(engine, Engine) else Engine.load(engine, backend, num_threads, exact=exact)
+        self.chunk_size, path = chunk_size, self.engine.directory.root if isinstance(engine, Engine) else engine
         build = self.engine.build
         self.text = need_text(self.engine.text, path)
         self.max_length, self.batch_size = build.max_seq_len, min(batch_size or 1, build.max_batch_size)
@@ -84,14 +96,30 @@ class EngineSystem:
         if chunk_size is not None:
             self.description["chunk_size"] = chunk_size
 
-    def write(self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int]) -> list[Written]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
+    ) -> list[Written]:
         began = time.perf_counter()
         last = [began] * len(prompts)
+        new: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
 
-        def on_token(row: int, _token: int) -> None:
+        def on_token(row: int, token: int) -> None:
+            if row not in running:
+                return  # it goes on because others of its batch do; what it writes now must not count
             last[row] = time.perf_counter()
+            new[row].append(token)
+            if is_done is not None and (token in params.stops or len(new[row]) >= params.max_new_tokens or is_done(row, new[row])):
+                running.discard(row)
+                if not running:
+                    raise _Enough
 
-        done = self.engine.generate(prompts, params, on_token, return_logprobs=True, streams=streams, chunk_size=self.chunk_size)
+        with contextlib.suppress(_Enough):
+            done = self.engine.generate(
+                prompts, params, on_token, return_logprobs=is_done is None, streams=streams, chunk_size=self.chunk_size
+            )
+        if is_done is not None:
+            return [Written(ids, [], "stop", end - began) for ids, end in zip(new, last, strict=True)]
         return [
             Written(
                 one.output_ids,
@@ -106,8 +134,19 @@ class EngineSystem:
             for one, end in zip(done, last, strict=True)
         ]
 
+    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
+        assert not isinstance(self.chunk_size, str)
+        if max(len(row) - first for row, first in zip(rows, firsts, strict=True)) <= STEPPED:
+            return self.engine.decode_logits(rows, [first + 1 for first in firsts], chunk_size=self.chunk_size)
+        whole = self.engine.forward(rows, chunk_size=self.chunk_size)
+        return [logits[first:] for logits, first in zip(whole, firsts, strict=True)]
+
     def close(self) -> None:
         self.engine.close()
+
+
+class _Enough(Exception):
+    """Every row of a batch is done."""
 
 
 def need_text(text: Text | None, path: Path) -> Text:
