@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ import trtllm_thoughtx  # noqa: F401  # before any test imports onnxruntime: it 
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads this when it is imported, which other packages may do
 
+BEGAN = pytest.StashKey[float]()
 HANGS_AFTER = 1800  # seconds; far above what any test takes on a busy machine, so that only a test that waits for ever meets it
 
 
@@ -33,3 +37,42 @@ def no_hanging() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu", type=int, default=0, metavar="N", help="list the N tests that take most CPU time, which a busy machine does not change"
+    )
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children that ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    item.stash[BEGAN] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if call.when == "teardown":
+        report.user_properties.append(("cpu", cpu_seconds() - item.stash[BEGAN]))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Fixtures count for the first test that asks for them; parameters of one test are added up."""
+    if not config.getoption("--cpu"):
+        return
+    spent, num = Counter[str](), Counter[str]()
+    for report in (one for reports in terminalreporter.stats.values() for one in reports if getattr(one, "when", "") == "teardown"):
+        name = report.nodeid.partition("[")[0]
+        spent[name] += dict(report.user_properties).get("cpu", 0.0)
+        num[name] += 1
+    terminalreporter.section(f"CPU seconds: {spent.total():.0f} in {num.total()} tests")
+    for name, seconds in spent.most_common(config.getoption("--cpu")):
+        terminalreporter.write_line(f"{seconds:7.1f}  {name}" + (f" ({num[name]} parameters)" if num[name] > 1 else ""))
