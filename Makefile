@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 JOBS ?= 2
 MODEL ?= smollm2
 
-.PHONY: help setup demo test lint bench real sample plugin clean
+.PHONY: help setup demo check test lint bench real sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,11 @@ $(STAMP): pyproject.toml constraints.txt tests/plugins/trt_bindings.txt
 demo: $(STAMP) ## sample checkpoint -> engine -> proof -> answer, in ./demo-out
 	@$(VENV)/bin/python -m trtllm_thoughtx.cli.demo
 
-test: $(STAMP) ## all tests that this machine can run
-	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=10
+check: lint ## lint, types and the quick tests, all the time: under 90 seconds on two cores
+	@$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"
+
+test: $(STAMP) ## all tests that this machine can run: under 6 minutes on two cores
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --cpu 10
 
 lint: $(STAMP) ## ruff and mypy
 	$(VENV)/bin/ruff check .

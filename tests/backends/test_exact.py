@@ -34,6 +34,7 @@ COMMANDS = (
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[words[0] for words in COMMANDS])
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.slow
 def test_every_command_that_runs_an_engine_takes_it(engine, monkeypatch, capsys, words, exact):
     seen, real = [], Engine.load.__func__
 

@@ -40,6 +40,7 @@ class TestBuild:
     pytestmark = rtx
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.slow
     def test_plan_is_whole_and_its_facts_are_true(self, tmp_path: Path, dtype: str) -> None:
         path = tmp_path / "a.engine"
         info = tensorrt.build_plan(**job(path, dtype))
@@ -48,6 +49,7 @@ class TestBuild:
         assert info.num_attention == 2 and info.layer_counts["KV_CACHE_UPDATE"] == 4 and info.errors == []
         assert sum(info.layer_counts.values()) == info.num_layers and info.peak_bytes > 1 << 20 and info.seconds_build > 0
 
+    @pytest.mark.slow
     def test_same_inputs_same_bytes(self, tmp_path: Path) -> None:
         """Twice in this process, with other paths and other open files, and once from another process and directory."""
         first = tensorrt.build_plan(**job(tmp_path / "a.engine"))
@@ -425,6 +427,7 @@ class TestRunner:
 
 @pytest.mark.rtx
 @pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not installed")
+@pytest.mark.slow
 def test_a_stage_that_fails_takes_the_whole_build_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next stage's weights are being read by then: they are let go of, and nothing is left."""
     write_tiny(tmp_path / "m", num_layers=4, dtype="bfloat16")

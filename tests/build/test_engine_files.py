@@ -86,6 +86,7 @@ def test_the_intact_engine_is_taken_by_all(copy: Path, capsys: pytest.CaptureFix
     assert {"tokenizer.json", "generation_config.json", "rank0.engine", "rank0.head.data", *CARRIED} <= set(names(copy))
 
 
+@pytest.mark.slow
 def test_every_edited_file_is_seen(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in names(copy):
         intact = (copy / name).read_bytes()

@@ -225,6 +225,7 @@ def test_other_settings_start_anew(tmp_path, monkeypatch):
     assert calibrate(tmp_path / "m", tmp_path / "d", qformat="fp8", calib_data=data)["up_to_date"]
 
 
+@pytest.mark.slow
 def test_memory_holds_a_layer_and_not_the_model(tmp_path, monkeypatch):
     """At most one layer's weights are alive at a time."""
     import gc
@@ -272,6 +273,7 @@ def planted(path: Path, factor: float = 60.0, **sizes: Any) -> Path:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("qformat", ["int8_sq", "int4_awq"])
+@pytest.mark.slow
 def test_the_search_beats_plain_rounding_on_planted_outliers(tmp_path, family, qformat):
     planted(tmp_path / "m", family=family)
     data = lines(tmp_path / "d.jsonl", ids(32))

@@ -214,6 +214,7 @@ def hard_to_round(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_report_counts_right_answers_of_both_engines(tmp_path):
     """A calibration that ruins the model says so, question by question as thoughtx-eval counts them."""
     dataset = lines(tmp_path / "q.jsonl", CHAINS)
@@ -265,6 +266,7 @@ def test_questions_need_a_tokenizer(tmp_path):
     assert caught.value.code == "E112" and [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_flags(tmp_path, capsys):
     words = ["--model_dir", str(SAMPLE), "--output_dir", str(tmp_path / "c"), "--qformat", "int8_sq", "--calib_size", "8", "--json"]
     more = ["--dataset", str(lines(tmp_path / "q.jsonl", CHAINS)), "--max_new_tokens", "40", "--self_traces", "--private_data"]

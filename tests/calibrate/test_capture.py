@@ -143,6 +143,7 @@ def report(tmp_path_factory):
     return out, json.loads(ran.stdout)
 
 
+@pytest.mark.slow
 def test_the_report_picks_the_smallest_window_that_keeps_enough(report):
     out, found = report
     kept = [row["everywhere"]["with_sinks"]["mean"] for row in found["windows"]]
@@ -173,6 +174,7 @@ def test_questions_that_leave_no_room_for_an_answer_are_left_out():
     assert not root.exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_it_writes_builds_an_engine_that_chooses(report, tmp_path):
     from trtllm_thoughtx.cli.commands import thoughtx
 

@@ -226,6 +226,7 @@ def calibrated(tmp_path_factory):
     return root, found
 
 
+@pytest.mark.slow
 def test_the_head_ends_the_thinking_where_the_answer_is_known(calibrated):
     root, found = calibrated
     assert found["head"]["reported_on"]["saved_of_generated_tokens"] > 0.2 and found["head"]["boundary_accuracy"] > 0.99
@@ -252,6 +253,7 @@ def test_the_head_ends_the_thinking_where_the_answer_is_known(calibrated):
     engine.close()
 
 
+@pytest.mark.slow
 def test_calibration_is_written_whole_and_repeats(calibrated, tmp_path):
     """The second run starts from the first one's checkpoint; it keeps an adapter that it does not fit anew."""
     root, found = calibrated
@@ -299,6 +301,7 @@ CACHES = {
 
 
 @pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.slow
 def test_trials_leave_no_trace(tmp_path, cache):
     """With a threshold that no trial meets, tokens and logits are those without trials, in a batch whose rows try at different times."""
     options = {"backend": ("onnxruntime",), "max_seq_len": 384, "max_batch_size": 4, "dtype": "float32"}
@@ -388,6 +391,7 @@ def test_an_engine_whose_exits_contradict_each_other_is_malformed(tmp_path):
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.slow
 def test_plans_with_exits_build(tmp_path, dtype):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     path = checkpoint(tmp_path, some_exits(64, (1,)), num_layers=2, dtype="bfloat16")

@@ -79,6 +79,7 @@ def plain_engine_of(checkpoint: Path, out: Path, hf: dict[str, np.ndarray], shap
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("qformat", ["int8_wo", "int4_wo", "int4_awq"])
+@pytest.mark.slow
 def test_weight_only_engines_compute_with_what_the_file_stands_for(tmp_path, family, qformat):
     shape = {**SIZES, "family": family}
     hf = write_tiny(tmp_path / "m", **shape)
@@ -366,6 +367,7 @@ def test_half_precision_engines_stay_close(tmp_path, dtype, qformat):
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("qformat", QUANT_ALGOS)
+@pytest.mark.slow
 def test_plans_compute_in_low_precision(tmp_path, qformat):
     """For SM89 and SM120, without a GPU: every product is found among the plan's layers with weights of its type."""
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
@@ -384,6 +386,7 @@ def test_plans_compute_in_low_precision(tmp_path, qformat):
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq"])
+@pytest.mark.slow
 def test_plans_scale_inside_the_product(tmp_path, qformat):
     """Both sides' scales are one float32 of each product: behind it they would come too late for sums of raw numbers in float16."""
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")

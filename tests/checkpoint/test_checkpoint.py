@@ -220,6 +220,7 @@ def test_messages_name_what_is_wrong() -> None:
     assert "9,223,372,036,854,775,808" in message(packed({"a": entry()}, claim=2**63))
 
 
+@pytest.mark.slow
 def test_many_tensors_are_fine() -> None:
     entries = ",".join(
         f'"model.layers.{i}.mlp.up_proj.weight":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}'

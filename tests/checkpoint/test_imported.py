@@ -39,6 +39,7 @@ def logits(checkpoint: Path, out: Path) -> np.ndarray:
         ("gptq", {"act_order": True, "symmetric": True}),
     ],
 )
+@pytest.mark.slow
 def test_four_bits_with_zero_points_arrive_number_for_number(tmp_path, family, method, options):
     meant = four_bits(tmp_path / "q", method, family=family, **options)
     made = import_quantized(tmp_path / "q", tmp_path / "c")
@@ -221,6 +222,7 @@ def test_tokens_of_zeros_and_half_precision(tmp_path, dtype):
         ("8.9", "gptq", {"act_order": True, "symmetric": True}),
     ],
 )
+@pytest.mark.slow
 def test_imported_checkpoints_build_low_precision_plans(tmp_path, capability, method, options):
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 128, "dtype": "float16", **options}

@@ -84,6 +84,7 @@ def manifest(root: Path) -> dict:
     return json.loads((root / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_its_output_up_to_date(place, capsys):
     assert status(place.words) == 0
     before = contents(place.root / "out")
@@ -98,6 +99,7 @@ def test_a_second_run_finds_its_output_up_to_date(place, capsys):
     assert contents(place.root / "out", *varying) == {n: data for n, data in before.items() if n not in varying}
 
 
+@pytest.mark.slow
 def test_a_damaged_output_is_not_up_to_date(place, capsys):
     assert status(place.words) == 0
     name = next(row["name"] for row in manifest(place.root / "out")["outputs"] if row["name"] != "config.json")
@@ -171,6 +173,7 @@ def test_every_flag_is_an_argument_and_every_argument_a_flag(name):
     assert paths <= set(recorded.PATHS)
 
 
+@pytest.mark.slow
 def test_the_recorded_command_makes_the_same_output(place):
     assert status(place.words) == 0
     words = shlex.split(manifest(place.root / "out")["command"])

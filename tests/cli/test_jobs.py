@@ -16,7 +16,7 @@ from places import TINY as SAMPLE
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli import params as console
 
-MAIN = "import sys; from trtllm_thoughtx.cli.commands import run_main; sys.exit(run_main())"
+MAIN = "import sys; from trtllm_thoughtx.cli.entry import run_main; sys.exit(run_main())"
 ASK = "x1 = {} x2 = 5 x3 = x1 + x2 ?"
 
 

@@ -45,6 +45,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name.replace(" ", "-") for row in ROWS])
+@pytest.mark.slow
 def test_the_advice_works(row: Row, engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in re.findall(r"@([ec])\b", row.command):
         shutil.copytree(engines / name, tmp_path / name)
@@ -211,6 +212,7 @@ def test_messages_name_flags_and_commands_that_exist(name: str, tree: ast.Module
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_the_walk_sees_what_it_must() -> None:
     assert unknown_flags("give --input_ids", ("run", "eval")) == ["thoughtx-eval --input_ids"]
     assert unknown_flags("thoughtx-run --input_ids, or thoughtx-run --tp_size", ("eval",)) == ["thoughtx-run --tp_size"]
@@ -228,6 +230,7 @@ def test_extras_that_are_advised_exist() -> None:
     assert named - {"X"} and named - {"X"} <= extras
 
 
+@pytest.mark.slow
 def test_advice_says_how() -> None:
     """Advice that only repeats that something is wrong."""
     vague = {"correct the file", "correct the value", "correct the flag", "use another model", "check the path"}

@@ -130,6 +130,7 @@ def _settings(teacher_dir, out, **changes):
     return Settings(**{**given, **changes})
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_a_killed_run_ends_where_the_whole_one_does(teacher_dir, tmp_path):
     whole = _settings(teacher_dir, tmp_path / "whole", kd_weight=0.25)
     model = _train(whole)

@@ -229,6 +229,7 @@ def run(*args):
     return console.run(cli.COMMANDS["eval"], "thoughtx-eval", [str(arg) for arg in args])
 
 
+@pytest.mark.slow
 def test_an_engine_and_its_model_answer_alike(systems, tmp_path, capsys):
     """Same tokens from transformers and from the engine, in batches and alone, greedy and sampled: difference 0."""
     model, engine = systems
@@ -247,6 +248,7 @@ def test_an_engine_and_its_model_answer_alike(systems, tmp_path, capsys):
         assert any(a.confidence is not None for a in one)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_where_it_fits(systems, capsys):
     model, engine = systems
     asked = ("--task", "chain", "--num_items", 2, "--sizes", "1,2", "--max_new_tokens", 4, "-q", "--json")

@@ -132,6 +132,7 @@ def test_onnxruntime_runs_its_own_operator(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_validate_passes_them_and_sees_one_expert_that_is_off(tmp_path, family):
     hf = hf_models.save(tmp_path / "m", family)
     build(hf, tmp_path / "e", {**OPTIONS, "use_chunked_attention": True, "chunk_size": 16, "num_stages": 2})
@@ -162,6 +163,7 @@ def with_fault(path: Path, fault: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_half_precision_is_judged_by_answers(tmp_path, family, dtype):
     """Rounding moves tokens between experts, which no band on single numbers survives; what is wrong everywhere is still seen."""
     options = {**OPTIONS, "dtype": dtype}
@@ -205,6 +207,7 @@ def test_a_small_batch_and_a_large_one_generate_the_same(tmp_path):
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_plans_are_built_and_hold_the_experts_once(tmp_path, family):
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     sizes = {"hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16, "num_hidden_layers": 1}

@@ -117,6 +117,7 @@ def told(request, tmp_path_factory):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_definition_is_what_the_graph_states(told):
     from trtllm_thoughtx.graph.chunked_attention import plugin_attributes
 
@@ -129,6 +130,7 @@ def test_the_definition_is_what_the_graph_states(told):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_every_tactic_launches_a_kernel_that_fits_it(told):
     from trtllm_thoughtx.plugins.chunked_attention.tiles import SMALL_SHARED
     from trtllm_thoughtx.plugins.chunked_attention.trt import aot

@@ -42,6 +42,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_arithmetic_of_the_kernels_is_the_definition(on_cpu, case):
     batch, kv_heads, groups, width, slots, head_dim, sink, left, anchors, splits, chunks = case
     rng = np.random.default_rng(slots)

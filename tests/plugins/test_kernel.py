@@ -68,6 +68,7 @@ def assert_within_rounding(got, wanted, v, dtype, factor=1.0):
     splits=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_kernels_equal_the_definition(dtype, chunk, sink, left, anchors, width, slots, heads, head_dim, splits, seed):
     rng = np.random.default_rng(seed)
     given_ = case(rng, dtype=dtype, batch=2, heads=heads[0], kv_heads=heads[1], width=width, slots=slots, head_dim=head_dim)
@@ -174,6 +175,7 @@ def artifacts(*words):
     return subprocess.run(command, env=COMPILING, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_kernels_compile_within_their_record_and_declare_what_a_launcher_passes(tmp_path):
     record = json.loads((Path(op.__file__).parent / "resources.json").read_text())
     import triton
@@ -258,6 +260,7 @@ def test_the_launcher_passes_what_the_kernel_declares(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpu_check", "gpu_bench"])
+@pytest.mark.slow
 def test_the_gpu_scripts_work_in_the_interpreter_and_claim_nothing(name):
     module = f"trtllm_thoughtx.plugins.chunked_attention.bench.{name}"
     done = subprocess.run([sys.executable, "-m", module, "--interpret", "--json"], capture_output=True, text=True, check=False)

@@ -141,6 +141,7 @@ class TestInTheRtxParser:
 
     pytestmark = rtx
 
+    @pytest.mark.slow
     def test_a_plugin_that_nobody_registered_becomes_the_function_and_is_refused(self, model, tmp_path, monkeypatch):
         from trtllm_thoughtx.build.build import profiles_of
         from trtllm_thoughtx.graph import external

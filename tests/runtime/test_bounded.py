@@ -33,6 +33,7 @@ def load(model, out, **options):
 
 
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.slow
 def test_a_bounded_cache_changes_nothing(model, tmp_path, seed):
     """Random settings; ragged batches, pieces and decoding across many chunks, at the largest chunk and at a smaller one."""
     rng = random.Random(seed)

@@ -87,6 +87,7 @@ def same(off, verified):
     exit_probe=st.sampled_from([None, None, 0.9]),
     extras=st.sampled_from([{}, {}, PENALTIES, PENALTIES | {"min_p": 0.05}, {"stop": ("0", "1 =")}]),
 )
+@pytest.mark.slow
 def test_verify_is_lossless(
     engines, cache, seed, threshold, num_rows, temperature, max_new_tokens, depth, thinking_tokens, exit_threshold, exit_probe, extras
 ):
@@ -99,6 +100,7 @@ def test_verify_is_lossless(
     same(*both(engine, prompts, base, draft_threshold=threshold))
 
 
+@pytest.mark.slow
 def test_drafts_hold_and_save_layers(engines):
     """On the trained sample drafts are mostly right: fewer weights are read for the same tokens, in one pass each."""
     engine = engines["full"]
@@ -114,6 +116,7 @@ def test_drafts_hold_and_save_layers(engines):
     assert done[0].num_layer_tokens == stats.work.num_layer_tokens >= plain.num_layer_tokens
 
 
+@pytest.mark.slow
 def test_work_of_drafts_is_counted_in_full(engines):
     """A threshold of 0 drafts all it may, 1 nothing; layer-tokens follow from the counts."""
     engine = engines["full"]
@@ -148,6 +151,7 @@ def test_drafts_that_are_noise_change_nothing(tmp_path, seed):
     engine.close()
 
 
+@pytest.mark.slow
 def test_rows_end_at_the_last_slot(engines):
     """Drafts stop where the cache does: rows that fill max_seq_len, beside rows that have ended."""
     engine = engines["full"]
@@ -158,6 +162,7 @@ def test_rows_end_at_the_last_slot(engines):
         assert off[0].stop_reason == ("capacity" if base["max_new_tokens"] == 50 else "length")
 
 
+@pytest.mark.slow
 def test_sampling_with_drafts_follows_the_models_distribution(engines):
     """The first drafted token against the model's own probabilities: 2000 draws, chi-square at the 0.1 % level.
 
@@ -198,6 +203,7 @@ def test_sampling_with_drafts_follows_the_models_distribution(engines):
     assert np.mean(found) > 0.95
 
 
+@pytest.mark.slow
 def test_trust_writes_confident_drafts_and_catches_up(engines):
     """What is trusted may differ from the model, but all that follows is the model's own, given what was written."""
     engine = engines["full"]
@@ -247,6 +253,7 @@ def test_auto_does_not_mistake_rows_that_end_for_slowness():
     assert pace.num_tokens == {True: 3.0 * NUM_TRIED, False: 1.0 * NUM_TRIED}
 
 
+@pytest.mark.slow
 def test_auto_is_lossless_and_times_itself(engines):
     engine = engines["full"]
     prompts = chains(engine, random.Random(11), 2)
@@ -269,6 +276,7 @@ def test_draft_thresholds_that_cannot_be_are_refused_by_name(value):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.slow
 def test_each_prompt_of_a_batch_may_have_its_own_settings(engines, cache):
     """Sampling, budgets, probes and draft policies side by side: every row is what it is alone, whichever way it drafts."""
     engine = engines[cache]
@@ -290,6 +298,7 @@ def test_each_prompt_of_a_batch_may_have_its_own_settings(engines, cache):
         engine.generate(prompts, settings[:2])
 
 
+@pytest.mark.slow
 def test_drafts_are_guessed_with_the_penalties(engines):
     """Each guess is the likeliest token once prompt, answer and the drafts before it are penalized: all that the cache holds."""
     engine = engines["full"]

@@ -52,6 +52,7 @@ def generated(model, prompt, **settings):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.1, 1.5, 0.8])
+@pytest.mark.slow
 def test_greedy_with_a_repetition_penalty_is_transformers_token_for_token(engine, theirs, penalty):
     params = GenerationParams(max_new_tokens=60, repetition_penalty=penalty, ignore_eos=True)
     done = engine.generate(PROMPTS, params)

@@ -53,6 +53,7 @@ def loaded(root) -> Text:
 
 
 @pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.slow
 def test_only_the_template_opens_the_thinking(models, asked):
     for kind in KINDS:
         prompt = loaded(models[kind]).chat(ASKED[asked])
@@ -61,6 +62,7 @@ def test_only_the_template_opens_the_thinking(models, asked):
 
 
 @pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.slow
 def test_not_thinking_in_the_templates_own_way(models, asked):
     for kind in KINDS:
         text = loaded(models[kind])
@@ -232,6 +234,7 @@ def run(*words) -> dict:
         (["--chat_template_kwargs", '{"other": 1}'], {}),
     ],
 )
+@pytest.mark.slow
 def test_run_tells_the_template(engines, monkeypatch, words, told, tmp_path):
     fed = []
     generate = Engine.generate

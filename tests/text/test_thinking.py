@@ -135,6 +135,7 @@ def thought_of(engine: Engine, ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 5])
+@pytest.mark.slow
 def test_depth_is_obeyed_in_batches_and_when_streaming(engine, depth):
     rng = random.Random(depth)
     prompts = [engine.text.chat(chain(rng, size)) for size in (1, 2, 3, 4, 5, 6)]

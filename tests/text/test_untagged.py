@@ -43,6 +43,7 @@ def test_an_exit_head_still_needs_them(model, tmp_path, capsys):
     assert "thinking tags" in capsys.readouterr().err and not (tmp_path / "ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_chunk_report_needs_no_thinking_tags(model, tmp_path, capsys):
     words = ("--chunk_report", "--context", "256", "--calib_size", "2", "--eval_items", "3", "--target_capture", "0.1")
     assert command(model, tmp_path / "chunks", *words, "--quiet") == 0

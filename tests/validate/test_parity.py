@@ -83,7 +83,7 @@ def judged(checkpoint: Path, out: Path, hf: Path, options: dict[str, Any]) -> Re
     return result
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow if row[1] else [], id=name_of(row)) for row in ROWS])
 def test_engine_equals_transformers(tmp_path: Path, row: tuple[str, dict[str, Any], bool]) -> None:
     family, special, chunked = row
     hf = save(tmp_path / "hf", family, seed=ROWS.index(row), **special)
@@ -95,6 +95,7 @@ def test_engine_equals_transformers(tmp_path: Path, row: tuple[str, dict[str, An
 
 
 @pytest.mark.parametrize(("family", "stored", "dtype"), SIXTEEN)
+@pytest.mark.slow
 def test_sixteen_bit_engines_stay_within_their_rounding(tmp_path: Path, family: str, stored: str, dtype: str) -> None:
     hf = save(tmp_path / "hf", family, dtype=stored, seed=40)
     judged(hf, tmp_path / "whole", hf, {**CHUNKS, "dtype": dtype})

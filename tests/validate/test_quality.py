@@ -32,6 +32,7 @@ def quantized(hf: Path, out: Path, qformat: str, **options) -> Path:
 
 
 @pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo"])
+@pytest.mark.slow
 def test_a_good_engine_passes(hf, tmp_path, qformat):
     result = validate(quantized(hf, tmp_path, qformat), reference=hf)
     assert result.ok and not result.count["skipped"], result
@@ -104,6 +105,7 @@ def test_a_changed_calibration_file_is_refused(hf, tmp_path, change):
 
 @pytest.mark.parametrize("qformat", ["int8_wo", "int4_awq"])
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.slow
 def test_what_is_promised_is_what_runs(hf, tmp_path, qformat, exact):
     """calibration.json states the loss of each way to run an engine, measured with its own operators; validation finds the same, and
     judges by that way's limits."""

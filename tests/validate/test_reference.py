@@ -75,6 +75,7 @@ def test_sinks_and_left_chunks_widen_the_view() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_float64_is_float64_throughout(models: dict[str, Path], family: str) -> None:
     """Nothing is left in float32: widening the float32 run by hand changes results by float32 rounding, and no less."""
     truth, hidden = Reference(models[family], "float64").run(IDS, layers=True)
@@ -161,6 +162,7 @@ def test_a_model_larger_than_memory_is_refused_before_loading(models: dict[str, 
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
+@pytest.mark.slow
 def test_without_torch_it_says_what_to_install(missing: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"

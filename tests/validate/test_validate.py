@@ -106,6 +106,7 @@ MODEL_FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any], Callable[[Any], N
 
 
 @pytest.mark.parametrize(("fault", "dtype"), [(fault, dtype) for fault, (dtypes, _, _) in MODEL_FAULTS.items() for dtype in dtypes])
+@pytest.mark.slow
 def test_a_fault_in_the_model_fails(hf: Path, tmp_path: Path, fault: str, dtype: str) -> None:
     _, config, change = MODEL_FAULTS[fault]
     build = dataclasses.replace(CHUNKED, dtype=dtype)
