@@ -29,6 +29,7 @@ def system(request, tmp_path_factory):
     made.close()
 
 
+@pytest.mark.slow
 def test_an_engine_of_the_sample_answers_held_out_questions(system):
     """Few questions of each kind: what is claimed in the cards is measured by `make sample`, this notices when it is lost."""
     questions = generated(("chain", "lookup", "story", "loan"), "test", num_items=16, seed=11, cut_share=0.5)
