@@ -16,6 +16,7 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
+from trtllm_thoughtx.runtime.logits import entropy
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 
 BASE = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 192, "use_chunked_attention": True, "chunk_size": "auto"}
@@ -40,9 +41,9 @@ def prompts_of(rng, vocab, lengths):
 def test_entropy_of_known_distributions():
     even = np.zeros((2, 8), np.float32)
     sure = np.where(np.arange(8) == 3, 1e4, 0.0).astype(np.float32)
-    np.testing.assert_allclose(chunks.entropy(even), np.log(8))
-    assert chunks.entropy(sure) == 0
-    np.testing.assert_allclose(chunks.entropy(np.log(np.array([0.5, 0.25, 0.25])) + 1000), 1.5 * np.log(2), rtol=1e-9)
+    np.testing.assert_allclose(entropy(even), np.log(8))
+    assert entropy(sure) == 0
+    np.testing.assert_allclose(entropy(np.log(np.array([0.5, 0.25, 0.25])) + 1000), 1.5 * np.log(2), rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_chosen_chunk_gives_what_a_named_one_gives(model, tmp_path, seed):
     whole = load(model, tmp_path / "whole", **{**options, "max_chunk_size": 192})
     rows = prompts_of(rng, whole.config.vocab_size, (rng.randint(1, 20), 16, rng.randint(17, 60), rng.randint(61, 150)))
     heads = [row[: options["max_chunk_size"]] for row in rows]
-    measured = [float(chunks.entropy(logits).mean()) for logits in whole.forward(heads, chunk_size=192)]
+    measured = [float(entropy(logits).mean()) for logits in whole.forward(heads, chunk_size=192)]
     whole.close()
     engine = load(model, tmp_path / "e", **{**options, "base_size": 40.0 / float(np.median(measured))})
     params = GenerationParams(max_new_tokens=30, ignore_eos=True)

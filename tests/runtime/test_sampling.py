@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from trtllm_thoughtx.errors import Exit, ThoughtxError
+from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
 from trtllm_thoughtx.runtime.sampling import (
     GenerationParams,
     Sampler,
     distribution,
-    log_probability,
     penalized,
     token_ids,
-    top_logprobs,
     uniform,
     unused_settings,
 )

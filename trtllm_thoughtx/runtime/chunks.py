@@ -19,6 +19,7 @@ import numpy as np
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.batch import Batch
+from trtllm_thoughtx.runtime.logits import entropy
 from trtllm_thoughtx.runtime.session import Session
 
 NUM_ROWS = 32
@@ -76,15 +77,6 @@ def _first_chunk_entropy(session: Session, batch: Batch, rows: Sequence[Sequence
             if extra:
                 sums[row] += len(extra) * float(nats[row, np.unique(places[row], return_index=True)[1]].mean())
     return [total / len(head) for total, head in zip(sums, heads, strict=True)]
-
-
-def entropy(logits: np.ndarray) -> np.ndarray:
-    """Shannon entropy in nats of the softmax over the last axis, float64 [...]."""
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    weights = np.exp(z)
-    total = weights.sum(-1)
-    return np.log(total) - (weights * z).sum(-1) / total
 
 
 def choose(prompt_entropy: float, build: BuildConfig) -> Choice:

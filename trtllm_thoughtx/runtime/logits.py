@@ -1,4 +1,4 @@
-"""Logits to log-probabilities, and what is computed from them: KL divergence, the likeliest tokens. All in float64, in nats."""
+"""Logits to log-probabilities, and what is computed from them: entropy, KL divergence, the likeliest tokens. All in float64, in nats."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float64 [..., vocab]."""
     wide = _centred(logits)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def entropy(logits: np.ndarray) -> np.ndarray:
+    """Shannon entropy of the softmax over the last axis, float64 [...]."""
+    wide = _centred(logits)
+    weights = np.exp(wide)
+    total = weights.sum(-1)
+    return np.log(total) - (weights * wide).sum(-1) / total
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:

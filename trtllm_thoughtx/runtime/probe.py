@@ -17,7 +17,7 @@ import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.batch import Batch
-from trtllm_thoughtx.runtime.sampling import log_probability
+from trtllm_thoughtx.runtime.logits import log_probability
 from trtllm_thoughtx.runtime.session import Session
 
 UNKNOWN = ("?", "")  # answers that say nothing is known yet

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, token_ids, unused_settings
 
 __all__ = [
@@ -29,10 +28,8 @@ __all__ = [
     "GenerationParams",
     "Sampler",
     "distribution",
-    "log_probability",
     "penalized",
     "token_ids",
-    "top_logprobs",
     "uniform",
     "unused_settings",
 ]
