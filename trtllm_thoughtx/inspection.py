@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.build.options import speed_notes
 from trtllm_thoughtx.checkpoint import directory as checkpoint
-from trtllm_thoughtx.checkpoint.exits import read_exits
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.text.notes import text_notes
@@ -55,25 +55,25 @@ def _model(config: ModelConfig) -> dict[str, Any]:
 
 def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
     from trtllm_thoughtx.families.hf_config import model_config_from_hf
-    from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+    from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm
 
-    raw, where = files.read_json(path, "config.json"), str(path / "config.json")
+    opened = Checkpoint.open(path)
     facts: dict[str, Any] = {}
     if kind == "huggingface":
-        config, shards = model_config_from_hf(raw, where), checkpoint.shard_files(path)
+        config = model_config_from_hf(opened.raw, opened.where)
     else:
-        world_size, facts["tp_size"], facts["pp_size"] = mapping_of(raw, where)
-        config, shards = model_config_from_trtllm(raw, where), [f"rank{rank}.safetensors" for rank in range(world_size)]
-    exits = read_exits(path, config)
+        facts["tp_size"], facts["pp_size"], _ = opened.mapping
+        config = model_config_from_trtllm(opened.raw, opened.where)
+    shards, exits = opened.shards, opened.exits(config)
     if exits.head is not None:
         facts["exit_head"] = {"threshold": exits.head.threshold}
     if exits.adapters:
         facts["exit_adapters"] = [f"before layer {one.layer} (rank {len(one.down)}, from {one.threshold:g} on)" for one in exits.adapters]
-    tensors = [info for shard in shards for info in checkpoint.read_tensors(path, [shard]).values()]
+    tensors = opened.tensors()
     types = Counter(info.dtype for info in tensors)
     return {
         **facts,
-        "notes": text_notes(path, config.vocab_size),
+        "notes": text_notes(path, config.vocab_size, opened.raw),
         "model": _model(config),
         "num_tensors": len(tensors),
         "num_parameters": sum(math.prod(info.shape) for info in tensors),

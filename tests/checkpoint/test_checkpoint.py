@@ -236,7 +236,7 @@ def test_many_tensors_are_fine() -> None:
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_shards(tmp_path: Path, family: str, shards: int) -> None:
     written = tiny.write_tiny(tmp_path, family=family, shards=shards, dtype="bfloat16", tokenizer=True)
-    files = checkpoint.shard_files(tmp_path)
+    files, _ = checkpoint.model_files(tmp_path)
     assert len(files) == shards and files == sorted(files)
     found = checkpoint.read_tensors(tmp_path, files)
     assert found.keys() == written.keys()
@@ -256,7 +256,7 @@ def test_a_hub_cache_snapshot(tmp_path: Path) -> None:
         path.rename(blobs / f"{k:040x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{k:040x}")
     assert checkpoint.kind_of(snapshot) == "huggingface"
-    assert checkpoint.read_tensors(snapshot, checkpoint.shard_files(snapshot)).keys() == written.keys()
+    assert checkpoint.model_files(snapshot)[1].keys() == written.keys()
     with pytest.raises(ThoughtxError) as caught:
         checkpoint.kind_of(blobs.parent)
     assert "snapshots" in caught.value.why
@@ -265,7 +265,7 @@ def test_a_hub_cache_snapshot(tmp_path: Path) -> None:
 def test_hard_links(tmp_path: Path) -> None:
     written = tiny.write_tiny(tmp_path / "a", shards=2)
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=os.link)
-    assert checkpoint.read_tensors(tmp_path / "b", checkpoint.shard_files(tmp_path / "b")).keys() == written.keys()
+    assert checkpoint.model_files(tmp_path / "b")[1].keys() == written.keys()
 
 
 def test_all_disagreements_at_once(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_all_disagreements_at_once(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00004.safetensors").unlink()
     (tmp_path / "model-00003-of-00004.safetensors").rename(tmp_path / "another.safetensors")
     with pytest.raises(ThoughtxError) as caught:
-        checkpoint.shard_files(tmp_path)
+        checkpoint.model_files(tmp_path)
     assert caught.value.code == "E106"
     for name in ("model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"):
         assert name in caught.value.why and name in caught.value.fix
@@ -286,7 +286,7 @@ def test_all_disagreements_at_once(tmp_path: Path) -> None:
     del index["weight_map"]["model.norm.weight"]
     (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
     with pytest.raises(ThoughtxError) as caught:
-        checkpoint.shard_files(tmp_path)
+        checkpoint.model_files(tmp_path)
     assert "101 problems" in caught.value.what and "ghost.0" in caught.value.why and "more" in caught.value.why
 
 
@@ -296,7 +296,7 @@ def test_files_beside_the_weights_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "modeling_evil.py").write_text("raise SystemExit")
     (tmp_path / "original").mkdir()
     os.mkfifo(tmp_path / "README.md")
-    assert checkpoint.shard_files(tmp_path) == [SINGLE]
+    assert checkpoint.model_files(tmp_path)[0] == [SINGLE]
     assert checkpoint.read_tensors(tmp_path, [SINGLE]).keys() == written.keys()
 
 

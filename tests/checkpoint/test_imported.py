@@ -13,7 +13,8 @@ from tiny import tiny_values, write_tiny
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
-from trtllm_thoughtx.checkpoint.quantized import import_quantized, is_quantized, unpack_words
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
+from trtllm_thoughtx.checkpoint.quantized import import_quantized, unpack_words
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.cli.commands import convert
 from trtllm_thoughtx.errors import ThoughtxError
@@ -140,7 +141,7 @@ def test_zero_points_matter_here(tmp_path):
 )
 def test_fp8_arrives_number_for_number(tmp_path, options, algo):
     meant = fp8(tmp_path / "q", **options)
-    assert is_quantized(tmp_path / "q")
+    assert Checkpoint.open(tmp_path / "q").is_quantized()
     assert import_quantized(tmp_path / "q", tmp_path / "c")["quant_algo"] == algo
     with open_weights(tmp_path / "c") as source:
         for module, parts in (("attention.qkv", LINEARS[:3]), ("mlp.proj", LINEARS[6:])):
@@ -401,4 +402,4 @@ def test_the_convert_command_imports_and_never_widens(tmp_path):
     assert result.exit_code == 0 and json.loads(result.stdout)["quant_algo"] == "W4A16_GPTQ"
     refused = CliRunner().invoke(convert, [*words, "--dtype", "float16", "--force"])
     assert isinstance(refused.exception, ThoughtxError) and refused.exception.code == "E001"
-    assert not is_quantized(tmp_path / "c") and not is_quantized(tmp_path / "absent")
+    assert not Checkpoint.open(tmp_path / "c").is_quantized()

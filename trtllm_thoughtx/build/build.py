@@ -26,6 +26,7 @@ from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build import engine_dir
 from trtllm_thoughtx.build.options import refuse, resolve, speed_notes
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.weights import WeightSource, open_weights
@@ -48,7 +49,7 @@ MEMORY_FACTOR = 4.2  # of a TensorRT build, over the weights of its largest part
 
 
 def build(
-    checkpoint_dir: Path,
+    checkpoint_dir: Path | Checkpoint,
     output_dir: Path,
     options: Mapping[str, Any] | None = None,
     *,
@@ -62,7 +63,7 @@ def build(
     """
     command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **(options or {})})
     progress = progress or Progress.silent()
-    checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
+    output_dir = Path(output_dir)
     began = time.monotonic()
     with open_weights(checkpoint_dir, progress=progress) as source:
         config, exits = source.config, source.exits
@@ -73,7 +74,11 @@ def build(
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
         plan = _plan(source, settings, bounds, output_dir)
-        notes = [*_unused_exits(settings, exits), *speed_notes(config, settings), *text_notes(checkpoint_dir, config.vocab_size)]
+        notes = [
+            *_unused_exits(settings, exits),
+            *speed_notes(config, settings),
+            *text_notes(source.path, config.vocab_size, source.members.config),
+        ]
         for note in notes:
             plan["notes"].append(note)
             progress.note(f"note: {note}")

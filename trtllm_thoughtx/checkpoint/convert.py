@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trtllm_thoughtx.checkpoint import tensor_file
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.tensor_file import Entry
@@ -137,7 +138,7 @@ def _check_parallel(config: ModelConfig, tp_size: int, pp_size: int) -> None:
 
 
 def convert(
-    model_dir: Path,
+    model_dir: Path | Checkpoint,
     output_dir: Path,
     *,
     dtype: str = "auto",
@@ -152,8 +153,7 @@ def convert(
     `dtype` auto keeps the checkpoint's. E108 lists every tensor with values that are not finite or do not fit `dtype`.
     """
     command = command_line("thoughtx-convert", locals())
-    model_dir, output_dir = Path(model_dir), Path(output_dir)
-    progress = progress or Progress.silent()
+    output_dir, progress = Path(output_dir), progress or Progress.silent()
     if dtype not in ("auto", *DTYPES):
         raise ThoughtxError(
             "E001", f"unknown dtype {dtype}", where="--dtype", why=f"known are auto, {', '.join(DTYPES)}", fix="choose one of them"
@@ -171,27 +171,9 @@ def convert(
         stages = [_stage_tensors(source, layers, stage, pp_size) for stage, layers in enumerate(rank_layers(config.num_layers, pp_size))]
         shapes = [[_entries(stage, rank, tp_size, config, target) for rank in range(tp_size)] for stage in stages]
         num_bytes = sum(tensor_file.num_bytes(rank) for stage in shapes for rank in stage)
-        source_bytes = sum(
-            math.prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype or target].itemsize for stage in stages for _, tensor in stage
-        )
         output.prepare(num_bytes)
-        found: dict[str, Findings] = {}
         with output.writing() as partial:
-            with progress.stage("convert", source_bytes, "bytes") as step:
-                for stage, tensors in enumerate(stages):
-                    names = [f"rank{stage * tp_size + rank}.safetensors" for rank in range(tp_size)]
-                    with ExitStack() as stack:
-                        ranks = [_RankFile(stack.enter_context((partial / name).open("xb"))) for name in names]
-                        lanes = stack.enter_context(_Lanes())
-                        for rank, entries in zip(ranks, shapes[stage], strict=True):
-                            lanes.send(rank, tensor_file.header(entries))
-                        for _, tensor in tensors:
-                            findings = _deal(source, tensor, ranks, tensor.dtype or target, lanes, step, keep=not found)
-                            if findings:
-                                found[tensor.name] = findings
-                        lanes.drain()
-                    output.hashes |= {name: rank.digest.hexdigest() for name, rank in zip(names, ranks, strict=True)}
-            source.refuse(found, target)
+            _write_ranks(source, target, stages, shapes, partial, output, progress)
             output.write("config.json", json.dumps(trtllm_config(config, dtype=target, tp_size=tp_size, pp_size=pp_size), indent=2) + "\n")
             output.carry(*source.members.carried, *source.members.exits)
     return {
@@ -203,6 +185,35 @@ def convert(
         "num_bytes": num_bytes,
         "files": dict(sorted(output.hashes.items())),
     }
+
+
+def _write_ranks(
+    source: WeightSource,
+    dtype: str,
+    stages: Sequence[Sequence[tuple[str, Tensor]]],
+    shapes: Sequence[Sequence[Sequence[Entry]]],
+    folder: Path,
+    output: Output,
+    progress: Progress,
+) -> None:
+    """Every rank's file, stage by stage. E108 with all findings about values, once every tensor was looked at."""
+    found: dict[str, Findings] = {}
+    num_bytes = sum(math.prod(tensor.shape) * NUMPY_DTYPES[tensor.dtype or dtype].itemsize for stage in stages for _, tensor in stage)
+    with progress.stage("convert", num_bytes, "bytes") as step:
+        for stage, (tensors, entries_of_ranks) in enumerate(zip(stages, shapes, strict=True)):
+            names = [f"rank{stage * len(entries_of_ranks) + rank}.safetensors" for rank in range(len(entries_of_ranks))]
+            with ExitStack() as stack:
+                ranks = [_RankFile(stack.enter_context((folder / name).open("xb"))) for name in names]
+                lanes = stack.enter_context(_Lanes())
+                for rank, entries in zip(ranks, entries_of_ranks, strict=True):
+                    lanes.send(rank, tensor_file.header(entries))
+                for _, tensor in tensors:
+                    findings = _deal(source, tensor, ranks, tensor.dtype or dtype, lanes, step, keep=not found)
+                    if findings:
+                        found[tensor.name] = findings
+                lanes.drain()
+            output.hashes |= {name: rank.digest.hexdigest() for name, rank in zip(names, ranks, strict=True)}
+    source.refuse(found, dtype)
 
 
 def _check_plain(source: WeightSource) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx.checkpoint.header import CONVERT, MAX_TENSORS, ORIGINAL, TENSOR_NAME, read_header, unread
 from trtllm_thoughtx.checkpoint.header import parse_header as parse_header
@@ -62,8 +62,8 @@ def read_tensors(root: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
 # --- a directory -----------------------------------------------------------------------------------------------------
 
 
-def shard_files(root: Path) -> list[str]:
-    """The safetensors files of a Hugging Face directory that hold its model, in name order.
+def model_files(root: Path) -> tuple[list[str], dict[str, TensorInfo]]:
+    """The safetensors files of a Hugging Face directory that hold its model, in name order, and the tensors in them.
 
     With an index those that it names, which must agree with it in every name (E106); without one model.safetensors. Others, such
     as adapters, value heads or copies in another layout, do not belong to the model: `ignored_files`.
@@ -72,7 +72,7 @@ def shard_files(root: Path) -> list[str]:
     present = _names(root)
     if INDEX not in present:
         if SINGLE in present:
-            return [SINGLE]
+            return [SINGLE], read_tensors(root, [SINGLE])
         raise _without_index(root, present)
     weight_map = _weight_map(root)
     wanted = set(weight_map.values())
@@ -94,7 +94,7 @@ def shard_files(root: Path) -> list[str]:
     problems += [f"tensor {shown(name)!r} is in {shown(tensors[name].file)} but not in the index" for name in surplus]
     if problems:
         raise _disagree(problems, root, f"download {INDEX} and the files that it names again, all from one revision of the model")
-    return sorted(wanted)
+    return sorted(wanted), tensors
 
 
 def ignored_files(root: Path, shards: Sequence[str]) -> list[str]:
@@ -141,12 +141,16 @@ def _weight_map(root: Path) -> dict[str, str]:
 
 def kind_of(path: Path) -> str:
     """What the user gave us: huggingface | tensorrt-llm | engine (directories), onnx | plan (files). Else E101."""
-    path = Path(path)
+    return kind_and_config(Path(path))[0]
+
+
+def kind_and_config(path: Path) -> tuple[str, dict[str, Any]]:
+    """(kind, config.json of a directory)."""
     wanted = "give a Hugging Face or TensorRT-LLM checkpoint directory, an engine directory, an .onnx or an .engine file"
     if os.path.isfile(path):
         kinds = {".onnx": "onnx", ".engine": "plan", ".plan": "plan"}
         if path.suffix in kinds:
-            return kinds[path.suffix]
+            return kinds[path.suffix], {}
         if path.suffix in OTHER_WEIGHTS:
             raise _other_format(f"this is a {path.suffix} file", path.name, str(path))
         is_part = path.suffix == ".safetensors" or path.name == "config.json"
@@ -167,11 +171,11 @@ def kind_of(path: Path) -> str:
     config = read_json(path, "config.json")
     if isinstance(config, dict):
         if {"pretrained_config", "build_config"} & config.keys():
-            return "engine"
+            return "engine", config
         if "architecture" in config:
-            return "tensorrt-llm"
+            return "tensorrt-llm", config
         if {"model_type", "architectures"} & config.keys():
-            return "huggingface"
+            return "huggingface", config
     why = "it has neither model_type (Hugging Face) nor architecture (TensorRT-LLM) nor pretrained_config (engine)"
     raise _unwanted("config.json is not that of a checkpoint or an engine", path, why, wanted)
 

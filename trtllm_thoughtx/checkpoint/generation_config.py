@@ -7,6 +7,7 @@ is not null. Checkpoints and engines have another config.json, so they carry suc
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ SETTINGS = (
 )
 
 
-def read_generation_config(root: Path) -> dict[str, Any]:
-    """The settings as they are written, {} when there are none; E102 unless they are a JSON object."""
+def read_generation_config(root: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings as they are written, {} when there are none; E102 unless they are a JSON object. `config`: config.json, once read."""
     root = Path(root)
     if os.path.lexists(root / NAME):
         raw = read_json(root, NAME, limit=LIMIT_BYTES)
@@ -50,7 +51,9 @@ def read_generation_config(root: Path) -> dict[str, Any]:
                 fix="correct it there, or remove the file: it is optional",
             )
         return raw
-    raw = read_json(root, "config.json") if os.path.lexists(root / "config.json") else {}
-    if not isinstance(raw, dict) or not {"model_type", "architectures"} & raw.keys():
+    raw = config
+    if raw is None:
+        raw = read_json(root, "config.json") if os.path.lexists(root / "config.json") else {}
+    if not isinstance(raw, Mapping) or not {"model_type", "architectures"} & raw.keys():
         return {}
     return {key: raw[key] for key in (*IDS, *SETTINGS) if raw.get(key) is not None and not (key in IDS and raw[key] == -1)}

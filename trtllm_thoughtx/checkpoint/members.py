@@ -11,8 +11,9 @@ what became of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.checkpoint.directory import INDEX, ignored_files
@@ -76,8 +77,8 @@ def changed(path: Path) -> ThoughtxError:
 class Members:
     """The files of one checkpoint, whose weights are in `weights`. E104 for one that leads out of the directory."""
 
-    def __init__(self, root: Path, kind: str, weights: Sequence[str]) -> None:
-        self.root, self.weights = root, tuple(weights)
+    def __init__(self, root: Path, kind: str, weights: Sequence[str], config: Mapping[str, Any]) -> None:
+        self.root, self.weights, self.config = root, tuple(weights), config  # config.json, parsed
         about = (CONFIG, INDEX, QUANT_FILE) if kind == "huggingface" else (CONFIG,)
         self.model = (*(name for name in about if os.path.lexists(root / name)), *weights)
         self.exits = self._present(EXITS)

@@ -102,7 +102,7 @@ class Output:
     def carry(self, *names: str, root: Path | None = None) -> None:
         """Copy files of the checkpoint, or of `root`, as they are, however large. Settings of generation that only the checkpoint's
         config.json holds become a file of their own."""
-        if root is None and NAME not in names and (settings := read_generation_config(self.members.root)):
+        if root is None and NAME not in names and (settings := read_generation_config(self.members.root, self.members.config)):
             self.write(NAME, report.to_json(settings))
         for name in names:
             digest = hashlib.sha256()

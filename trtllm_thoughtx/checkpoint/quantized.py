@@ -13,9 +13,8 @@ FP8, orders that differ within q, k and v, other formats) is E103: a checkpoint 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,15 +22,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.checkpoint import directory as checkpoint
 from trtllm_thoughtx.checkpoint import tensor_file
-from trtllm_thoughtx.checkpoint.exits import read_exits
-from trtllm_thoughtx.checkpoint.members import QUANT_FILE, Members
+from trtllm_thoughtx.checkpoint.members import QUANT_FILE
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.tensor_check import HEAD
 from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, STORED_DTYPES
-from trtllm_thoughtx.config import QuantConfig
+from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor, tensors_of
 from trtllm_thoughtx.families.fields import Fields
@@ -57,14 +55,6 @@ class Scheme:
     inputs: str = "static"  # FP8: `Format.inputs`
 
 
-def is_quantized(model_dir: Path) -> bool:
-    """A Hugging Face directory that says that its weights are quantized."""
-    if not os.path.isdir(model_dir) or checkpoint.kind_of(model_dir) != "huggingface":
-        return False
-    raw = files.read_json(model_dir, "config.json")
-    return bool(isinstance(raw, dict) and raw.get("quantization_config")) or os.path.lexists(model_dir / QUANT_FILE)
-
-
 def only_plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `import_quantized` among those of thoughtx-convert; E001 for one that would change numbers or split them."""
     for name, plain in (("dtype", "auto"), ("tp_size", 1), ("pp_size", 1), ("allow_nonfinite", False)):
@@ -74,13 +64,12 @@ def only_plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"force": options.get("force", False)}
 
 
-def scheme_of(model_dir: Path) -> Scheme:
+def scheme_of(source: Checkpoint) -> Scheme:
     """E103 for a format whose numbers cannot be kept."""
-    where = str(model_dir / "config.json")
-    raw = files.read_json(model_dir, "config.json").get("quantization_config")
+    where, raw = source.where, source.raw.get("quantization_config")
     if not raw:
-        where = str(model_dir / QUANT_FILE)
-        table = Fields(files.read_json(model_dir, QUANT_FILE), where).table("quantization")
+        where = str(source.path / QUANT_FILE)
+        table = Fields(files.read_json(source.path, QUANT_FILE), where).table("quantization")
         return _modelopt(table.get("quant_algo") if table else None, f"{QUANT_FILE}: quant_algo", where)
     fields = Fields(raw, where, "quantization_config.")
     method = fields.text("quant_method")
@@ -140,38 +129,6 @@ def _unread(what: str, where: str, fix: str = QUANTIZE) -> NoReturn:
     raise ThoughtxError("E103", f"{what} is not read", where=where, why=why, fix=fix)
 
 
-def _misfit(name: str, why: str, root: Path) -> ThoughtxError:
-    return ThoughtxError("E107", f"{shown(name)} does not fit", where=str(root), why=why, fix="download the checkpoint again")
-
-
-class _Source:
-    """The tensors of the checkpoint, read one at a time; remembers which were used."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        shards = checkpoint.shard_files(root)
-        self.members = Members(root, "huggingface", shards)
-        self.infos = checkpoint.read_tensors(root, shards)
-        self.used: set[str] = set()
-
-    def read(self, name: str, wanted: tuple[int, ...] | None = None, kind: str | None = None) -> np.ndarray:
-        """E107 when it is missing, or not of the wanted shape and safetensors type (None: a float)."""
-        info = self.infos.get(name)
-        kinds = STORED_DTYPES if kind is None else (kind,)
-        if info is None or (wanted is not None and info.shape != wanted) or info.dtype not in kinds:
-            found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-            raise _misfit(name, f"{found}, wanted {' or '.join(kinds)} {list(wanted) if wanted else ''}".rstrip(), self.root)
-        self.used.add(name)
-        dtype = tensor_file.DTYPES[info.dtype]
-        with files.open_inside(self.root, info.file) as file:
-            file.seek(info.offset)
-            data = tensor_file.exactly(file, int(np.prod(info.shape, dtype=np.int64)) * dtype.itemsize)
-        return np.frombuffer(data, dtype).reshape(info.shape)
-
-    def has(self, name: str) -> bool:
-        return name in self.infos
-
-
 def unpack_words(words: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
     """Eight 4-bit numbers of each 32-bit word, uint8, unfolded along `axis`; place i of a word holds number `order[i]`."""
     wide = words.astype("<u4") if axis == 1 else words.T.astype("<u4")
@@ -182,22 +139,22 @@ def unpack_words(words: np.ndarray, axis: int, order: tuple[int, ...] = tuple(ra
     return flat if axis == 1 else flat.T
 
 
-def _four_bits(source: _Source, base: str, num_out: int, num_in: int, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _four_bits(source: Checkpoint, base: str, num_out: int, num_in: int, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(numbers [out, in], zeros [out, groups], scales [out, groups]) of one layer, as they are stored."""
     size = scheme.group_size
     num_groups = num_in // size
     scales = source.read(f"{base}.scales", (num_groups, num_out)).astype(np.float32).T
-    words = source.read(f"{base}.qzeros", (num_groups, num_out // 8), "I32")
+    words = source.read(f"{base}.qzeros", (num_groups, num_out // 8), ("I32",))
     if scheme.kind == "awq":
-        numbers = unpack_words(source.read(f"{base}.qweight", (num_in, num_out // 8), "I32"), 1, AWQ_ORDER).T
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in, num_out // 8), ("I32",)), 1, AWQ_ORDER).T
         zeros = unpack_words(words, 1, AWQ_ORDER).T
     else:
-        numbers = unpack_words(source.read(f"{base}.qweight", (num_in // 8, num_out), "I32"), 0).T
+        numbers = unpack_words(source.read(f"{base}.qweight", (num_in // 8, num_out), ("I32",)), 0).T
         zeros = unpack_words(words, 1).T
     return numbers, zeros.astype(np.int16) + scheme.zero_offset, scales
 
 
-def _input_order(source: _Source, tensor: Tensor, scheme: Scheme) -> np.ndarray:
+def _input_order(source: Checkpoint, tensor: Tensor, scheme: Scheme) -> np.ndarray:
     """Input channels in the order of their groups, I32 [in]; rising where the layer has no activation order.
 
     E107 when g_idx is missing or names groups that do not exist, E103 when groups differ in size, or the parts of a matrix in order.
@@ -207,18 +164,18 @@ def _input_order(source: _Source, tensor: Tensor, scheme: Scheme) -> np.ndarray:
     orders: list[np.ndarray] = []
     for part in tensor.parts if scheme.kind == "gptq" else ():
         name = f"{part.source.removesuffix('.weight')}.g_idx"
-        groups = source.read(name, (num_in,), "I32") if scheme.needs_order or source.has(name) else found // size
+        groups = source.read(name, (num_in,), ("I32",)) if scheme.needs_order or name in source.stored else found // size
         if groups.min() < 0 or groups.max() >= num_in // size:
-            raise _misfit(name, f"it must name the groups 0 to {num_in // size - 1}", source.root)
+            raise source.misfit(name, f"it must name the groups 0 to {num_in // size - 1}")
         if np.any(np.bincount(groups, minlength=num_in // size) != size):
-            _unread(f"GPTQ with groups that do not have {size} channels each ({name})", str(source.root))
+            _unread(f"GPTQ with groups that do not have {size} channels each ({name})", str(source.path))
         orders.append(np.argsort(groups, kind="stable").astype(np.int32))
         if not np.array_equal(orders[0], orders[-1]):
-            _unread(f"GPTQ with an activation order of its own for a part of one matrix ({name})", str(source.root))
+            _unread(f"GPTQ with an activation order of its own for a part of one matrix ({name})", str(source.path))
     return orders[0] if orders else found
 
 
-def _made_four(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
+def _made_four(source: Checkpoint, tensor: Tensor, scheme: Scheme) -> Made:
     parts = [_four_bits(source, part.source.removesuffix(".weight"), part.shape[0], part.shape[1], scheme) for part in tensor.parts]
     numbers, zeros, scales = (np.concatenate([part[i] for part in parts]) for i in range(3))
     order = _input_order(source, tensor, scheme)
@@ -228,23 +185,23 @@ def _made_four(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
     return {"weight": packed, "weights_scaling_factor": scales, "zero": zero, "input_order": order}
 
 
-def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
+def _made_fp8(source: Checkpoint, tensor: Tensor, scheme: Scheme) -> Made:
     """The rows as they are, a scale per row, and the largest of the static input scales."""
     weights, rows, inputs = [], [], []
     for part in tensor.parts:
         base = part.source.removesuffix(".weight")
-        weights.append(source.read(f"{base}.weight", part.shape, "F8_E4M3"))
+        weights.append(source.read(f"{base}.weight", part.shape, (FP8.stored,)))
         scale = source.read(f"{base}.weight_scale")
         if scale.shape not in ((), (1,), (1, 1), (part.shape[0],), (part.shape[0], 1)):
-            _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.root))
+            _unread(f"FP8 with blocks ({base}.weight_scale)", str(source.path))
         rows.append(np.broadcast_to(scale.astype(np.float32).reshape(-1), (part.shape[0],)))
         if scheme.inputs != "static":
             continue
-        if not source.has(f"{base}.input_scale"):
-            _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.root))
+        if f"{base}.input_scale" not in source.stored:
+            _unread(f"FP8 without static input scales ({base}.input_scale is missing)", str(source.path))
         inputs.append(source.read(f"{base}.input_scale"))
         if inputs[-1].size != 1:
-            raise _misfit(f"{base}.input_scale", f"{list(inputs[-1].shape)}, wanted one number", source.root)
+            raise source.misfit(f"{base}.input_scale", f"{list(inputs[-1].shape)}, wanted one number")
     made = {"weight": np.concatenate([weight.view(np.uint8) for weight in weights]).view(weights[0].dtype)}
     if scheme.inputs != "static":
         return made | {FORMATS[algo_of(FP8, "row", scheme.inputs)].scale_name: np.concatenate(rows)}
@@ -252,42 +209,61 @@ def _made_fp8(source: _Source, tensor: Tensor, scheme: Scheme) -> Made:
     return made | {"weights_scaling_factor": np.concatenate(rows), "activation_scaling_factor": largest}
 
 
-def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def import_quantized(
+    model_dir: Path | Checkpoint, output_dir: Path, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Write a quantized Hugging Face checkpoint as a TensorRT-LLM one, number for number; returns a summary."""
     command = command_line("thoughtx-convert", locals())
-    model_dir, output_dir = Path(model_dir), Path(output_dir)
-    progress = progress or Progress.silent()
-    scheme = scheme_of(model_dir)
-    raw = {key: value for key, value in files.read_json(model_dir, "config.json").items() if key != "quantization_config"}
-    source = _Source(model_dir)
-    for note in (notes := source.members.notes()):
-        progress.note(f"note: {note}")
-    kinds = {STORED_DTYPES[i.dtype] for n, i in source.infos.items() if i.dtype in STORED_DTYPES and n.endswith("norm.weight")}
-    config = model_config_from_hf(raw, str(model_dir / "config.json"), weights_dtype=kinds.pop() if len(kinds) == 1 else None)
+    output_dir, progress = Path(output_dir), progress or Progress.silent()
+    with Checkpoint.open(model_dir) as source:
+        scheme, config = scheme_of(source), _config_of(source)
+        for note in (notes := source.members.notes()):
+            progress.note(f"note: {note}")
+        exits = source.exits(config)
+        table = tensors_of(config)
+        covered = _covered(source, table, linear_modules(config), scheme)
+        settings = {"scheme": scheme.kind, "dtype": config.dtype}
+        output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
+        facts = {"output_dir": str(output_dir), "model_type": config.family, "dtype": config.dtype, "num_quantized": len(covered)}
+        if output.is_current():
+            there = model_config_from_trtllm(files.read_json(output_dir, "config.json"), str(output_dir / "config.json"))
+            return {**facts, **_facts_of(there.quantization), "up_to_date": True}
+        output.prepare(sum(info.num_bytes for info in source.stored.values()))
+        made = _Made(source, covered, scheme)
+        quant = made.quant_config([module for module in linear_modules(config) if module not in covered])
+        _write(output, made, table, replace(config, quantization=quant), progress)
+    return {**facts, **_facts_of(quant), "up_to_date": False, "notes": notes, "exits": str(exits) if exits else None}
+
+
+def _config_of(source: Checkpoint) -> ModelConfig:
+    """The model less its quantization; weights that are not quantized tell its type where config.json does not. E103 for experts."""
+    raw = {key: value for key, value in source.raw.items() if key != "quantization_config"}
+    norms = [info for name, info in source.stored.items() if name.endswith("norm.weight")]
+    kinds = {STORED_DTYPES[info.dtype] for info in norms if info.dtype in STORED_DTYPES}
+    config = model_config_from_hf(raw, source.where, weights_dtype=kinds.pop() if len(kinds) == 1 else None)
     if config.experts is not None:
-        _unread("a quantized mixture of experts", str(model_dir), "use the original checkpoint: mixtures are built in float32 and 16 bits")
-    exits = read_exits(model_dir, config)
-    table = {tensor.name: tensor for tensor in tensors_of(config)}
+        fix = "use the original checkpoint: mixtures are built in float32 and 16 bits"
+        _unread("a quantized mixture of experts", str(source.path), fix)
+    return config
+
+
+def _covered(source: Checkpoint, table: Sequence[Tensor], modules: Sequence[str], scheme: Scheme) -> dict[str, Tensor]:
+    """The linear layers that are quantized. E103 for one of which only a part is."""
+    named = {tensor.name: tensor for tensor in table}
     mark = ".weight_scale" if scheme.kind == "fp8" else ".qweight"
     covered: dict[str, Tensor] = {}
-    for module in linear_modules(config):
-        tensor = table[f"{module}.weight"]
-        marked = [source.has(part.source.removesuffix(".weight") + mark) for part in tensor.parts]
+    for module in modules:
+        tensor = named[f"{module}.weight"]
+        marked = [part.source.removesuffix(".weight") + mark in source.stored for part in tensor.parts]
         if any(marked) and not all(marked):
-            _unread(f"a layer of which a part is quantized ({module})", str(model_dir))
+            _unread(f"a layer of which a part is quantized ({module})", str(source.path))
         if all(marked):
             covered[module] = tensor
-    settings = {"scheme": scheme.kind, "dtype": config.dtype}
-    output = Output(output_dir, source.members, settings, command=command, force=force, progress=progress)
-    facts = {"output_dir": str(output_dir), "model_type": config.family, "dtype": config.dtype, "num_quantized": len(covered)}
-    if output.is_current():
-        there = model_config_from_trtllm(files.read_json(output_dir, "config.json"), str(output_dir / "config.json"))
-        return {**facts, **_facts_of(there.quantization), "up_to_date": True}
-    output.prepare(sum(info.num_bytes for info in source.infos.values()))
-    made = _Made(source, covered, scheme)
-    quant = made.quant_config([module for module in linear_modules(config) if module not in covered])
-    config = replace(config, quantization=quant)
-    entries = with_quantization(list(table.values()), config)
+    return covered
+
+
+def _write(output: Output, made: _Made, table: Sequence[Tensor], config: ModelConfig, progress: Progress) -> None:
+    source, entries = made.source, with_quantization(table, config)
     names = {kind: name for name, kind in STORED_DTYPES.items()}
     rows = [(t.name, t.stored or names[config.dtype], t.shape) for t in entries]
     output.prepare(tensor_file.num_bytes(rows))
@@ -299,15 +275,14 @@ def import_quantized(model_dir: Path, output_dir: Path, *, force: bool = False, 
                 yield made.value(tensor) if tensor.stored else _plain(source, tensor, config.dtype)
 
         output.hashes["rank0.safetensors"] = tensor_file.write(partial / "rank0.safetensors", rows, values())
-        unused = [n for n in source.infos if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
-        unused = [n for n in unused if not _adds_nothing(source, n, scheme)]
+        unused = [n for n in source.stored if not (n in source.used or IGNORED.fullmatch(n) or (n == HEAD and config.tied))]
+        unused = [n for n in unused if not _adds_nothing(source, n, made.scheme)]
         if unused:
             why = listed([shown(name) for name in unused])
             fix = "use the config.json that belongs to these weights"
-            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(model_dir), why=why, fix=fix)
+            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(source.path), why=why, fix=fix)
         output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
         output.carry(*source.members.carried, *source.members.exits)
-    return {**facts, **_facts_of(quant), "up_to_date": False, "notes": notes, "exits": str(exits) if exits else None}
 
 
 def _facts_of(quant: QuantConfig | None) -> dict[str, Any]:
@@ -318,7 +293,7 @@ def _facts_of(quant: QuantConfig | None) -> dict[str, Any]:
 class _Made:
     """The quantized layers of the checkpoint in our form, one in memory at a time."""
 
-    def __init__(self, source: _Source, covered: Mapping[str, Tensor], scheme: Scheme) -> None:
+    def __init__(self, source: Checkpoint, covered: Mapping[str, Tensor], scheme: Scheme) -> None:
         self.source, self.covered, self.scheme = source, covered, scheme
         self.held: tuple[str, Made] = ("", {})
 
@@ -332,7 +307,7 @@ class _Made:
     def quant_config(self, exclude: list[str]) -> QuantConfig:
         """One pass over the scales: does every matrix have one scale, is every zero in the middle, has any layer an activation order?"""
         if not self.covered:
-            _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.root))
+            _unread("a checkpoint that says it is quantized and has no quantized layer", str(self.source.path))
         if self.scheme.inputs != "static":
             return QuantConfig(algo=algo_of(FP8, "row", self.scheme.inputs), exclude=tuple(exclude))
         if self.scheme.kind == "fp8":
@@ -349,12 +324,12 @@ class _Made:
         return self.layer(module)[suffix].reshape(-1)[: int(np.prod(tensor.shape))].reshape(tensor.shape)
 
 
-def _adds_nothing(source: _Source, name: str, scheme: Scheme) -> bool:
+def _adds_nothing(source: Checkpoint, name: str, scheme: Scheme) -> bool:
     """A bias of zeros, which GPTQ writers give to every layer that they quantize."""
     base, _, last = name.rpartition(".")
-    return scheme.kind == "gptq" and last == "bias" and source.has(f"{base}.qweight") and not np.any(source.read(name))
+    return scheme.kind == "gptq" and last == "bias" and f"{base}.qweight" in source.stored and not np.any(source.read(name))
 
 
-def _plain(source: _Source, tensor: Tensor, dtype: str) -> np.ndarray:
+def _plain(source: Checkpoint, tensor: Tensor, dtype: str) -> np.ndarray:
     parts = [source.read(part.source, part.shape) for part in tensor.parts]
     return np.concatenate(parts).astype(NUMPY_DTYPES[dtype], copy=False)

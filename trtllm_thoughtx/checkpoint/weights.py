@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from trtllm_thoughtx import files
-from trtllm_thoughtx.checkpoint import directory as checkpoint
-from trtllm_thoughtx.checkpoint.exits import ExitWeights, read_exits
-from trtllm_thoughtx.checkpoint.members import Members, changed
+from trtllm_thoughtx.checkpoint.directory import count_nonfinite
+from trtllm_thoughtx.checkpoint.exits import ExitWeights
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.tensor_check import EMBEDDING, HEAD, STORED_DTYPES, check_tensors, refuse_unexplained
 from trtllm_thoughtx.checkpoint.tensor_file import DTYPES
 from trtllm_thoughtx.config import ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, listed
 from trtllm_thoughtx.families import Part, Tensor, in_trtllm_terms, tensors_of
+from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.families.formats import FP8
-from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.hf_config import dtype_of, model_config_from_hf
 from trtllm_thoughtx.families.quantization import with_quantization
-from trtllm_thoughtx.families.trtllm_config import mapping_of, model_config_from_trtllm
+from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm
 from trtllm_thoughtx.progress import Progress
 
 NUMPY_DTYPES = {name: DTYPES[stored] for stored, name in STORED_DTYPES.items()}
@@ -76,8 +74,8 @@ def cast_into(source: np.ndarray, target: np.ndarray) -> int:
         else:
             with np.errstate(over="ignore", invalid="ignore"):
                 np.copyto(result, piece, casting="same_kind")
-        if (result.itemsize == 2 or piece.itemsize > result.itemsize) and (num_bad := checkpoint.count_nonfinite(result)):
-            num_overflowed += num_bad - checkpoint.count_nonfinite(piece)
+        if (result.itemsize == 2 or piece.itemsize > result.itemsize) and (num_bad := count_nonfinite(result)):
+            num_overflowed += num_bad - count_nonfinite(piece)
     return num_overflowed
 
 
@@ -93,28 +91,24 @@ class WeightSource:
 
     def __init__(
         self,
-        path: Path,
-        kind: str,
+        checkpoint: Checkpoint,
         config: ModelConfig,
         table: tuple[Tensor, ...],
-        stored: dict[str, checkpoint.TensorInfo],
-        members: Members,
         *,
         allow_nonfinite: bool,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.path, self.kind, self.config = path, kind, config
+        self.checkpoint, self.config = checkpoint, config
+        self.path, self.kind, self.members = checkpoint.path, checkpoint.kind, checkpoint.members
         self.notes = notes  # what a person should know about how this checkpoint was read
         self.allow_nonfinite = allow_nonfinite
-        self.members = members
         self._tensors = {t.name: t for t in table}
-        self._stored = stored
-        self._handles: dict[str, BinaryIO] = {}
+        self._stored = checkpoint.stored
         self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
-        self._twin = HEAD if config.tied and not config.has_head and HEAD in stored else None
-        for name in members.weights:
-            self._handles[name] = files.open_inside(path, name)
+        self._twin = HEAD if config.tied and not config.has_head and HEAD in self._stored else None
+        for name in checkpoint.shards:  # before threads ask for them
+            checkpoint.handle(name)
 
     def names(self) -> tuple[str, ...]:
         """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`, unless that is quantized."""
@@ -156,7 +150,7 @@ class WeightSource:
         """A tensor of a quantized layer. E108 when a scale is not a positive number, an 8-bit float no number, an order no permutation."""
         assert tensor.stored
         out = np.empty(tensor.shape, DTYPES[tensor.stored])
-        self._pread(self._stored[tensor.name], 0, out)
+        self.checkpoint.pread(self._stored[tensor.name], 0, out)
         if tensor.stored in ("F32", FP8.stored):
             wide = out.astype(np.float32)
             good = np.isfinite(wide) & ((wide > 0) | (tensor.stored != "F32") | tensor.name.endswith(".zero"))
@@ -189,30 +183,19 @@ class WeightSource:
         info = self._stored[part.source]
         dtype = READ_DTYPES[info.dtype]
         raw = into if dtype == into.dtype else self._scratch.block[: into.size * dtype.itemsize].view(dtype).reshape(into.shape)
-        self._pread(info, part.first_row + begin, raw)
+        self.checkpoint.pread(info, part.first_row + begin, raw)
         findings = Findings()
         if not self.allow_nonfinite:
-            findings.num_nonfinite = checkpoint.count_nonfinite(raw)
+            findings.num_nonfinite = count_nonfinite(raw)
         if self._twin and part.source in (EMBEDDING, "model.embed_tokens.weight"):
             twin = self._stored[self._twin]
             other = np.empty(into.shape, READ_DTYPES[twin.dtype])
-            self._pread(twin, begin, other)
+            self.checkpoint.pread(twin, begin, other)
             if twin.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
                 findings.num_differing += end - begin
         if raw is not into:
             findings.num_overflowed = cast_into(raw.reshape(-1), into.reshape(-1))
         return findings
-
-    def _pread(self, info: checkpoint.TensorInfo, first_row: int, into: np.ndarray) -> None:
-        row_bytes = into.nbytes // into.shape[0]
-        view, offset = into.reshape(-1).view(np.uint8).data, info.offset + first_row * row_bytes
-        fd = self._handles[info.file].fileno()
-        while view:
-            num_read = os.preadv(fd, [view], offset)
-            if num_read <= 0:
-                self.verify_unchanged()
-                raise changed(self.path / info.file)
-            view, offset = view[num_read:], offset + num_read
 
     def refuse(self, found: dict[str, Findings], dtype: str) -> None:
         """E108 / E107 listing every tensor in `found`; nothing when it is empty."""
@@ -248,15 +231,13 @@ class WeightSource:
     @functools.cached_property
     def exits(self) -> ExitWeights:
         """The early exits that the checkpoint carries, checked; none (all None) where it has no such files."""
-        return read_exits(self.path, self.config)
+        return self.checkpoint.exits(self.config)
 
     def verify_unchanged(self) -> None:
         self.members.verify_unchanged()
 
     def close(self) -> None:
-        for handle in self._handles.values():
-            handle.close()
-        self._handles.clear()
+        self.checkpoint.close()
 
     def __enter__(self) -> WeightSource:
         return self
@@ -269,37 +250,25 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.itemsize}"))
 
 
-def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
+def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
     """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all).
 
     What a person should know about how it is read goes to `progress`, and is in `notes`.
     """
-    path, notes = Path(path), []
-    kind = checkpoint.kind_of(path)
-    if kind not in ("huggingface", "tensorrt-llm"):
-        raise ThoughtxError(
-            "E101",
-            f"{shown(path.name)} is not a checkpoint (it looks like: {kind})",
-            where=str(path),
-            why="a Hugging Face directory or a TensorRT-LLM checkpoint is needed",
-            fix="give the checkpoint that it was built from" if kind == "engine" else "give a checkpoint's directory",
-        )
-    where = str(path / "config.json")
-    raw = files.read_json(path, "config.json")
-    if kind == "huggingface":
-        model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
-        shards = checkpoint.shard_files(path)
-        stored = checkpoint.read_tensors(path, shards)
-        members = Members(path, kind, shards)
-        notes = members.notes()
-        refuse_unexplained(stored, path)
+    checkpoint, notes = Checkpoint.open(path), list[str]()
+    raw, where = checkpoint.raw, checkpoint.where
+    if checkpoint.kind == "huggingface":
+        config = model_config_from_hf(raw, where)  # an unsupported model says so before its files are looked at
+        stored = checkpoint.stored
+        notes = checkpoint.members.notes()
+        refuse_unexplained(stored, checkpoint.path)
         if any(info.dtype == "F64" for info in stored.values()):
             notes.append("weights in float64 are rounded: no engine computes in it")
         used = {STORED_DTYPES.get(info.dtype, "float32") for info in stored.values() if info.dtype in READ_DTYPES}
-        config = model_config_from_hf(raw, where, weights_dtype=used.pop() if len(used) == 1 else None)
+        config = replace(config, dtype=dtype_of(Fields(raw, where), used.pop() if len(used) == 1 else None))
         table = tensors_of(config)
     else:
-        tp, pp, cp = mapping_of(raw, where)
+        tp, pp, cp = checkpoint.mapping
         if tp * pp * cp != 1:
             raise ThoughtxError(
                 "E103",
@@ -309,17 +278,15 @@ def open_weights(path: Path, *, allow_nonfinite: bool = False, progress: Progres
                 fix="convert the original model in one piece: thoughtx-convert --tp_size 1 --pp_size 1, which are the defaults",
             )
         config = model_config_from_trtllm(raw, where)
-        shards = ["rank0.safetensors"]
-        stored = checkpoint.read_tensors(path, shards)
-        members = Members(path, kind, shards)
+        stored = checkpoint.stored
         if config.quantization is None:
-            refuse_unexplained(stored, path)
-        if "tie_word_embeddings" not in cast(dict[str, Any], raw) and HEAD not in stored:
+            refuse_unexplained(stored, checkpoint.path)
+        if "tie_word_embeddings" not in raw and HEAD not in stored:
             config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
         table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
-    check_tensors(table, stored, config, path)
+    check_tensors(table, stored, config, checkpoint.path)
     if config.sliding_window is not None and config.sliding_window == config.longest:
         notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
     for note in notes:
         (progress or Progress.silent()).note(f"note: {note}")
-    return WeightSource(path, kind, config, table, stored, members, allow_nonfinite=allow_nonfinite, notes=tuple(notes))
+    return WeightSource(checkpoint, config, table, allow_nonfinite=allow_nonfinite, notes=tuple(notes))

@@ -62,13 +62,15 @@ ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", 
 def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Convert a Hugging Face model to a TensorRT-LLM 1.2 checkpoint."""
     from trtllm_thoughtx.checkpoint.convert import convert
-    from trtllm_thoughtx.checkpoint.quantized import import_quantized, is_quantized, only_plain
+    from trtllm_thoughtx.checkpoint.opened import Checkpoint
+    from trtllm_thoughtx.checkpoint.quantized import import_quantized, only_plain
     from trtllm_thoughtx.inspection import describe, summary_table
 
-    if is_quantized(model_dir):
-        summary = import_quantized(model_dir, output_dir, progress=Progress(quiet=quiet), **only_plain(options))
+    checkpoint = Checkpoint.open(model_dir)
+    if checkpoint.is_quantized():
+        summary = import_quantized(checkpoint, output_dir, progress=Progress(quiet=quiet), **only_plain(options))
     else:
-        summary = convert(model_dir, output_dir, progress=Progress(quiet=quiet), **options)
+        summary = convert(checkpoint, output_dir, progress=Progress(quiet=quiet), **options)
     found = describe(output_dir)["notes"]
     for note in found:
         Progress(quiet=quiet).note(f"note: {note}")

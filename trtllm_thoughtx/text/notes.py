@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.text.text import Text
 
 
-def text_notes(root: Path, vocab_size: int) -> list[str]:
+def text_notes(root: Path, vocab_size: int, config_json: Mapping[str, Any] | None = None) -> list[str]:
     """A sentence for each; a tokenizer is optional, so none of this is refused here."""
     try:
-        text = Text.load(root)
+        text = Text.load(root, config_json)
         if text is None:
             return ["there is no tokenizer.json: an engine takes and gives token ids only (thoughtx-run --input_ids)"]
         text.check_vocab(vocab_size)

@@ -76,8 +76,8 @@ class Text:
         self._byte_ids = frozenset(i for b in range(256) if has_bytes and (i := self._id_of(f"<0x{b:02X}>")) is not None)
 
     @classmethod
-    def load(cls, root: Path) -> Text | None:
-        """From a Hugging Face, TensorRT-LLM or engine directory; None when it has no tokenizer.json."""
+    def load(cls, root: Path, config_json: Mapping[str, Any] | None = None) -> Text | None:
+        """From a Hugging Face, TensorRT-LLM or engine directory, whose config.json may be read already; None without a tokenizer.json."""
         if not os.path.lexists(root / "tokenizer.json"):
             return None
         where = shown(str(root), 400)
@@ -97,7 +97,7 @@ class Text:
             where,
             special=special,
             templates=read_templates(root, config, where),
-            generation_config=read_generation_config(root),
+            generation_config=read_generation_config(root, config_json),
             add_bos=config.get("add_bos_token") is True,
         )
 

@@ -19,8 +19,8 @@ from trtllm_thoughtx.calibrate.exits import rule
 from trtllm_thoughtx.calibrate.exits.fit import logistic, low_rank
 from trtllm_thoughtx.calibrate.exits.traces import Trace, collect, hidden_states, normed, text_for
 from trtllm_thoughtx.checkpoint.convert import convert
-from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.checkpoint.exits import BOUNDARY, ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.weights import EMBEDDING, HEAD, open_weights
@@ -80,7 +80,10 @@ def calibrate_exits(
         gain = source.read("transformer.ln_f.weight", "float32")
         matrix = source.read(EMBEDDING if config.tied else HEAD, "float32") if exit_layers else None
         held, num_bytes = source.exits, sum(source.num_bytes(name) for name in source.names())
-    text, template = text_for(Text.load(model_dir), model_dir, needs_tags=fit_exit_head), (enable_thinking, chat_template_kwargs)
+    text, template = (
+        text_for(Text.load(model_dir, source.members.config), model_dir, needs_tags=fit_exit_head),
+        (enable_thinking, chat_template_kwargs),
+    )
     for unread in text.set_template(*template):
         progress.note(f"not applied: {unread}")
     asked, longest = _questions(tasks, dataset, num_items, seed, progress), min(config.longest, MAX_LENGTH)
@@ -106,7 +109,7 @@ def calibrate_exits(
     with tempfile.TemporaryDirectory(prefix="thoughtx-calibrate-") as folder:
         scratch = Path(folder)
         options = {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": batch_size, "max_seq_len": longest}
-        build(model_dir, scratch / "engine", options, progress=progress)
+        build(source.checkpoint, scratch / "engine", options, progress=progress)
         engine = Engine.load(scratch / "engine", num_threads=num_threads, tap_layers=True)
         text_for(engine.text, model_dir, needs_tags=fit_exit_head).set_template(*template)
         try:
@@ -119,10 +122,10 @@ def calibrate_exits(
         head, found = (None, {}) if not fit_exit_head else _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps)
         adapters, of_drafts = _fit_adapters(sets, exit_layers, adapter_rank, config, gain, matrix)
         made = ExitWeights(head or held.head, adapters or held.adapters, {**held.report, **found, **of_drafts})
-        checkpoint = model_dir
-        if kind_of(model_dir) == "huggingface":
+        checkpoint: Path | Checkpoint = source.checkpoint
+        if source.kind == "huggingface":
             checkpoint = scratch / "checkpoint"
-            convert(model_dir, checkpoint, progress=progress)
+            convert(source.checkpoint, scratch / "checkpoint", progress=progress)
         _write(output, checkpoint, made, config)
     return {"output_dir": str(output_dir), "up_to_date": False, **made.report}
 
@@ -261,7 +264,7 @@ def _generated(one: TracedSet, place: int) -> np.ndarray:
     ]
 
 
-def _write(output: Output, checkpoint: Path, exits: ExitWeights, config: ModelConfig) -> None:
+def _write(output: Output, checkpoint: Path | Checkpoint, exits: ExitWeights, config: ModelConfig) -> None:
     """`checkpoint` is TensorRT-LLM's: the input, or what it was converted to. Its own exits give way to these."""
     with open_weights(checkpoint) as source, output.writing() as partial:
         held = source.members

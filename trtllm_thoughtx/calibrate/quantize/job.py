@@ -129,7 +129,7 @@ def calibrate(
         measures = fits_nothing(quant) and calib_size is None and not (goal.is_set or self_traces)
         calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
         calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
-        text, template = Text.load(model_dir), (enable_thinking, chat_template_kwargs)
+        text, template = Text.load(model_dir, source.members.config), (enable_thinking, chat_template_kwargs)
         for unread in text.set_template(*template) if text else ():
             progress.note(f"not applied: {unread}")
         data = read_data(
