@@ -189,6 +189,23 @@ def test_files_are_small_and_say_what_they_are(name):
     assert not text.strip() or ast.get_docstring(TREES[name]), "a docstring at the top says what the file does and why"
 
 
+def test_the_package_stays_within_its_budget():
+    num_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES)
+    assert num_lines <= BUDGET, "say in the commit what the lines are for, and raise the budget"
+
+
+def test_the_top_of_the_package_can_be_taken_in_at_a_glance():
+    names = [path.name for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__"))]
+    assert len(names) <= LIMIT_ENTRIES, sorted(names)
+
+
+def test_the_name_of_a_command_leads_to_its_code():
+    from trtllm_thoughtx.cli import commands as cli
+
+    places = {path.stem for path in FILES} | {path.parent.name for path in FILES}
+    assert [name for name in cli.COMMANDS if CODE_OF.get(name, name) not in places] == []
+
+
 @pytest.mark.parametrize(
     "path",
     [*FILES, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("build_configs/*"))],
