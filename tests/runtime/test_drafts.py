@@ -142,7 +142,13 @@ def test_drafts_that_are_noise_change_nothing(tmp_path, seed):
     build(path, tmp_path / "e", {**BASE, **cache, "early_exit_layers": rng.choice([(1,), (2,), (1, 2), (2, 3)])})
     engine = Engine.load(tmp_path / "e", num_threads=1)
     prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 60))] for _ in range(rng.randint(2, 7))]
-    base = {"max_new_tokens": 60, "temperature": rng.choice([0.0, 1.0]), "stop_ids": tuple(range(3)), "seed": seed}
+    base = {
+        "max_new_tokens": 60,
+        "temperature": rng.choice([0.0, 1.0]),
+        "stop_token_ids": tuple(range(3)),
+        "ignore_eos": True,
+        "seed": seed,
+    }
     off, verified = both(engine, prompts, base, draft_threshold=rng.choice([0.0, 0.3, 0.6]))
     assert engine.stats.num_drafted > engine.stats.num_accepted
     for one, other in zip(off, verified, strict=True):

@@ -87,7 +87,9 @@ class Session:
         elif chunk_size < 1:
             problem = f"chunk size {chunk_size}; it must be at least 1"
         elif build.is_bounded and chunk_size > build.max_chunk_size:
-            problem = f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size}"
+            problem = (
+                f"chunk size {chunk_size}; the engine's KV cache was sized for {build.max_chunk_size} (thoughtx-build --max_chunk_size)"
+            )
         if problem:
             raise self._unfit(problem)
 
