@@ -546,9 +546,10 @@ def test_nothing_is_left_behind_by_a_refusal(tmp_path):
 
 def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, monkeypatch):
     """Short sequences beside a long one, which takes nearly the whole sample: each of them counts."""
-    from trtllm_thoughtx.calibrate.quantize import layers
+    from trtllm_thoughtx.calibrate.quantize import estimate, layers
 
     seen = []
+    monkeypatch.setattr(estimate, "seconds", lambda walk: 1.0)  # it searches as well, with one sequence of noise
     real = layers.search
     monkeypatch.setattr(layers, "search", lambda weight, inputs, quant: (seen.append(inputs), real(weight, inputs, quant))[1])
     monkeypatch.setattr(layers, "picks_of", lambda lengths: picks_of(lengths, 16))
