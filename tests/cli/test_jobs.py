@@ -17,6 +17,7 @@ from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli import params as console
 
 MAIN = "import sys; from trtllm_thoughtx.cli.entry import run_main; sys.exit(run_main())"
+EVAL = MAIN.replace("run_main", "eval_main")
 ASK = "x1 = {} x2 = 5 x3 = x1 + x2 ?"
 
 
@@ -29,12 +30,14 @@ def engine(tmp_path_factory):
     return root / "engine"
 
 
-def command(engine: Path, *words: object) -> list[str]:
-    return [sys.executable, "-c", MAIN, "--engine_dir", str(engine), "--num_threads", "1", *map(str, words)]
+def command(engine: Path, *words: object, main: str = MAIN) -> list[str]:
+    return [sys.executable, "-c", main, "--engine_dir", str(engine), "--num_threads", "1", *map(str, words)]
 
 
-def done(engine: Path, *words: object, given: str | None = None, status: int = 0) -> dict[str, Any]:
-    made = subprocess.run(command(engine, *words, "--json"), input=given, capture_output=True, text=True, check=False, timeout=300)
+def done(engine: Path, *words: object, given: str | None = None, status: int = 0, main: str = MAIN) -> dict[str, Any]:
+    made = subprocess.run(
+        command(engine, *words, "--json", main=main), input=given, capture_output=True, text=True, check=False, timeout=300
+    )
     assert made.returncode == status, made.stderr
     return json.loads(made.stdout) | {"stderr": made.stderr}
 
@@ -232,5 +235,101 @@ def test_eval_names_every_question_that_does_not_fit_before_it_asks(engine, tmp_
     words = ["--engine_dir", str(engine), "--dataset", str(path), "--output", str(tmp_path / "r.json"), "--json"]
     assert console.run(cli.COMMANDS["eval"], "thoughtx-eval", words) == 3
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["code"] == "E122" and all(f"{path}, line {n} (id {name}) has" in error["why"] for n, name in ((2, "b"), (3, "c")))
+    assert error["code"] == "E122" and all(f"{n} (id {name}): a question needs" in error["why"] for n, name in ((2, "b"), (3, "c")))
     assert not (tmp_path / "r.json").exists()
+
+
+def document(path: Path) -> dict[str, Any]:
+    """A finished evaluation, its times left out."""
+    body = json.loads(path.read_text())
+    body["records"] = [{**row, "seconds": 0} for row in body["records"]]
+    body["conditions"]["machine"] = None
+    return body
+
+
+def killed(words: list[str], out: Path, least: int) -> None:
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= least):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert out.read_bytes().count(b"\n") >= least
+
+
+@pytest.mark.parametrize("kind", ["task", "dataset"])
+def test_a_killed_evaluation_goes_on_to_the_same_document(engine, tmp_path, kind):
+    """Sampled, in batches, so that a stream or a batch that depended on the start would show."""
+    rows = [{"prompt": ASK.format(i), "answer": i + 5, "id": f"q{i}", **({"seed": i} if i % 3 else {})} for i in range(18)]
+    what = ("--dataset", write(tmp_path / "q.jsonl", rows)) if kind == "dataset" else ("--task", "chain,lookup", "--num_items", 6)
+    more = () if kind == "dataset" else ("--cut_share", 0.5)
+    flags = (*what, *more, "--temperature", 0.9, "--max_new_tokens", 150, "--seed", 3, "--batch_size", 2)
+    whole = done(engine, *flags, "--output", tmp_path / "whole.json", main=EVAL)
+    out, last = tmp_path / "a.jsonl", tmp_path / "last.json"
+    for least in (1, 5, 11):
+        killed(command(engine, *flags, "--answers", out, "--resume", "--output", last, "-q", main=EVAL), out, least)
+        with out.open("ab") as file:
+            file.write(b'{"id": "q11", "index": 0, "outp')
+    found = done(engine, *flags, "--answers", out, "--resume", "--output", last, main=EVAL)
+    assert "answers were there" in found["stderr"]
+    assert document(last) == document(tmp_path / "whole.json")
+    assert found["summary"]["overall"]["accuracy"] == whole["summary"]["overall"]["accuracy"]
+    assert len(read(out)) == len(document(last)["records"]) == 18 and all(row["text"] and row["output_ids"] for row in read(out))
+    refused = done(engine, *flags, "--max_new_tokens", 151, "--answers", out, "--resume", main=EVAL, status=3)["error"]
+    assert refused["code"] == "E160" and "max_new_tokens is 150 there, 151 now" in refused["why"]
+    if kind == "dataset":
+        refused = done(engine, *flags, "--match", "exact", "--answers", out, "--resume", main=EVAL, status=3)["error"]
+        assert refused["code"] == "E160" and "match is last_number there, exact now" in refused["why"]
+    assert done(engine, *flags, "--answers", out, main=EVAL, status=3)["error"]["code"] == "E130"
+    assert done(engine, *flags, "--resume", main=EVAL, status=2)["error"]["code"] == "E001"
+    words = (*flags, "--answers", tmp_path / "b.jsonl", "--compare", engine)
+    assert "two systems" in done(engine, *words, main=EVAL, status=2)["error"]["what"]
+
+
+def test_questions_that_cannot_be_asked_stop_the_evaluation_or_become_rows(engine, tmp_path):
+    bad = [row if isinstance(row, str) else {**row, "answer": "5"} for row in BAD if "chunk_size" not in row]
+    path, out, result = write(tmp_path / "q.jsonl", bad), tmp_path / "a.jsonl", tmp_path / "r.json"
+    first = done(engine, "--dataset", path, "--answers", out, main=EVAL, status=3)["error"]
+    assert first["code"] == "E140" and all(f"line {n}" in first["why"] for n in (2, 4, 6, 8)) and not out.exists()
+    flags = ("--max_new_tokens", 30, "--memory_context", 0)
+    found = done(engine, "--dataset", path, "--answers", out, "--output", result, "--on_error", "row", *flags, main=EVAL, status=1)
+    errors = {row["id"]: row["error"]["code"] for row in found["summary"]["conditions"]["errors"]}
+    assert errors == {"2": "E140", "long": "E122", "hot": "E001", "far": "E122", "image": "E140", "8": "E140"}
+    assert found["num_errors"] == 6 and not found["ok"] and found["summary"]["overall"]["num_items"] == 2
+    assert {row["id"] for row in read(out) if "error" in row} == set(errors) and len(read(out)) == 8
+    good = write(tmp_path / "g.jsonl", [bad[0], bad[6]])
+    alone = done(engine, "--dataset", good, "--output", tmp_path / "g.json", *flags, main=EVAL)
+    told = [[{**row, "task": ""} for row in document(one)["records"]] for one in (result, tmp_path / "g.json")]
+    assert told[0] == told[1] and alone["num_errors"] == 0
+    again = done(engine, "--dataset", path, "--on_error", "row", "--compare", result, *flags, main=EVAL, status=1)["comparison"]
+    assert again["num_items"] == 2 and again["num_errors"] == 6
+    only = write(tmp_path / "o.jsonl", [bad[2]])
+    assert done(engine, "--dataset", only, "--on_error", "row", main=EVAL, status=3)["error"]["code"] == "E122"
+
+
+def test_a_question_is_asked_as_its_line_says(engine, tmp_path):
+    own: list[dict[str, Any]] = [
+        {},
+        {"max_new_tokens": 3},
+        {"temperature": 1.2, "seed": 11},
+        {"max_reasoning_depth": 1},
+        {"stop": ["="]},
+        {"repetition_penalty": 1.7},
+    ]
+    rows = [{"prompt": ASK.format(8), "answer": "13", "id": str(i), **settings} for i, settings in enumerate(own)]
+    message = [{"role": "user", "content": [{"type": "text", "text": ASK.format(8)}]}]
+    body = {"model": "x", "messages": message, "max_tokens": 3}
+    raw = {"url": "/v1/completions", "body": {"prompt": ASK.format(8), "max_tokens": 3}}
+    rows += [{"messages": message, "answer": 13, "id": "m"}, {"custom_id": "b", "body": body, "answer": 13}]
+    rows += [{**raw, "custom_id": "c", "answer": 13}]
+    out = tmp_path / "a.jsonl"
+    done(engine, "--dataset", write(tmp_path / "q.jsonl", rows), "--max_new_tokens", 60, "--answers", out, "--batch_size", 2, main=EVAL)
+    ids = {row["id"]: row["output_ids"] for row in read(out)}
+    for i, settings in enumerate(own):
+        flags = {"max_new_tokens": 60, "temperature": 0, **settings}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value[0] if isinstance(value, list) else value)]
+        assert ids[str(i)] == done(engine, "--prompt", ASK.format(8), *words)["results"][0]["output_ids"], settings
+    assert ids["m"] == ids["0"] and ids["b"] == ids["1"] and len(ids["c"]) <= 3
+    prompts = {row["id"]: row["num_prompt_tokens"] for row in read(out)}
+    assert prompts["c"] < prompts["b"] == prompts["0"]
+    many = write(tmp_path / "n.jsonl", [{"custom_id": "n", "body": {**body, "n": 2}, "answer": 13}])
+    assert "a question gets one answer" in done(engine, "--dataset", many, main=EVAL, status=3)["error"]["why"]

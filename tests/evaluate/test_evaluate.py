@@ -47,11 +47,14 @@ class Scripted:
         self.replies = {tuple(prompt_of(asked, text)): reply(place, asked) for place, asked in enumerate(questions)}
         self.description = {"name": name, "path": f"/{name}", "kind": "model", "backend": "script", "dtype": "none"}
 
+    def check(self, params):
+        pass
+
     def write(self, prompts, params, streams):
         done = []
-        for prompt in prompts:
+        for prompt, own in zip(prompts, params, strict=True):
             ids = self.text.encode(self.replies[tuple(prompt)], add_special=False)
-            cut = ids[: params.max_new_tokens]
+            cut = ids[: own.max_new_tokens]
             reason = "eos" if len(cut) == len(ids) else "length"
             done.append(Written(cut, [math.log(self.sure)] * len(cut), reason, 0.001 * len(cut)))
         return done

@@ -112,7 +112,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other(model):
 def test_a_row_that_is_done_writes_no_more(engine):
     ends = {0: 2, 1: 6, 2: 4, 3: 3}
     params = GenerationParams(max_new_tokens=9, ignore_eos=True)
-    new = opened(engine).write([[5], [6], [7], [8]], params, range(4), lambda row, ids: len(ids) >= ends[row])
+    new = opened(engine).write([[5], [6], [7], [8]], [params] * 4, range(4), lambda row, ids: len(ids) >= ends[row])
     assert [len(one.ids) for one in new] == list(ends.values())
 
 
@@ -192,11 +192,11 @@ class Writes:
     def logits(self, rows: Any, firsts: Any) -> list[np.ndarray]:
         raise AssertionError("answers are asked for")
 
-    def write(self, rows: Any, params: GenerationParams, streams: Any, is_done: Any) -> list[Written]:
+    def write(self, rows: Any, params: list[GenerationParams], streams: Any, is_done: Any) -> list[Written]:
         done = []
         for index, row in enumerate(rows):
             ids = list[int]()
-            for token in self.text.encode(self.replies[self.text.decode(row)])[: params.max_new_tokens]:
+            for token in self.text.encode(self.replies[self.text.decode(row)])[: params[index].max_new_tokens]:
                 ids.append(token)
                 if is_done(index, ids):
                     break

@@ -192,6 +192,9 @@ class Said:
         self.text, self.replies = text, iter(replies)
         self.description = {"name": "said", "path": "/said", "kind": "model", "backend": "script", "dtype": "none"}
 
+    def check(self, params):
+        pass
+
     def write(self, prompts, params, streams):
         rows = [self.text.encode(reply, add_special=False) for reply in itertools.islice(self.replies, len(prompts))]
         return [Written(row, [-0.1] * len(row), "eos", 0.1) for row in rows]

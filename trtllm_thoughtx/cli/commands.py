@@ -29,6 +29,7 @@ from trtllm_thoughtx.cli.framework import (
     TOKENS,
     command,
     exact_option,
+    on_error_option,
     sampling_options,
     template_options,
     thinking_options,
@@ -180,7 +181,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--prompts", type=PATH, help='JSONL file, - is stdin: {"prompt": TEXT} and settings a line, or lines of a server batch.')
 @click.option("--output", type=PATH, help="Append each answer to this JSONL file when it is done.")
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
-@click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help="A bad line stops the job before it starts, or is a row.")
+@on_error_option
 @click.option("--no_chat_template", is_flag=True, help="Do not apply the chat template.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens to generate per request.  [default: the checkpoint's, or 256]")

@@ -16,12 +16,13 @@ from trtllm_thoughtx.cli.framework import (
     POSITIVE,
     command,
     exact_option,
+    on_error_option,
     sampling_options,
     template_options,
     thinking_options,
 )
 from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tasks import TASKS
 
@@ -42,6 +43,7 @@ OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", 
     "thoughtx-eval --engine_dir ./engine --task chain,lookup --num_items 200 --plot accuracy.png",
     "thoughtx-eval --engine_dir ./engine --task chain --compare ./other-engine",
     "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --match contains --output result.json",
+    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --answers answers.jsonl --resume --on_error row",
     "thoughtx-eval --model_dir ./model --harness gsm8k,boolq --data_dir ./data --limit 100",
 )
 @click.option("--engine_dir", type=PATH, help="Engine directory to evaluate.")
@@ -72,6 +74,9 @@ OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", 
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0: do not.  [default: 2048 with --compare, else 0]")
 @click.option("--output", type=PATH, help="Save every answer to this JSON file, for a later --compare.")
+@click.option("--answers", type=PATH, help="Append each answer to this JSONL file when it is done.")
+@click.option("--resume", is_flag=True, help="Go on with --answers: what it holds is not asked again.")
+@on_error_option
 @click.option("--plot", type=PATH, help="Plot accuracy by size and length (.png, .svg, .pdf).")
 @click.option("--data_dir", type=PATH, help="Directory with TASK.jsonl for --harness; otherwise lm-eval downloads it.")
 @click.option("--limit", type=POSITIVE, help="First questions of --dataset or of each --harness task.")
@@ -89,7 +94,9 @@ def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     taken = {name: value for name, value in options.items() if name not in ("engine_dir", "model_dir") and not _is_unused(source, name)}
     made = harness_evaluation if source == "harness" else evaluation
     found = made(path, progress=Progress(quiet=quiet), **taken)
-    emit("eval", found, as_json=as_json, human=evaluation_tables(found))
+    emit("eval", found, as_json=as_json, ok=not found["num_errors"], human=evaluation_tables(found))
+    if found["num_errors"]:
+        raise click.exceptions.Exit(Exit.NO)
 
 
 def _is_unused(source: str, name: str) -> bool:

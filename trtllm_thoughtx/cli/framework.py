@@ -58,6 +58,12 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.
     return wrap
 
 
+def on_error_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that says what a bad line of a job costs."""
+    text = "A bad line stops the job before it starts, or is a row."
+    return click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help=text)(function)
+
+
 def exact_option(function: Callable[..., None]) -> Callable[..., None]:
     """The flag that keeps a CPU's own operators out of a quantized engine, or one with experts."""
     text = "On a CPU, run quantized products and experts as the graph has them, not on faster operators that round a little more."

@@ -11,14 +11,18 @@ from trtllm_thoughtx import plot as pictures
 from trtllm_thoughtx import report
 from trtllm_thoughtx.bench import BUSY
 from trtllm_thoughtx.checkpoint.directory import kind_of
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
-from trtllm_thoughtx.evaluate.questions import Question, from_file, generated
+from trtllm_thoughtx.evaluate.questions import Question, file_rows, generated
 from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.summary import check_same_questions, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.evaluate.systems import check_system, open_system
+from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answers import Answers
+from trtllm_thoughtx.runtime.jobs import ROW, STOP
 from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 
 OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample")  # what eval sets itself
@@ -48,6 +52,9 @@ def evaluation(
     chunk_size: int | str | None = None,
     memory_context: int | None = None,
     output: Path | None = None,
+    answers: Path | None = None,
+    resume: bool = False,
+    on_error: str = STOP,
     plot: Path | None = None,
     limit: int | None = None,
     match: str | None = None,
@@ -57,7 +64,7 @@ def evaluation(
     **settings: Any,
 ) -> dict[str, Any]:
     """Ask the system at `path`, and the one that it is compared with, the questions of `tasks` or `dataset`; the flags of
-    `thoughtx-eval` have the same names. {"path", "summary", "other_summary", "comparison", "harness": None}."""
+    `thoughtx-eval` have the same names. {"path", "summary", "other_summary", "comparison", "num_errors", "harness": None}."""
     progress = progress or Progress.silent()
     for target in (output, plot):
         if target is not None:
@@ -66,11 +73,20 @@ def evaluation(
         pictures.check_format(plot)
     assert set(settings) <= {*THINKING, *DRAFTS, *SETTINGS}, settings
     settings = {name: value for name, value in settings.items() if value is not None}
-    asked = (
-        from_file(dataset, limit, progress.note, match)
-        if dataset is not None
-        else generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
-    )
+    if resume and answers is None:
+        raise _usage("--resume needs --answers", "there is nothing to go on with", "name the file that the stopped evaluation wrote")
+    if answers is not None and compare is not None and not compare.is_file():
+        why, fix = "they are those of one system", "ask the other one alone with --output, and give that file to --compare"
+        raise _usage("--answers cannot be used with two systems", why, fix)
+    done = None if answers is None else Answers(answers, resume=resume, num_tokens="num_tokens")
+    bad: list[Bad] = []
+    if dataset is None:
+        asked = generated(tasks or (), split, num_items=num_items, seed=seed, sizes=sizes, lengths=lengths, cut_share=cut_share)
+    else:
+        rows = file_rows(dataset, match, with_settings=True)
+        asked, bad = (rows.good if on_error == ROW and rows.good else rows.all())[:limit], rows.bad
+        if rows.note:
+            progress.note(rows.note)
     earlier = record.load(compare) if compare is not None and compare.is_file() else None
     asking = Asking(
         asked,
@@ -80,6 +96,8 @@ def evaluation(
         {"backend": backend, "num_threads": num_threads, "batch_size": batch_size, "chunk_size": chunk_size},
         memory_context if memory_context is not None else 2048 if compare is not None else 0,
         progress,
+        bad,
+        on_error,
     )
     if earlier is not None:
         check_same_questions([(one.id, " | ".join(one.accepted), one.match) for one in asked], earlier)
@@ -87,9 +105,11 @@ def evaluation(
     exacts = [exact and (one is path or kind_of(one) == "engine") for one in paths]
     for one, is_exact in zip(paths, exacts, strict=True):
         asking.check(one, is_exact)
-    results = [asking.ask(one, is_exact) for one, is_exact in zip(paths, exacts, strict=True)]
-    if output is not None:
-        record.save(results[0], output)
+    results: list[Result] = []
+    for one, is_exact in zip(paths, exacts, strict=True):
+        results.append(asking.ask(one, is_exact, done))
+        if output is not None and one is path:
+            record.save(results[0], output)
     results += [earlier] if earlier is not None else []
     summaries = [summarize(result) for result in results]
     if plot is not None:
@@ -98,6 +118,7 @@ def evaluation(
         "path": str(path),
         "summary": summaries[0],
         "other_summary": summaries[1] if len(results) > 1 else None,
+        "num_errors": max(len(result.failed) for result in results),
         "comparison": compared(*results) if len(results) > 1 else None,
         "harness": None,
     }
@@ -134,13 +155,17 @@ def harness_evaluation(
         exact=exact,
         progress=progress,
     )
-    return {"path": str(path), "summary": None, "comparison": None, "harness": found}
+    return {"path": str(path), "summary": None, "comparison": None, "harness": found, "num_errors": 0}
+
+
+def _usage(what: str, why: str, fix: str) -> ThoughtxError:
+    return ThoughtxError("E001", what, where="thoughtx-eval", why=why, fix=fix)
 
 
 @dataclass(frozen=True)
 class Asking:
     """What is asked of each system, and how. `given` names the settings that a flag set, `options` how a system is opened;
-    `context` is the length at which memory is measured, 0 not."""
+    `context` is the length at which memory is measured, 0 not; `bad` are the lines that are no questions."""
 
     questions: Sequence[Question]
     params: GenerationParams
@@ -149,13 +174,15 @@ class Asking:
     options: Mapping[str, Any]
     context: int
     progress: Progress
+    bad: Sequence[Bad]
+    on_error: str
 
     def check(self, path: Path, exact: bool) -> None:
         """Refuse what can be refused before anything is loaded."""
         flags = {name: self.options[name] for name in ("backend", "batch_size", "chunk_size")}
         check_system(path, **flags, exact=exact, engine_flags=tuple(self.params.engine_flags))
 
-    def ask(self, path: Path, exact: bool) -> Result:
+    def ask(self, path: Path, exact: bool, answers: Answers | None) -> Result:
         progress, system = self.progress, open_system(path, exact=exact, **self.options)
         try:
             unread = system.text.set_template(*self.template)
@@ -167,7 +194,7 @@ class Asking:
             ignored = unused_settings(system.text.generation_config, {*self.given, *OWN})
             if ignored:
                 progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
-            result = evaluate(system, self.questions, params, progress)
+            result = evaluate(system, self.questions, params, progress, answers=answers, bad=self.bad, on_error=self.on_error)
             result.conditions.update({"template_kwargs": system.text.template_kwargs, "not_applied": [*ignored, *unread]})
         finally:
             system.close()

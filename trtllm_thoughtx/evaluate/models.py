@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from trtllm_thoughtx import files
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import STEPPED, IsDone, Written, need_text
+from trtllm_thoughtx.runtime import answers
 from trtllm_thoughtx.runtime.logits import log_probability
 from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.reference import load_model, version
+
+SUFFIXES = (".safetensors", ".json", ".jinja")  # the files that decide what a model answers
 
 
 class ModelSystem:
@@ -34,15 +38,23 @@ class ModelSystem:
         backend = f"transformers {version()}"
         self.description = {"name": path.name, "path": str(path), "kind": "model", "backend": backend, "dtype": "float32"}
 
-    def write(
-        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
-    ) -> list[Written]:
+    def check(self, params: GenerationParams) -> None:
         if params.engine_flags:
             why = "transformers runs this one, and its thinking is not followed"
             fix = "give an engine directory, or leave the flag out"
             raise ThoughtxError(
                 "E001", f"--{', --'.join(params.engine_flags)} is for engines", where=self.description["path"], why=why, fix=fix
             )
+
+    def sha256(self) -> str:
+        names = sorted(path for suffix in SUFFIXES for path in Path(self.description["path"]).glob(f"*{suffix}"))
+        return answers.sha256_of([[path.name, files.sha256_of(path)] for path in names])
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
+    ) -> list[Written]:
+        for one in params:
+            self.check(one)
         began = time.perf_counter()
         width, num = max(map(len, prompts)), len(prompts)
         ids, mask = torch.zeros(num, width, dtype=torch.int64), torch.zeros(num, width, dtype=torch.int64)
@@ -50,12 +62,12 @@ class ModelSystem:
             ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
             mask[row, width - len(prompt) :] = 1
         sampler = Sampler(params, num, streams=streams, prompts=prompts)
-        eos = frozenset() if params.ignore_eos else frozenset(self.text.eos_ids)
+        eos = [frozenset(() if one.ignore_eos else self.text.eos_ids) for one in params]
         written: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         reasons: list[str | None] = [None] * num
         seconds = [0.0] * num
-        streams_of = [self.text.stop_stream(params) for _ in prompts]
+        streams_of = [self.text.stop_stream(one) for one in params]
         cache, place = None, (mask.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
             while None in reasons:
@@ -73,10 +85,13 @@ class ModelSystem:
                     logprobs[row].append(log_probability(logits[row], token))
                     seconds[row] = time.perf_counter() - began
                     full = len(prompts[row]) + len(written[row]) >= self.max_length
-                    is_long = len(written[row]) >= params.max_new_tokens
+                    is_long = len(written[row]) >= params[row].max_new_tokens
                     ends = (
-                        (token in eos, "eos"),
-                        (token in params.stops or streams_of[row].is_done or (is_done is not None and is_done(row, written[row])), "stop"),
+                        (token in eos[row], "eos"),
+                        (
+                            token in params[row].stops or streams_of[row].is_done or (is_done is not None and is_done(row, written[row])),
+                            "stop",
+                        ),
                         (is_long, "length"),
                         (full, "capacity"),
                     )

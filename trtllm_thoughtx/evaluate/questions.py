@@ -9,27 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.matching import EXACT, MATCHES, accepted_answers, check_match, match_for
 from trtllm_thoughtx.evaluate.record import CUT, FREE
-from trtllm_thoughtx.jsonl import STDIN, Line, read_rows, text_of
+from trtllm_thoughtx.jsonl import STDIN, Line, Rows, read_rows, text_of
 from trtllm_thoughtx.tasks import TASKS, draw, item
 from trtllm_thoughtx.tasks.item import Item
+from trtllm_thoughtx.text import prompts
+from trtllm_thoughtx.text.params import GenerationParams
+from trtllm_thoughtx.text.prompts import Prompt
 
 SIZES = {task: tuple(range(1, 13 if task == "chain" else 5)) for task in TASKS}
-COLUMNS = ("prompt", "answer", "task", "match")
+OWN = ("answer", "task", "match")
+COLUMNS = (*prompts.FORMS, "method", "url", "body", *OWN)
+UNUSED = ("num_return_sequences", "logprobs", "chunk_size")  # settings of a request that a question has no use for
+SETTINGS = {*prompts.SETTINGS, *prompts.TEMPLATE, *prompts.ALIASES} - {*UNUSED}
 FIX = 'each line is an object like {"prompt": "...", "answer": "..."}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """`thought` None: the system thinks for itself; else it is given this one, closed. `item` is known for generated tasks. `match` says
-    how answers are compared (see `matching`), with `expected` and with what `also` counts."""
+    how answers are compared (see `matching`), with `expected` and with what `also` counts. `request` is a line's own: what `prompt` is the
+    text of, and settings that replace those of the command."""
 
     id: str
     task: str
@@ -41,11 +49,16 @@ class Question:
     traits: dict[str, int] = field(default_factory=dict)
     match: str = EXACT
     also: tuple[str, ...] = ()
+    request: Prompt | None = None
     where: str = field(default="", compare=False)  # its file and line
 
     @property
     def accepted(self) -> tuple[str, ...]:
         return (" ".join(self.expected.split()), *self.also)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.request is None else self.request.settings
 
     @property
     def mode(self) -> str:
@@ -54,7 +67,15 @@ class Question:
 
 def sha256_of_questions(questions: Sequence[Question]) -> str:
     """Of what is asked and expected: the setting that decides what was measured."""
-    return hashlib.sha256(json.dumps([[asked.id, asked.prompt, *asked.accepted, asked.match] for asked in questions]).encode()).hexdigest()
+    rows = [[asked.id, asked.prompt, *asked.accepted, asked.match, *_more(asked.request)] for asked in questions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _more(request: Prompt | None) -> list[Any]:
+    """What is asked beside a text."""
+    if request is None or request == Prompt(id=request.id, prompt=request.prompt):
+        return []
+    return [request.messages, request.input_ids, request.template_kwargs, sorted(request.settings.items()), request.is_raw]
 
 
 def generated(
@@ -102,17 +123,36 @@ def item_seed(seed: int, place: int) -> int:
 def from_file(
     path: Path, limit: int | None = None, note: Callable[[str], object] | None = None, match: str | None = None
 ) -> list[Question]:
-    """JSONL rows {"prompt", "answer"} with optional "id", "task" and "match" (else `match`, else what the answer's form suggests). An
-    answer is a text, a number, or a list of those that count. E140 names the lines that cannot be used."""
-    task = "stdin" if path == STDIN else path.stem
+    """The questions of a file, all with the command's own settings. E140 names the lines that cannot be used."""
+    return file_rows(path, match).all(note)[:limit]
+
+
+def file_rows(path: Path, match: str | None = None, *, with_settings: bool = False) -> Rows[Question]:
+    """JSONL rows: a request as `text.prompts` reads it (settings only `with_settings`) and its "answer", with optional "id", "task" and
+    "match" (else `match`, else what the answer's form suggests). An answer is a text, a number, or a list of those that count."""
+    task, unread = "stdin" if path == STDIN else path.stem, Counter[str]()
 
     def question(row: dict[str, Any], line: Line) -> Question:
-        prompt, accepted = text_of(row, "prompt"), accepted_answers(row.get("answer"))
+        if "prompt" in row:
+            text_of(row, "prompt")
+        request = prompts.prompt_of_row({name: value for name, value in row.items() if name not in OWN}, line)
+        if request.settings.get("num_return_sequences", 1) != 1:
+            raise ValueError("num_return_sequences must be 1: a question gets one answer")
+        settings = {name: value for name, value in request.settings.items() if with_settings and name not in UNUSED}
+        unread.update(request.settings.keys() - settings.keys())
+        GenerationParams(**settings)
+        request = replace(request, settings=settings, template_kwargs=request.template_kwargs if with_settings else None)
+        accepted = accepted_answers(row.get("answer"))
         how = row.get("match", match or match_for(accepted))
         if how not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, not {shown(how, 40)}")
         check_match(how, accepted)
-        task_name = text_of({"task": task, **row}, "task")
-        return Question(id=line.id, task=task_name, prompt=prompt, expected=accepted[0], match=how, also=accepted[1:], where=line.where)
+        task_name, text = text_of({"task": task, **row}, "task"), request.prompt
+        if text is None:
+            text = str(request.messages[-1].get("content") or "") if request.messages else json.dumps(request.input_ids)
+        rest = {"expected": accepted[0], "also": accepted[1:], "match": how, "where": line.where}
+        return Question(id=line.id, task=task_name, prompt=text, request=request, **rest)
 
-    return read_rows(path, question, code="E140", columns=COLUMNS, fix=FIX).all(note)[:limit]
+    rows = read_rows(path, question, code="E140", columns={*COLUMNS, *(SETTINGS if with_settings else ())}, fix=FIX)
+    rows.num_unread.update(unread)
+    return rows

@@ -70,6 +70,11 @@ class Result:
         return [record for record in self.records if record.mode == mode and task in (None, record.task)]
 
     @property
+    def failed(self) -> frozenset[str]:
+        """The questions that ended in an error: there is no record of them."""
+        return frozenset(row["id"] for row in self.conditions.get("errors", ()))
+
+    @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(record.task for record in self.records))
 
@@ -88,18 +93,21 @@ def load(path: Path) -> Result:
         problems.append(f"it must be an object with schema {SCHEMA!r}")
     else:
         problems += [f"{key} must be an object" for key in ("system", "conditions") if not isinstance(body.get(key), dict)]
+        errors = body["conditions"].get("errors", []) if not problems else []
+        if not isinstance(errors, list) or not all(isinstance(row, dict) and isinstance(row.get("id"), str) for row in errors):
+            problems.append("conditions.errors must be a list of objects with an id")
         rows = body.get("records")
         if not isinstance(rows, list) or not rows:
             problems.append("records must be a list that is not empty")
         else:
-            problems += [f"record {number}: {why}" for number, row in enumerate(rows) if (why := _wrong(row))]
+            problems += [f"record {number}: {why}" for number, row in enumerate(rows) if (why := wrong(row))]
     if problems:
         fix = "make it again: thoughtx-eval ... --output FILE"
         raise ThoughtxError("E160", "not a usable result file", where=str(path), why=listed(problems), fix=fix)
     return Result(system=body["system"], conditions=body["conditions"], records=tuple(Record(**row) for row in body["records"]))
 
 
-def _wrong(row: Any) -> str:
+def wrong(row: Any) -> str:
     """What is wrong with one record; empty when it is good."""
     fields = {f.name: str(f.type) for f in dataclasses.fields(Record)}
     if not isinstance(row, Mapping) or set(row) | {"match"} != set(fields):  # results of older versions do not name it

@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, listed
+from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.matching import MATCHES, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
-from trtllm_thoughtx.evaluate.record import Record, Result
+from trtllm_thoughtx.evaluate.record import Record, Result, wrong
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
+from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.answers import Answers, Stamp, stamp
+from trtllm_thoughtx.runtime.jobs import STOP, error_row, one_by_one, settings_of, together
 from trtllm_thoughtx.runtime.sampling import PENALTIES, GenerationParams
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.text.answer import split_ids
 from trtllm_thoughtx.text.opening import INSIDE, opened, state_of
-from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.text import Text, prompt_ids
 
 OFTEN_OFF = ("min_p", *PENALTIES, "stop", "stop_token_ids")
 
 
-def evaluate(system: System, questions: Sequence[Question], params: GenerationParams, progress: Progress | None = None) -> Result:
-    """Answers in batches of questions of like length; records in the order of the questions. E122 before anything runs when one
-    does not fit."""
+def evaluate(
+    system: System,
+    questions: Sequence[Question],
+    params: GenerationParams,
+    progress: Progress | None = None,
+    *,
+    answers: Answers | None = None,
+    bad: Sequence[Bad] = (),
+    on_error: str = STOP,
+) -> Result:
+    """Answers in batches of questions of like length; records in the order of the questions, each written to `answers` when its batch is
+    done. All that can be refused is refused before anything runs; with `on_error` row the errors of questions, and those of lines that
+    are none (`bad`), stand in the conditions, and the others are asked."""
     progress, load = progress or Progress.silent(), os.getloadavg()[0]
-    prompts = [prompt_of(asked, system.text) for asked in questions]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    room = system.max_length - params.max_new_tokens
-    if len(prompts[longest]) > room:
-        need = len(prompts[longest]) + params.max_new_tokens
-        long = [i for i, prompt in enumerate(prompts) if len(prompt) > room]
-        named = listed([f"{questions[i].where or f'question {questions[i].id}'} has {len(prompts[i])} tokens" for i in long])
-        why = f"--max_new_tokens is {params.max_new_tokens}, and {named}"
-        fix = f"lower --max_new_tokens or --lengths, or build an engine with more room: thoughtx-build --max_seq_len {need}"
-        what = f"a question needs {need} tokens, the system takes {system.max_length}"
-        raise ThoughtxError("E122", what, where=system.description["path"], why=why, fix=fix)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else list(range(len(prompts)))
-    records: dict[int, Record] = {}
-    with progress.stage(f"asking {system.description['name']}", len(questions)) as stage:
-        for start in range(0, len(order), system.batch_size):
-            batch = order[start : start + system.batch_size]
-            written = system.write([prompts[i] for i in batch], params, batch)
-            for i, one in zip(batch, written, strict=True):
-                records[i] = judged(questions[i], prompts[i], one, system.text)
+    each = [replace(params, **asked.settings) for asked in questions]
+    streams = [0 if "seed" in asked.settings else place for place, asked in enumerate(questions)]
+    prompts, refused = _checked(system, questions, params, each)
+    if refused and (on_error == STOP or not prompts):
+        raise together(list(refused.values()))
+    stamps = _stamps(system, questions, prompts, each, streams) if answers is not None else {}
+    records = _kept(answers, stamps, questions)
+    errors = [error_row(one.line.id, one.error) for one in bad] + [error_row(questions[i].id, error) for i, error in refused.items()]
+    order = sorted(prompts, key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else list(prompts)
+    batches = [order[start : start + system.batch_size] for start in range(0, len(order), system.batch_size)]
+    batches = [batch for batch in batches if any(i not in records for i in batch)]  # as they would be undisturbed, for the same rounding
+    if records:
+        progress.note(f"{len(records)} answers were there")
+
+    def write(batch: Sequence[int]) -> list[Written]:
+        return system.write([prompts[i] for i in batch], [each[i] for i in batch], [streams[i] for i in batch])
+
+    writing = contextlib.nullcontext() if answers is None else answers.writing(progress, records)
+    with writing, progress.stage(f"asking {system.description['name']}", sum(map(len, batches))) as stage:
+        if answers is not None:
+            answers.write(errors)
+        for batch in batches:
+            for i, one in one_by_one(batch, write, on_error):
+                if isinstance(one, ThoughtxError):
+                    errors.append(row := error_row(questions[i].id, one))
+                else:
+                    made = judged(questions[i], prompts[i], one, system.text)
+                    said = {"output_ids": one.ids, "text": system.text.decode(one.ids)[: one.text_end]}
+                    records.setdefault(i, made)
+                    row = {**vars(made), "index": 0, **said, **(stamps[made.id]._asdict() if stamps else {})}
+                if answers is not None:
+                    answers.write([row])
             stage.advance(len(batch))
+    if not records:
+        raise ThoughtxError(**errors[0]["error"])
     conditions: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
         "temperature": params.temperature,
@@ -57,14 +87,74 @@ def evaluate(system: System, questions: Sequence[Question], params: GenerationPa
         **params.engine_flags,
         "batch_size": system.batch_size,
         "match": {match: num for match in MATCHES if (num := sum(asked.match == match for asked in questions))},
+        **({"errors": errors} if errors else {}),
         "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
     }
-    return Result(system=dict(system.description), conditions=conditions, records=tuple(records[i] for i in range(len(questions))))
+    return Result(system=dict(system.description), conditions=conditions, records=tuple(records[i] for i in sorted(records)))
+
+
+def _checked(
+    system: System, questions: Sequence[Question], params: GenerationParams, each: Sequence[GenerationParams]
+) -> tuple[dict[int, list[int]], dict[int, ThoughtxError]]:
+    """Of each question by its place: its ids, or why it cannot be asked."""
+    system.check(params)
+    prompts, refused = dict[int, list[int]](), dict[int, ThoughtxError]()
+    for i, asked in enumerate(questions):
+        try:
+            prompts[i] = prompt_of(asked, system.text)
+            if asked.settings:
+                system.check(each[i])
+        except ThoughtxError as error:
+            if not asked.where:
+                raise
+            refused[i] = ThoughtxError(error.code, error.what, where=asked.where, why=error.why, fix=error.fix)
+    needs = {i: len(prompt) + each[i].max_new_tokens for i, prompt in prompts.items()}
+    long = {i: need for i, need in needs.items() if need > system.max_length and i not in refused}
+    most = max(needs.values(), default=0)
+    fix = f"lower --max_new_tokens or --lengths, or build an engine with more room: thoughtx-build --max_seq_len {most}"
+    for i, need in long.items():
+        what = f"a question needs {need} tokens, the system takes {system.max_length}"
+        why = f"it has {len(prompts[i])} tokens, and --max_new_tokens is {each[i].max_new_tokens}"
+        where = questions[i].where or f"{system.description['path']}, question {questions[i].id}"
+        refused[i] = ThoughtxError("E122", what, where=where, why=why, fix=fix)
+    return {i: prompt for i, prompt in prompts.items() if i not in refused}, dict(sorted(refused.items()))
+
+
+def _stamps(
+    system: System,
+    questions: Sequence[Question],
+    prompts: Mapping[int, Sequence[int]],
+    each: Sequence[GenerationParams],
+    streams: Sequence[int],
+) -> dict[str, Stamp]:
+    """What the record of each question depends on."""
+    digest, stamps = system.sha256(), {}
+    for i, ids in prompts.items():
+        asked = questions[i]
+        judging = {"task": asked.task, "match": asked.match, "expected": " | ".join(asked.accepted)}
+        settings = {**settings_of(each[i], streams[i]), "batch_size": system.batch_size, **judging}
+        stamps[asked.id] = stamp(digest, ids, settings)
+    return stamps
+
+
+def _kept(answers: Answers | None, stamps: Mapping[str, Stamp], questions: Sequence[Question]) -> dict[int, Record]:
+    """The records that the file of answers holds, by the place of their questions; E160 for what is none of ours."""
+    if answers is None:
+        return {}
+    answers.check(stamps)
+    places, records = {asked.id: i for i, asked in enumerate(questions)}, {}
+    for (name, _), row in answers.done.items():
+        kept: dict[str, Any] = {one.name: row.get(one.name) for one in fields(Record)}
+        if why := wrong(kept):
+            fix = "choose another path for --answers"
+            raise ThoughtxError("E160", "this is no answer to a question", where=f"{answers.path}, id {shown(name, 60)}", why=why, fix=fix)
+        records[places[name]] = Record(**kept)
+    return dict(sorted(records.items()))
 
 
 def prompt_of(asked: Question, text: Text) -> list[int]:
     """Ids of the chat; of a cut question with the thought behind it, closed."""
-    ids = text.chat(asked.prompt)
+    ids = text.chat(asked.prompt) if asked.request is None else prompt_ids(asked.request, text)
     if asked.thought is None:
         return ids
     if text.think_ids is None:

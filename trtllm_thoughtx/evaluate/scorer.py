@@ -105,7 +105,9 @@ class Scorer:
             for start in range(0, len(members), self.source.batch_size):
                 part = members[start : start + self.source.batch_size]
                 streams = range(start, start + len(part))  # not the batch: draws must not depend on its size
-                done = self.source.write([rows[index] for index in part], params, streams, functools.partial(_shifted, is_done, start))
+                done = self.source.write(
+                    [rows[index] for index in part], [params] * len(part), streams, functools.partial(_shifted, is_done, start)
+                )
                 for index, one in zip(part, done, strict=True):
                     answers[index] = self.answer(requests[index][0], one.ids, until)
                 self._advance(len(part))

@@ -101,9 +101,11 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values)) if values else math.nan
 
 
-def check_same_questions(ids: Sequence[tuple[str, str, str]], second: Result) -> None:
-    """E160 unless `second` was asked the questions of these ids and answers."""
-    others = [(record.id, record.expected, record.match) for record in second.records]
+def check_same_questions(asked: Sequence[tuple[str, str, str]], second: Result, failed: frozenset[str] = frozenset()) -> None:
+    """E160 unless `second` was asked the questions of these ids and answers; those that `failed` in one of the two are left out."""
+    failed |= second.failed
+    ids = [one for one in asked if one[0] not in failed]
+    others = [(record.id, record.expected, record.match) for record in second.records if record.id not in failed]
     if set(ids) != set(others) or len(ids) != len(others):
         apart = sorted(shown(name, 60) for name, *_ in set(ids) ^ set(others))
         why = f"{len(apart)} questions stand in one of the two alone: {listed(apart, 3)}"
@@ -114,11 +116,12 @@ def check_same_questions(ids: Sequence[tuple[str, str, str]], second: Result) ->
 def compare(first: Result, second: Result) -> dict[str, Any]:
     """Both systems on the same questions: values, differences second - first with 95 % intervals, and an exact test of accuracy.
 
-    E160 unless both were asked the same.
+    E160 unless both were asked the same. What ended in an error in one of the two is not compared.
     """
-    check_same_questions([(record.id, record.expected, record.match) for record in first.records], second)
+    check_same_questions([(record.id, record.expected, record.match) for record in first.records], second, first.failed)
     held = {record.id: record for record in second.records}
-    pairs = [(record, held[record.id]) for record in first.of()]
+    failed = first.failed | second.failed
+    pairs = [(record, held[record.id]) for record in first.of() if record.id not in failed]
     rows = [difference(name, task, [pair for pair in pairs if pair[0].task == task]) for task in first.tasks for name in PER_TASK]
     if len(first.tasks) > 1:
         rows += [difference(name, "all", pairs) for name in PER_TASK]
@@ -129,6 +132,7 @@ def compare(first: Result, second: Result) -> dict[str, Any]:
         "systems": [first.system, second.system],
         "layer_tokens_saved": 1 - work["second"] / work["first"] if work["first"] and work["second"] else None,
         "num_items": len(pairs),
+        "num_errors": len(failed),
         "rows": rows,
         "only_first_right": only[0],
         "only_second_right": only[1],
@@ -178,6 +182,9 @@ def result_tables(found: dict[str, Any]) -> list[Any]:
     ]
     if cuts:
         tables.append(report.table("thoughts cut short", ("task", "items", "said ? when due", "answered when it sufficed"), cuts))
+    if errors := found["conditions"].get("errors"):
+        first = f"{shown(errors[0]['id'], 60)}: {shown(errors[0].get('error', {}).get('what'), 200)}"
+        tables.append(f"{len(errors)} questions ended in an error and are not counted; the first is {first}")
     matches = found["conditions"].get("match", {})
     if set(matches) - {EXACT}:
         tables.append(f"answers compared by {', '.join(f'{match}: {num}' for match, num in matches.items())} (--match)")

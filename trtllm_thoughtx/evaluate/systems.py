@@ -19,7 +19,10 @@ import numpy as np
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.runtime.answers import sha256_of
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.generation import check
+from trtllm_thoughtx.runtime.jobs import engine_sha256
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
@@ -53,10 +56,19 @@ class System(Protocol):
     batch_size: int
     description: dict[str, Any]
 
+    def check(self, params: GenerationParams) -> None:
+        """E001 or E122 for settings that the system cannot follow."""
+        ...
+
     def write(
-        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
+        self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
     ) -> list[Written]:
-        """Answers to at most `batch_size` prompts; `streams` names the random stream of each. A row ends early once `is_done` says so."""
+        """Answers to at most `batch_size` prompts; `params` and `streams`: the settings and the random stream of each. A row ends early
+        once `is_done` says so."""
+        ...
+
+    def sha256(self) -> str:
+        """Of what its answers depend on."""
         ...
 
     def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
@@ -96,8 +108,14 @@ class EngineSystem:
         if chunk_size is not None:
             self.description["chunk_size"] = chunk_size
 
+    def check(self, params: GenerationParams) -> None:
+        check(self.engine.session, self.engine.text, params)
+
+    def sha256(self) -> str:
+        return sha256_of([engine_sha256(self.engine), self.chunk_size])
+
     def write(
-        self, prompts: Sequence[Sequence[int]], params: GenerationParams, streams: Sequence[int], is_done: IsDone | None = None
+        self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
     ) -> list[Written]:
         began = time.perf_counter()
         last = [began] * len(prompts)
@@ -109,7 +127,8 @@ class EngineSystem:
                 return  # it goes on because others of its batch do; what it writes now must not count
             last[row] = time.perf_counter()
             new[row].append(token)
-            if is_done is not None and (token in params.stops or len(new[row]) >= params.max_new_tokens or is_done(row, new[row])):
+            own = params[row]
+            if is_done is not None and (token in own.stops or len(new[row]) >= own.max_new_tokens or is_done(row, new[row])):
                 running.discard(row)
                 if not running:
                     raise _Enough

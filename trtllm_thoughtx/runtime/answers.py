@@ -6,16 +6,17 @@ that hold errors, and refuses, by name, what is not the same now.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import atomic_file, parse_json, read_named
+from trtllm_thoughtx.progress import Progress
 
 FILE_BYTES = 16 << 30
 STAMP = ("engine_sha256", "prompt_sha256", "settings")
@@ -38,11 +39,11 @@ def sha256_of(value: Any) -> str:
 
 
 class Answers:
-    """`done`: rows that were there before, by id and index. Use as a context."""
+    """`done`: rows that were there before, by id and index. `num_tokens`: the column of a row that counts its tokens."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, num_tokens: str = "num_output_tokens") -> None:
         report.check_file_output(path)
-        self.path, self.done = path, dict[tuple[str, int], dict[str, Any]]()
+        self.path, self.num_tokens, self.done = path, num_tokens, dict[tuple[str, int], dict[str, Any]]()
         if path.exists():
             if not resume:
                 why = "a job never writes over answers"
@@ -78,15 +79,18 @@ class Answers:
         self._file.write(b"".join(_line(row) for row in new))
         self._file.flush()
 
-    def __enter__(self) -> Answers:
+    @contextlib.contextmanager
+    def writing(self, progress: Progress, rows: Sized) -> Iterator[None]:
+        """The file is open to `write`; Ctrl-C says how many requests, those of `rows`, are done."""
         if self.path.exists():
             with atomic_file(self.path) as file:
                 file.write(b"".join(map(_line, self.done.values())))
-        self._file = open(self.path, "ab")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with open(self.path, "ab") as self._file:
+            try:
+                yield
+            except KeyboardInterrupt:
+                progress.note(f"{len(rows)} requests are done in {self.path}; --resume goes on with the others")
+                raise
 
     def _read(self) -> None:
         where = shown(str(self.path), 400)
@@ -95,14 +99,17 @@ class Answers:
             row = parse_json(line, f"{where}, line {number}", "E160")
             if isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("error"), dict):
                 continue
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", *STAMP[:2])) or not _has_numbers(row):
+            if (
+                not isinstance(row, dict)
+                or not all(isinstance(row.get(key), str) for key in ("id", *STAMP[:2]))
+                or not self._has_numbers(row)
+            ):
                 why, fix = "a row lacks what answers say of themselves", "choose another output path"
                 raise ThoughtxError("E160", "this is no file of answers", where=f"{where}, line {number}", why=why, fix=fix)
             self.done[row["id"], row["index"]] = row
 
-
-def _has_numbers(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("settings"), dict) and type(row.get("index")) is int and type(row.get("num_output_tokens")) is int
+    def _has_numbers(self, row: Mapping[str, Any]) -> bool:
+        return isinstance(row.get("settings"), dict) and type(row.get("index")) is int and type(row.get(self.num_tokens)) is int
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

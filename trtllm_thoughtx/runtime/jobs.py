@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, listed
@@ -25,6 +26,8 @@ from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.prompts import Prompt
 
 STOP, ROW = ON_ERROR = ("stop", "row")
+T = TypeVar("T")
+U = TypeVar("U")
 COUNTED = ("prefill_seconds", "decode_seconds", "num_decoded", "num_read_again", "num_drafted", "num_accepted")
 
 
@@ -64,7 +67,7 @@ class Job:
     ) -> list[dict[str, Any]]:
         """Rows of all requests: errors of lines that cannot be read (with on_error `row`), then the others in the order of the file."""
         ready, refused = self._checked(requests, todo)
-        rows, unread = refused, [_error_row(one.line.id, one.error) for one in bad]
+        rows, unread = refused, [error_row(one.line.id, one.error) for one in bad]
         num_errors, stamps, kept = len(rows), dict[str, Stamp](), dict[tuple[str, int], dict[str, Any]]()
         if self.answers is not None:
             stamps, kept = self._stamps(ready), self.answers.done
@@ -76,24 +79,19 @@ class Job:
         self.num_kept = len(rows) - num_errors
         left = [one for one in ready if one.request.id not in rows]
         stage = self.progress.stage("answering", len(left)) if self.is_file else contextlib.nullcontext()
-        with self.answers or contextlib.nullcontext(), stage as running:
-            try:
-                self._write([*unread, *(row for made in list(rows.values())[:num_errors] for row in made)])
-                for batch in batches(left, self.engine.build.max_batch_size):
-                    for one, answered in self._answered(batch, on_token, return_logits):
-                        if isinstance(answered, ThoughtxError):
-                            made = [_error_row(one.request.id, answered)]
-                        else:
-                            self.last, extra = answered, stamps[one.request.id]._asdict() if stamps else {}
-                            made = [{**row, **extra} for row in done(one, answered)]
-                        rows[one.request.id] = made
-                        self._write(made)
-                    if running is not None:
-                        running.advance(len(batch))
-            except KeyboardInterrupt:
-                if self.answers is not None:
-                    self.progress.note(f"{len(rows)} requests are done in {self.answers.path}; --resume goes on with the others")
-                raise
+        with self.answers.writing(self.progress, rows) if self.answers else contextlib.nullcontext(), stage as running:
+            self._write([*unread, *(row for made in list(rows.values())[:num_errors] for row in made)])
+            for batch in batches(left, self.engine.build.max_batch_size):
+                for one, answered in one_by_one(batch, lambda some: self._completed(some, on_token, return_logits), self.on_error):
+                    if isinstance(answered, ThoughtxError):
+                        made = [error_row(one.request.id, answered)]
+                    else:
+                        self.last, extra = answered, stamps[one.request.id]._asdict() if stamps else {}
+                        made = [{**row, **extra} for row in done(one, answered)]
+                    rows[one.request.id] = made
+                    self._write(made)
+                if running is not None:
+                    running.advance(len(batch))
         return [*unread, *(row for request in requests for row in rows[request.id])]
 
     def _checked(self, requests: Sequence[Prompt], todo: Callable[[Prompt], Todo]) -> tuple[list[Todo], dict[str, list[dict[str, Any]]]]:
@@ -113,51 +111,28 @@ class Job:
                     raise
                 refused[request.id] = ThoughtxError(error.code, error.what, where=request.where, why=error.why, fix=error.fix)
         if refused and self.on_error == STOP:
-            first, *others = refused.values()
-            if others:
-                why = listed([f"{one.where.rpartition(', line ')[2]}: {one.what}: {one.why}" for one in refused.values()])
-                what = f"{len(refused)} requests cannot be answered"
-                first = ThoughtxError(first.code, what, where=f"{first.where} and {len(others)} more", why=f"line {why}", fix=first.fix)
-            raise first
-        return ready, {name: [_error_row(name, error)] for name, error in refused.items()}
+            raise together(list(refused.values()))
+        return ready, {name: [error_row(name, error)] for name, error in refused.items()}
 
     def _stamps(self, ready: Sequence[Todo]) -> dict[str, Stamp]:
-        outputs = report.read_manifest(self.engine.directory.root)["outputs"]
-        engine = sha256_of([outputs, self.engine.backend, self.engine.is_exact])
-        settings = [
-            {**dataclasses.asdict(one.params), "chunk_size": one.chunk_size, "stream": None if one.params.is_greedy else one.stream}
-            for one in ready
-        ]
+        engine = engine_sha256(self.engine)
+        settings = [{**settings_of(one.params, one.stream), "chunk_size": one.chunk_size} for one in ready]
         return {one.request.id: stamp(engine, one.ids, own) for one, own in zip(ready, settings, strict=True)}
 
-    def _answered(
-        self, batch: Sequence[Todo], on_token: OnToken | None, return_logits: bool
-    ) -> Iterator[tuple[Todo, Sequence[Completion] | ThoughtxError]]:
-        """Each request of a batch with its completions. A batch that fails is answered one by one, so that one request fails alone."""
-        try:
-            found = self.engine.generate(
-                [one.ids for one in batch],
-                [one.params for one in batch],
-                on_token,
-                return_logits=return_logits,
-                chunk_size=batch[0].chunk_size,
-                streams=[one.stream for one in batch],
-            )
-        except ThoughtxError as error:
-            if self.on_error == STOP:
-                raise
-            if len(batch) == 1:
-                yield batch[0], error
-            else:
-                for one in batch:
-                    yield from self._answered([one], on_token, return_logits)
-            return
+    def _completed(self, batch: Sequence[Todo], on_token: OnToken | None, return_logits: bool) -> list[Sequence[Completion]]:
+        """The completions of each request."""
+        found = self.engine.generate(
+            [one.ids for one in batch],
+            [one.params for one in batch],
+            on_token,
+            return_logits=return_logits,
+            chunk_size=batch[0].chunk_size,
+            streams=[one.stream for one in batch],
+        )
         for name in COUNTED:
             self.stats[name] += getattr(self.engine.stats, name)
-        at = 0
-        for one in batch:
-            yield one, found[at : at + one.num_answers]
-            at += one.num_answers
+        rest = iter(found)
+        return [list(itertools.islice(rest, one.num_answers)) for one in batch]
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         if self.answers is not None:
@@ -204,5 +179,41 @@ def _counted(found: Counter[str]) -> str:
     return ", ".join(f"{name} ({num})" if len(found) > 1 else name for name, num in found.most_common())
 
 
-def _error_row(name: str, error: ThoughtxError) -> dict[str, Any]:
+def error_row(name: str, error: ThoughtxError) -> dict[str, Any]:
     return {"id": name, "error": error.as_dict()}
+
+
+def together(refused: Sequence[ThoughtxError]) -> ThoughtxError:
+    """One error that names each of `refused`."""
+    first, *others = refused
+    if not others:
+        return first
+    why = listed([f"{one.where.rpartition(', line ')[2]}: {one.what}: {one.why}" for one in refused])
+    what = f"{len(refused)} requests cannot be answered"
+    return ThoughtxError(first.code, what, where=f"{first.where} and {len(others)} more", why=f"line {why}", fix=first.fix)
+
+
+def one_by_one(batch: Sequence[T], run: Callable[[Sequence[T]], Sequence[U]], on_error: str) -> Iterator[tuple[T, U | ThoughtxError]]:
+    """Each of a batch with what `run` makes of it. A batch that fails is run one by one, so that one request fails alone."""
+    try:
+        found = run(batch)
+    except ThoughtxError as error:
+        if on_error == STOP:
+            raise
+        if len(batch) == 1:
+            yield batch[0], error
+        else:
+            for one in batch:
+                yield from one_by_one([one], run, on_error)
+        return
+    yield from zip(batch, found, strict=True)
+
+
+def engine_sha256(engine: Engine) -> str:
+    """Of what an engine's answers depend on."""
+    return sha256_of([report.read_manifest(engine.directory.root)["outputs"], engine.backend, engine.is_exact])
+
+
+def settings_of(params: GenerationParams, stream: int) -> dict[str, Any]:
+    """What a stamp keeps of them: greedy answers draw from no stream."""
+    return {**dataclasses.asdict(params), "stream": None if params.is_greedy else stream}

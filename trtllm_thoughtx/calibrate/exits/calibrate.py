@@ -27,6 +27,7 @@ from trtllm_thoughtx.checkpoint.weights import EMBEDDING, HEAD, open_weights
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, sha256_of_questions
+from trtllm_thoughtx.evaluate.run import prompt_of
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.completion import head_in_layers
 from trtllm_thoughtx.runtime.engine import Engine
@@ -88,8 +89,8 @@ def calibrate_exits(
         progress.note(f"not applied: {unread}")
     asked, longest = _questions(tasks, dataset, num_items, seed, progress), min(config.longest, MAX_LENGTH)
     for question in (question for questions in asked for question in questions):
-        if len(text.chat(question.prompt)) >= longest:
-            why = f"{question.id} has {len(text.chat(question.prompt))} tokens, and an answer must follow within {longest}"
+        if (num := len(prompt_of(question, text))) >= longest:
+            why = f"{question.id} has {num} tokens, and an answer must follow within {longest}"
             raise ThoughtxError("E122", "a question is too long", where=str(dataset or model_dir), why=why, fix="leave it out")
     settings = {
         "fit_exit_head": fit_exit_head,

@@ -16,6 +16,7 @@ import numpy as np
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.matching import BOXED, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
+from trtllm_thoughtx.evaluate.run import prompt_of
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Completion, Engine
@@ -86,7 +87,7 @@ def collect(
     with progress.stage("tracing", len(questions)) as stage:
         for start in range(0, len(questions), size):
             part = questions[start : start + size]
-            prompts = [text.chat(asked.prompt) for asked in part]
+            prompts = [prompt_of(asked, text) for asked in part]
             for asked, prompt, one in zip(part, prompts, engine.generate(prompts, params), strict=True):
                 traces.append(
                     _trace(text, asked, prompt, one)
