@@ -82,7 +82,7 @@ def test_built_up_to_the_window(family: str, tmp_path: Path) -> None:
 def test_no_layer_slides(family: str, config: dict[str, Any], tmp_path: Path) -> None:
     model = saved(tmp_path / "m", family, **config)
     summary = build(tmp_path / "m", tmp_path / "e", {"backend": ("onnxruntime",)})
-    assert summary["build"]["max_seq_len"] == 256 and summary["notes"] == []
+    assert summary["build"]["max_seq_len"] == 256 and not [note for note in summary["notes"] if "window" in note]
     ids = ids_of(LENGTH)
     np.testing.assert_allclose(engine_logits(tmp_path / "e", ids), transformers_logits(model, ids), atol=2e-4)
 

@@ -92,7 +92,14 @@ def test_limits_name_what_they_see():
         assert word in limits.broken({**good, key: value})
 
 
-@pytest.mark.parametrize("change", [{"limits": None}, {"validation": [[999]]}, {"validation": [[]]}, {"limits": {"max_kl": "x"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"backends": None, "limits": None}, {"backends": None, "limits": {"max_kl": "x"}}),  # a file that states one way alone
+        *({"backends": {}}, {"backends": {"onnxruntime": {"max_kl": "x"}, "exact": {"max_kl": "x"}}}),
+        *({"validation": [[999]]}, {"validation": [[]]}),
+    ],
+)
 def test_a_changed_calibration_file_is_refused(hf, tmp_path, change):
     calibrate(hf, tmp_path / "c", qformat="int8_wo", calib_size=8, calib_seq_len=32)
     file = tmp_path / "c" / "calibration.json"
