@@ -17,7 +17,9 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.evaluate.job import evaluation
-from trtllm_thoughtx.evaluate.scorer import EngineSource, ModelSource, Scorer
+from trtllm_thoughtx.evaluate.models import ModelSystem
+from trtllm_thoughtx.evaluate.scorer import Scorer
+from trtllm_thoughtx.evaluate.systems import EngineSystem
 from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text.stream import StopStream
 
@@ -222,9 +224,9 @@ def test_the_harness_applies_the_checkpoints_repetition_penalty(root, tmp_path):
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.5, "top_p": None, "temperature": "x"}))
     build(tmp_path / "m", tmp_path / "e", OPTIONS)
     asked = [("abc", {"until": [], "max_gen_toks": 20})]
-    said = [Scorer(EngineSource(Engine.load(path, num_threads=1))).complete(asked) for path in (root / "e", tmp_path / "e")]
+    said = [Scorer(EngineSystem(path, num_threads=1)).complete(asked) for path in (root / "e", tmp_path / "e")]
     engine = Engine.load(tmp_path / "e", num_threads=1)
     prompt = engine.text.encode("abc")
     wanted = engine.generate([prompt], GenerationParams(max_new_tokens=20, repetition_penalty=1.5, stop_ids=engine.text.eos_ids))[0]
     assert said[1] == [engine.text.decode(wanted.output_ids)] != said[0]
-    assert Scorer(ModelSource(tmp_path / "m")).complete(asked) == said[1]
+    assert Scorer(ModelSystem(tmp_path / "m")).complete(asked) == said[1]
