@@ -551,6 +551,7 @@ def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, mon
     seen = []
     monkeypatch.setattr(estimate, "seconds", lambda walk: 1.0)  # it searches as well, with one sequence of noise
     real = layers.search
+    monkeypatch.setattr(estimate, "seconds", lambda walk: 1.0)  # it searches with one row of noise
     monkeypatch.setattr(layers, "search", lambda weight, inputs, quant: (seen.append(inputs), real(weight, inputs, quant))[1])
     monkeypatch.setattr(layers, "picks_of", lambda lengths: picks_of(lengths, 16))
     write_tiny(tmp_path / "m", **SIZES)
