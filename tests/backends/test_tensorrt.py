@@ -37,10 +37,9 @@ def script(expression: str) -> str:
 
 
 class TestBuild:
-    pytestmark = rtx
+    pytestmark = [*rtx, pytest.mark.slow]
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-    @pytest.mark.slow
     def test_plan_is_whole_and_its_facts_are_true(self, tmp_path: Path, dtype: str) -> None:
         path = tmp_path / "a.engine"
         info = tensorrt.build_plan(**job(path, dtype))
@@ -49,7 +48,6 @@ class TestBuild:
         assert info.num_attention == 2 and info.layer_counts["KV_CACHE_UPDATE"] == 4 and info.errors == []
         assert sum(info.layer_counts.values()) == info.num_layers and info.peak_bytes > 1 << 20 and info.seconds_build > 0
 
-    @pytest.mark.slow
     def test_same_inputs_same_bytes(self, tmp_path: Path) -> None:
         """Twice in this process, with other paths and other open files, and once from another process and directory."""
         first = tensorrt.build_plan(**job(tmp_path / "a.engine"))

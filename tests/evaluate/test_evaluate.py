@@ -261,6 +261,7 @@ def test_memory_is_measured_where_it_fits(systems, capsys):
     assert second["peak_bytes"] >= second["loaded_bytes"] > 1 << 20
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn(systems, tmp_path, capsys):
     _, engine = systems
     asked = ("--task", "chain,lookup", "--num_items", 4, "--sizes", "1,2", "--max_new_tokens", 4, "-q")

@@ -139,9 +139,8 @@ def test_layers_of_the_asked_form_are_counted(form, counts, fits):
 class TestInTheRtxParser:
     """A real parser of the family: without such a plugin it takes the function, and the builder process notices."""
 
-    pytestmark = rtx
+    pytestmark = [*rtx, pytest.mark.slow]
 
-    @pytest.mark.slow
     def test_a_plugin_that_nobody_registered_becomes_the_function_and_is_refused(self, model, tmp_path, monkeypatch):
         from trtllm_thoughtx.build.build import profiles_of
         from trtllm_thoughtx.graph import external

@@ -128,6 +128,7 @@ def test_anchors_without_chunks_are_refused(model, tmp_path):
 
 
 @pytest.mark.rtx
+@pytest.mark.slow
 def test_a_plan_of_a_bounded_cache_with_anchors_builds(model, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     options = {"dtype": "float16", "chunk_size": 32, "sink_tokens": 4, "left_chunks": 1, "num_anchors": 2, "max_seq_len": 1024}

@@ -133,6 +133,7 @@ MASK_FAULTS: dict[str, Callable[[ChunkSpec], ChunkSpec]] = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("fault", MASK_FAULTS)
+@pytest.mark.slow
 def test_a_wrong_mask_fails_in_every_type(hf: Path, fault: str, dtype: str) -> None:
     build = dataclasses.replace(CHUNKED, dtype=dtype)
     fake = Fake(Reference(hf, dtype), build)
