@@ -36,8 +36,9 @@ def script(expression: str) -> str:
     return f"import sys; sys.path[:0] = {sys.path!r}\nimport plan_jobs as t\nfrom pathlib import Path\nprint({expression})"
 
 
+@pytest.mark.slow
 class TestBuild:
-    pytestmark = [*rtx, pytest.mark.slow]
+    pytestmark = rtx
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     def test_plan_is_whole_and_its_facts_are_true(self, tmp_path: Path, dtype: str) -> None:

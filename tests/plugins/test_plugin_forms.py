@@ -136,10 +136,11 @@ def test_layers_of_the_asked_form_are_counted(form, counts, fits):
         assert caught.value.code == "E205" and f"asked for: {form}" in caught.value.why
 
 
+@pytest.mark.slow
 class TestInTheRtxParser:
     """A real parser of the family: without such a plugin it takes the function, and the builder process notices."""
 
-    pytestmark = [*rtx, pytest.mark.slow]
+    pytestmark = rtx
 
     def test_a_plugin_that_nobody_registered_becomes_the_function_and_is_refused(self, model, tmp_path, monkeypatch):
         from trtllm_thoughtx.build.build import profiles_of
