@@ -86,7 +86,7 @@ def evaluate(
         "seed": params.seed,
         **params.engine_flags,
         "batch_size": system.batch_size,
-        "match": {match: num for match in MATCHES if (num := sum(asked.match == match for asked in questions))},
+        "match": {match: num for match in MATCHES if (num := sum(made.match == match for made in records.values()))},
         **({"errors": errors} if errors else {}),
         "machine": {"cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(), "load": load},
     }
