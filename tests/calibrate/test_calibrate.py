@@ -243,7 +243,7 @@ def test_memory_holds_a_layer_and_not_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(Layer, "__init__", counted)
     write_tiny(tmp_path / "m", num_layers=4, **SIZES)
     calibrate(tmp_path / "m", tmp_path / "c", qformat="int4_awq", calib_data=lines(tmp_path / "d.jsonl", ids(4)))
-    assert len(most) == 4 and max(most) == 1
+    assert len(most) == 4 + 1 and max(most) == 1  # the first once more, for the estimate of the time
 
 
 # --- what the search is worth ----------------------------------------------------------------------------------------

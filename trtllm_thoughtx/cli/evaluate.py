@@ -43,7 +43,7 @@ OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", 
     "thoughtx-eval --engine_dir ./engine --task chain,lookup --num_items 200 --plot accuracy.png",
     "thoughtx-eval --engine_dir ./engine --task chain --compare ./other-engine",
     "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --match contains --output result.json",
-    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --answers answers.jsonl --resume --on_error row",
+    "thoughtx-eval --engine_dir ./engine --dataset questions.jsonl --answers answers.jsonl --resume",
     "thoughtx-eval --model_dir ./model --harness gsm8k,boolq --data_dir ./data --limit 100",
 )
 @click.option("--engine_dir", type=PATH, help="Engine directory to evaluate.")
