@@ -229,7 +229,9 @@ def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
     number = FORMATS[quant.algo].number
     if number.is_float:
         why = f"no CPU computes with {number.name}; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
-        return [f"not faster than float32 on a CPU: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"]
+        return [
+            f"slower than float32 on a CPU at prefill, and no faster at decode: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"
+        ]
     if number == INT4 and quant.group_size % 16:
         why = f"onnxruntime has no product for groups of {quant.group_size}, and widens the weights to float32 when it loads them"
         return [f"not faster than float32 on a CPU: {why}; thoughtx-calibrate --group_size 16, or a multiple, is"]
