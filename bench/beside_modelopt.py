@@ -59,7 +59,8 @@ def plant(source: Path, target: Path, factor: float, seed: int = 3) -> None:
     what reads them as much smaller; a channel of the values is read by every query head of its group."""
     assert np.frexp(factor)[0] == 0.5, "a power of two, so that nothing is rounded"
     from trtllm_thoughtx.checkpoint.directory import read_tensors
-    from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, STORED_DTYPES
+    from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
+    from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES
 
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text())

@@ -34,7 +34,7 @@ RUN = """
 import json, sys, numpy as np
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.evaluate.memory import resident
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 path, length, batch, new = sys.argv[1], *map(int, sys.argv[2:5])
 engine = Engine.load(path, "onnxruntime")
 engine.generate([[1, 2, 3]], GenerationParams(max_new_tokens=2, ignore_eos=True))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = """
 import sys, json, numpy as np
 from trtllm_thoughtx import Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 engine = Engine.load(sys.argv[1], "onnxruntime", int(sys.argv[4]))
 prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, int(sys.argv[2])).tolist()
 params = GenerationParams(max_new_tokens=int(sys.argv[3]), ignore_eos=True)

@@ -27,7 +27,7 @@ from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.runtime import row
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 RANK = 64
 

@@ -47,8 +47,8 @@ from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.report import to_json
 from trtllm_thoughtx.runtime.completion import head_in_layers, layer_parameters
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.tasks import TASKS
+from trtllm_thoughtx.text.params import GenerationParams
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_NEW = 400

@@ -35,7 +35,7 @@ def main() -> None:
     from trtllm_thoughtx.build.build import build
     from trtllm_thoughtx.calibrate.quantize.job import calibrate
     from trtllm_thoughtx.evaluate.questions import SIZES, generated
-    from trtllm_thoughtx.runtime.sampling import GenerationParams
+    from trtllm_thoughtx.text.params import GenerationParams
     from trtllm_thoughtx.validate.divergence import Divergence
 
     with tempfile.TemporaryDirectory() as folder:

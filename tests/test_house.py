@@ -133,6 +133,22 @@ def test_no_imports_form_a_circle_inside_a_folder(folder):
     assert {name for name, others in reached.items() if name in others} == CIRCLES.get(folder, set())
 
 
+def _borrowed(tree: ast.Module) -> set[str]:
+    """Names of a module that it has from others."""
+    return {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_names_are_imported_from_the_module_that_defines_them(name):
+    modules = {f"trtllm_thoughtx.{path.removesuffix('.py').replace('/', '.')}": _borrowed(tree) for path, tree in TREES.items()}
+    wrong = [
+        f"line {line}: {dotted}"
+        for dotted, line in _imports(TREES[name])
+        if dotted.rpartition(".")[2] in modules.get(dotted.rpartition(".")[0], ()) and "cli.commands" not in dotted
+    ]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_runtimes_stay_in_their_place(name):
     wrong = []

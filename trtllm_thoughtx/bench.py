@@ -72,7 +72,7 @@ def bench(
 ) -> dict[str, Any]:
     """Time prefill and decode of the engine, and of the Hugging Face model `against`. E122 when the engine is too small."""
     from trtllm_thoughtx.runtime.engine import Engine
-    from trtllm_thoughtx.runtime.sampling import GenerationParams
+    from trtllm_thoughtx.text.params import GenerationParams
 
     progress = progress or Progress.silent()
     if against is not None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
-from trtllm_thoughtx.files import open_inside, open_named, parse_json
+from trtllm_thoughtx.files import open_inside, open_named
+from trtllm_thoughtx.strictjson import parse_json
 
 STDIN = Path("-")
 FILE_BYTES = 1 << 30

@@ -20,7 +20,7 @@ from trtllm_thoughtx.build.engine_dir import SCHEMA, EngineDir
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 STORED = sorted((Path(__file__).parent / "engines").glob("schema*.zip"))
 RELEASED = range(SCHEMA)  # the present one is that of the tree

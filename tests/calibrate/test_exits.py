@@ -23,7 +23,7 @@ from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.runtime import probe
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 SAMPLE = str(LONGCOT)
 

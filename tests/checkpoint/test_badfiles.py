@@ -13,7 +13,8 @@ import pytest
 import tiny
 from badfiles import CATALOGUE, BadFile
 
-from trtllm_thoughtx.checkpoint.convert import convert, open_weights
+from trtllm_thoughtx.checkpoint.convert import convert
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import CODES, Exit, ThoughtxError
 
 MAX_SECONDS = 10.0  # of processor time; a quadratic reader takes minutes

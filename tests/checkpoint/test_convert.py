@@ -22,8 +22,8 @@ from tiny import tiny_values, write_tiny
 
 from trtllm_thoughtx.checkpoint import convert as convert_module
 from trtllm_thoughtx.checkpoint import weights as weights_module
-from trtllm_thoughtx.checkpoint.convert import convert, open_weights, rank_layers
-from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, cast_into
+from trtllm_thoughtx.checkpoint.convert import convert, rank_layers
+from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, cast_into, open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 
 FAMILIES = {

@@ -15,7 +15,7 @@ from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.generation_config import IDS, read_generation_config
 from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 CASES = [

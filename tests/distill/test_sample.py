@@ -13,7 +13,7 @@ from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.summary import numbers, summarize
 from trtllm_thoughtx.evaluate.systems import EngineSystem
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 SAMPLES = TINY.parent
 NAMES = ("thoughtx-tiny", "longcot-tiny")

@@ -20,8 +20,8 @@ from trtllm_thoughtx.evaluate.questions import from_file, generated
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.summary import compare, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.systems import Written
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.tasks import TASKS, item
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 vocabulary = pytest.importorskip("trtllm_thoughtx.distill.vocabulary")

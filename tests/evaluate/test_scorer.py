@@ -14,7 +14,7 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.scorer import Scorer
 from trtllm_thoughtx.evaluate.systems import EngineSystem, Written
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 LENGTH = 64
 

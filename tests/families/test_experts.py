@@ -27,7 +27,7 @@ from trtllm_thoughtx.config import ExpertsConfig  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.graph import experts  # noqa: E402
 from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
-from trtllm_thoughtx.runtime.sampling import GenerationParams  # noqa: E402
+from trtllm_thoughtx.text.params import GenerationParams  # noqa: E402
 from trtllm_thoughtx.validate import quality  # noqa: E402
 from trtllm_thoughtx.validate.validate import identity_of, run_reference, validate  # noqa: E402
 

@@ -17,7 +17,7 @@ from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.logits import entropy
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 BASE = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 192, "use_chunked_attention": True, "chunk_size": "auto"}
 

@@ -14,7 +14,7 @@ from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph.chunked_attention import visible
 from trtllm_thoughtx.runtime.batch import Batch
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 LENGTH = 96
 

@@ -19,7 +19,8 @@ from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.drafts import Drafter
 from trtllm_thoughtx.runtime.pace import NUM_TRIED, Pace, Timer
-from trtllm_thoughtx.runtime.sampling import GenerationParams, penalized
+from trtllm_thoughtx.runtime.sampling import penalized
+from trtllm_thoughtx.text.params import GenerationParams
 
 BASE = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 384, "max_batch_size": 8}
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}

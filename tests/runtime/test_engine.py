@@ -11,7 +11,7 @@ from tiny import write_tiny
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 ROWS = [[5, 9, 2, 44, 7], [1] * 3, list(range(40)), [90, 3]]
 

@@ -7,16 +7,8 @@ import pytest
 
 from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
-from trtllm_thoughtx.runtime.sampling import (
-    GenerationParams,
-    Sampler,
-    distribution,
-    penalized,
-    token_ids,
-    uniform,
-    unused_settings,
-)
-from trtllm_thoughtx.text.params import DEFAULTS, NEUTRAL
+from trtllm_thoughtx.runtime.sampling import Sampler, distribution, penalized, uniform
+from trtllm_thoughtx.text.params import DEFAULTS, NEUTRAL, GenerationParams, token_ids, unused_settings
 
 GRID = [
     {"temperature": 0.6, "top_k": 20, "top_p": 0.95},

@@ -20,7 +20,7 @@ from trtllm_thoughtx.evaluate.job import evaluation
 from trtllm_thoughtx.evaluate.models import ModelSystem
 from trtllm_thoughtx.evaluate.scorer import Scorer
 from trtllm_thoughtx.evaluate.systems import EngineSystem
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.stream import StopStream
 
 PROMPTS = [[40, 66, 7, 7, 9], [13, 80, 2], [5, 33, 61, 20, 70, 8, 1]]

@@ -19,9 +19,9 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import Written
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.text.opening import BEFORE, BEHIND, INSIDE, closed, opened, state_of
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 KINDS = ("opens", "hybrid", "early", "instruct")

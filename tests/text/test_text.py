@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from places import TINY as SAMPLE
 from tokenizer_kinds import CONFIG, TOKENIZERS, byte_level
 
+from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.text.chat import ChatTemplate
-from trtllm_thoughtx.text.text import Prompt, Text, prompt_ids, read_generation_config, read_prompts
+from trtllm_thoughtx.text.prompts import Prompt, read_prompts
+from trtllm_thoughtx.text.text import Text, prompt_ids
 
 QWEN25 = """\
 {%- if tools %}

@@ -15,9 +15,9 @@ from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.cli.commands import thoughtx
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.tasks.item import steps_of
 from trtllm_thoughtx.text import thinking
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.text.thinking import Thinking
 

@@ -101,6 +101,6 @@ def open_runner(
         from trtllm_thoughtx.backends.onnxruntime import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(root, parts, config, build, num_threads=num_threads, tap_layers=tap_layers, exact=exact)
-    from trtllm_thoughtx.backends.tensorrt import TensorRTRunner
+    from trtllm_thoughtx.backends.trt_runner import TensorRTRunner
 
     return TensorRTRunner(root, parts, backend, config, build)

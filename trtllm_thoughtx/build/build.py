@@ -167,7 +167,7 @@ def _load_backends(settings: BuildConfig) -> None:
     """Fail before any work when a backend's package is missing or does not know a target."""
     for backend in settings.backends:
         if BACKENDS[backend].builds_plans:
-            from trtllm_thoughtx.backends.tensorrt import load_module, targets
+            from trtllm_thoughtx.backends.trt_module import load_module, targets
 
             targets(load_module(backend), backend, settings.compute_capabilities)
 

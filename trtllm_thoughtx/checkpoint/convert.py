@@ -24,8 +24,9 @@ from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
+from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
 from trtllm_thoughtx.checkpoint.tensor_file import Entry
-from trtllm_thoughtx.checkpoint.weights import BLOCK_BYTES, NUMPY_DTYPES, STORED_DTYPES, Findings, WeightSource, open_weights
+from trtllm_thoughtx.checkpoint.weights import BLOCK_BYTES, NUMPY_DTYPES, Findings, WeightSource, open_weights
 from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor, stacked

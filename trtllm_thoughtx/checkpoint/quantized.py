@@ -27,8 +27,8 @@ from trtllm_thoughtx.checkpoint.members import QUANT_FILE
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
-from trtllm_thoughtx.checkpoint.tensor_check import HEAD
-from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, STORED_DTYPES
+from trtllm_thoughtx.checkpoint.tensor_check import HEAD, STORED_DTYPES
+from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families import Tensor, tensors_of

@@ -16,10 +16,11 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers
-from trtllm_thoughtx.runtime.engine import Completion, Engine
+from trtllm_thoughtx.runtime.completion import Completion
+from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.jobs import STOP, Job, Todo, summary
-from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.text.answer import split_ids
+from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.text.prompts import Prompt, prompt_rows
 from trtllm_thoughtx.text.text import Text, prompt_ids
 

@@ -18,8 +18,8 @@ from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.tasks import TASKS
+from trtllm_thoughtx.text.params import GenerationParams
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 400

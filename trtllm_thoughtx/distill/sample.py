@@ -30,7 +30,7 @@ from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.files import atomic_dir, sha256_of
 from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = next(path for path in (ROOT.parent / "build_configs", ROOT / "build_configs") if path.is_dir())

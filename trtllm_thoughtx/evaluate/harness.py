@@ -29,7 +29,7 @@ from trtllm_thoughtx.evaluate.scorer import Scorer
 from trtllm_thoughtx.evaluate.systems import EngineSystem, System, open_system
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.sampling import unused_settings
+from trtllm_thoughtx.text.params import unused_settings
 
 OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 MODEL_BATCH = 8  # rows of a Hugging Face model at once

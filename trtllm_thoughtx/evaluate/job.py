@@ -23,7 +23,7 @@ from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.jobs import ROW, STOP
-from trtllm_thoughtx.runtime.sampling import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
+from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 
 OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample")  # what eval sets itself
 CHECKPOINTS = ("repetition_penalty", "stop")  # what its generation_config.json sets where no flag does

@@ -18,7 +18,7 @@ import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import open_system
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 
 NUM_NEW = 8
 TIMEOUT_SECONDS = 3600

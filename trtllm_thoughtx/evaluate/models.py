@@ -19,7 +19,8 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import STEPPED, IsDone, Written, need_text
 from trtllm_thoughtx.runtime import answers
 from trtllm_thoughtx.runtime.logits import log_probability
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
+from trtllm_thoughtx.runtime.sampling import Sampler
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.reference import load_model, version
 

@@ -17,7 +17,8 @@ from typing import Any
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.evaluate.matching import EXACT, MATCHES
-from trtllm_thoughtx.files import atomic_file, parse_json, read_named
+from trtllm_thoughtx.files import atomic_file, read_named
+from trtllm_thoughtx.strictjson import parse_json
 
 SCHEMA = "thoughtx.result/1"
 RESULT_BYTES = 256 << 20

@@ -19,10 +19,10 @@ from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, stamp
 from trtllm_thoughtx.runtime.jobs import STOP, error_row, one_by_one, settings_of, together
-from trtllm_thoughtx.runtime.sampling import PENALTIES, GenerationParams
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.text.answer import split_ids
 from trtllm_thoughtx.text.opening import INSIDE, opened, state_of
+from trtllm_thoughtx.text.params import PENALTIES, GenerationParams
 from trtllm_thoughtx.text.text import Text, prompt_ids
 
 OFTEN_OFF = ("min_p", *PENALTIES, "stop", "stop_token_ids")

@@ -18,8 +18,8 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import IsDone, System
 from trtllm_thoughtx.progress import Stage
 from trtllm_thoughtx.runtime.logits import log_softmax
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text.answer import split_text
+from trtllm_thoughtx.text.params import GenerationParams
 
 LOOK_EVERY = 8  # tokens between two looks for a stop string
 MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -23,7 +23,7 @@ from trtllm_thoughtx.runtime.answers import sha256_of
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.generation import check
 from trtllm_thoughtx.runtime.jobs import engine_sha256
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 TRUNCATED = ("length", "capacity")

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
-from trtllm_thoughtx.files import atomic_file, parse_json, read_named
+from trtllm_thoughtx.files import atomic_file, read_named
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.strictjson import parse_json
 
 FILE_BYTES = 16 << 30
 STAMP = ("engine_sha256", "prompt_sha256", "settings")

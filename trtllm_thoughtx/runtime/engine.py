@@ -28,8 +28,8 @@ from trtllm_thoughtx.runtime.completion import Completion, Stats, Work
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.pace import Pace
 from trtllm_thoughtx.runtime.row import Request
-from trtllm_thoughtx.runtime.sampling import GenerationParams, token_ids
 from trtllm_thoughtx.runtime.session import Session
+from trtllm_thoughtx.text.params import GenerationParams, token_ids
 from trtllm_thoughtx.text.text import Text
 
 __all__ = ["Completion", "Engine", "Stats", "Work"]

@@ -17,9 +17,10 @@ from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import OFF, TRUST, TRUSTED, Drafter, check_policy
 from trtllm_thoughtx.runtime.pace import Pace, Timer
 from trtllm_thoughtx.runtime.row import Request, Row
-from trtllm_thoughtx.runtime.sampling import GenerationParams, Sampler
+from trtllm_thoughtx.runtime.sampling import Sampler
 from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.text import opening, thinking
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.text.thinking import Thinking
 

@@ -20,7 +20,8 @@ from trtllm_thoughtx.errors import ThoughtxError, listed
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, sha256_of, stamp
-from trtllm_thoughtx.runtime.engine import Completion, Engine
+from trtllm_thoughtx.runtime.completion import Completion
+from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.generation import OnToken, check
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.prompts import Prompt

@@ -17,8 +17,8 @@ from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF
 from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
 from trtllm_thoughtx.runtime.probe import ProbeAnswers
-from trtllm_thoughtx.runtime.sampling import GenerationParams
 from trtllm_thoughtx.text import thinking
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.stream import StopStream
 from trtllm_thoughtx.text.thinking import Thinking
 

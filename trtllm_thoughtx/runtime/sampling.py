@@ -19,20 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, token_ids, unused_settings
-
-__all__ = [
-    "DRAFTS",
-    "PENALTIES",
-    "THINKING",
-    "GenerationParams",
-    "Sampler",
-    "distribution",
-    "penalized",
-    "token_ids",
-    "uniform",
-    "unused_settings",
-]
+from trtllm_thoughtx.text.params import GenerationParams
 
 
 class Sampler:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.files import parse_json
+from trtllm_thoughtx.strictjson import parse_json
 from trtllm_thoughtx.text.render import CPU_SECONDS
 
 WALL_SECONDS = 20.0  # of one rendering, start of the process included; processor time is bounded far below

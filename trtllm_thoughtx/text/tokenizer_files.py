@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.files import parse_json, read_inside
+from trtllm_thoughtx.files import read_inside
+from trtllm_thoughtx.strictjson import parse_json
 from trtllm_thoughtx.text.chat import ChatTemplate
 
 if TYPE_CHECKING:

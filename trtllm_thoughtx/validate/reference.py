@@ -216,7 +216,7 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts
 
 def _check_directory(path: Path) -> None:
     """Our own strict reading of the directory comes first; transformers only sees what passed it."""
-    from trtllm_thoughtx.checkpoint.convert import open_weights
+    from trtllm_thoughtx.checkpoint.weights import open_weights
 
     source = open_weights(path, allow_nonfinite=True)
     kind = source.kind

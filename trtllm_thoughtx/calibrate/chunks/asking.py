@@ -18,7 +18,7 @@ from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import EngineSystem
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
 BATCH_SIZE = 16

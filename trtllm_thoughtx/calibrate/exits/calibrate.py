@@ -23,7 +23,8 @@ from trtllm_thoughtx.checkpoint.exits import BOUNDARY, ExitAdapter, ExitHead, Ex
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
-from trtllm_thoughtx.checkpoint.weights import EMBEDDING, HEAD, open_weights
+from trtllm_thoughtx.checkpoint.tensor_check import EMBEDDING, HEAD
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, sha256_of_questions

@@ -19,11 +19,13 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import prompt_of
 from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.engine import Completion, Engine
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.runtime.completion import Completion
+from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.text.answer import split_ids
+from trtllm_thoughtx.text.opening import INSIDE
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
-from trtllm_thoughtx.text.thinking import INSIDE, Thinking
+from trtllm_thoughtx.text.thinking import Thinking
 
 
 @dataclass

@@ -23,7 +23,7 @@ from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.summary import PER_TASK, compare
 from trtllm_thoughtx.evaluate.systems import EngineSystem, need_text
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.sampling import GenerationParams
+from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 Template = tuple[str | None, str | None]  # --enable_thinking, --chat_template_kwargs

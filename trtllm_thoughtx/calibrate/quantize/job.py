@@ -38,7 +38,8 @@ from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
-from trtllm_thoughtx.checkpoint.weights import STORED_DTYPES, WeightSource, open_weights
+from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
+from trtllm_thoughtx.checkpoint.weights import WeightSource, open_weights
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.questions import sha256_of_questions
