@@ -43,10 +43,10 @@ from trtllm_thoughtx.evaluate.statistics import mean_interval, wilson
 from trtllm_thoughtx.evaluate.summary import compare
 from trtllm_thoughtx.evaluate.systems import EngineSystem
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.size import head_in_layers, layer_parameters
 from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.report import to_json
-from trtllm_thoughtx.runtime.completion import head_in_layers, layer_parameters
 from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.text.params import GenerationParams
 

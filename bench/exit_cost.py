@@ -7,7 +7,7 @@ The unit is a decoder layer: at batch 1 a token reads each layer's weights once,
 from __future__ import annotations
 
 from trtllm_thoughtx.config import ModelConfig
-from trtllm_thoughtx.runtime.completion import head_in_layers, layer_parameters
+from trtllm_thoughtx.families.size import head_in_layers, layer_parameters
 
 
 def generation_in_layers(config: ModelConfig, num_generated: float, num_trial_tokens: float = 0.0, *, has_head: bool = False) -> float:

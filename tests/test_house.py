@@ -107,14 +107,6 @@ def test_imports_flow_one_way(name):
     assert not wrong, wrong
 
 
-# folder -> the files of it that still import each other in a circle; no folder is added
-CIRCLES = {
-    "evaluate": {"evaluate/models.py", "evaluate/systems.py"},
-    "graph": {"graph/decoder.py", "graph/exits.py", "graph/experts.py", "graph/quantized.py"},
-    "text": {"text/answer.py", "text/opening.py", "text/text.py"},
-}
-
-
 @pytest.mark.parametrize("folder", sorted({name.rpartition("/")[0] for name in TREES}))
 def test_no_imports_form_a_circle_inside_a_folder(folder):
     """Imports for type checkers alone and those inside functions count as well."""
@@ -130,7 +122,7 @@ def test_no_imports_form_a_circle_inside_a_folder(folder):
     }
     for _ in dotted:  # as far as a chain can go
         reached = {name: direct | {far for near in direct for far in reached[near]} for name, direct in reached.items()}
-    assert {name for name, others in reached.items() if name in others} == CIRCLES.get(folder, set())
+    assert {name for name, others in reached.items() if name in others} == set()
 
 
 def _borrowed(tree: ast.Module) -> set[str]:

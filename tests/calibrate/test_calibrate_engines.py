@@ -27,7 +27,7 @@ from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.evaluate.questions import from_file  # noqa: E402
 from trtllm_thoughtx.evaluate.run import evaluate  # noqa: E402
 from trtllm_thoughtx.evaluate.systems import EngineSystem  # noqa: E402
-from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
+from trtllm_thoughtx.families.size import layer_parameters  # noqa: E402
 from trtllm_thoughtx.tasks import draw  # noqa: E402
 from trtllm_thoughtx.text.params import GenerationParams  # noqa: E402
 from trtllm_thoughtx.text.text import Text  # noqa: E402

@@ -18,15 +18,14 @@ hf_models = pytest.importorskip("hf_models")
 from trtllm_thoughtx import Engine  # noqa: E402
 from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.build.engine_dir import EngineDir  # noqa: E402
-from trtllm_thoughtx.build.options import layer_weights  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
 from trtllm_thoughtx.checkpoint.convert import convert  # noqa: E402
 from trtllm_thoughtx.checkpoint.quantized import import_quantized  # noqa: E402
 from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import ExpertsConfig  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
+from trtllm_thoughtx.families.size import layer_parameters  # noqa: E402
 from trtllm_thoughtx.graph import experts  # noqa: E402
-from trtllm_thoughtx.runtime.completion import layer_parameters  # noqa: E402
 from trtllm_thoughtx.text.params import GenerationParams  # noqa: E402
 from trtllm_thoughtx.validate import quality  # noqa: E402
 from trtllm_thoughtx.validate.validate import identity_of, run_reference, validate  # noqa: E402
@@ -364,10 +363,10 @@ def test_layers_weigh_all_experts_and_a_token_reads_its_own(tmp_path, family):
     with open_weights(hf) as source:
         config = source.config
         names = [name for name in source.names() if ".layers.0." in name and "norm" not in name and not name.endswith("bias")]
-        assert layer_weights(config) == sum(int(np.prod(source.shape(name))) for name in names)
+        assert layer_parameters(config, whole=True) == sum(int(np.prod(source.shape(name))) for name in names)
     sizes = hf_models.EXPERTS[family]
     idle = (sizes["num_experts"] - sizes["num_experts_per_tok"]) * 3 * sizes["moe_intermediate_size"] * 32
-    assert layer_parameters(config) == layer_weights(config) - idle
+    assert layer_parameters(config) == layer_parameters(config, whole=True) - idle
     build(hf, tmp_path / "e", OPTIONS)
     engine = Engine.load(tmp_path / "e", num_threads=1)
     engine.generate([[1, 2, 3]], GenerationParams(max_new_tokens=4, ignore_eos=True))

@@ -224,7 +224,8 @@ def test_stage_edges_are_checked_by_name(tmp_path):
 
 
 def test_large_models_are_cut_into_stages_for_tensorrt_only(tmp_path):
-    from trtllm_thoughtx.build.options import STAGE_BYTES, layer_weights, resolve
+    from trtllm_thoughtx.build.options import STAGE_BYTES, resolve
+    from trtllm_thoughtx.families.size import layer_parameters
 
     write_tiny(tmp_path / "m")
     with open_weights(tmp_path / "m") as source:
@@ -235,7 +236,7 @@ def test_large_models_are_cut_into_stages_for_tensorrt_only(tmp_path):
         )
     settings_ = resolve(config, {"dtype": "float16", "backend": ("tensorrt-rtx",)})
     edges = [0, *settings_.stages, 28]
-    per_layer = layer_weights(config) * 2
+    per_layer = layer_parameters(config, whole=True) * 2
     head = 152064 * 3584 * 2
     sizes = [(b - a) * per_layer + (head if a == 0 else 0) for a, b in pairwise(edges)]
     assert len(settings_.stages) >= 3 and max(sizes) <= STAGE_BYTES

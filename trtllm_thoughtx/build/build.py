@@ -33,7 +33,8 @@ from trtllm_thoughtx.checkpoint.weights import WeightSource, open_weights
 from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, PartFiles, PlanFile
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
-from trtllm_thoughtx.graph.decoder import Graph, decoder_graph, parts_of
+from trtllm_thoughtx.graph.builder import Graph
+from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.text.notes import text_notes
 

@@ -9,6 +9,7 @@ from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.formats import FORMATS, INT4
+from trtllm_thoughtx.families.size import layer_parameters
 
 DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
 DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
@@ -165,7 +166,7 @@ def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends:
 def _stages_by_size(config: ModelConfig, dtype: str) -> tuple[int, ...]:
     """Stages of at most STAGE_BYTES, a layer at the least; none when everything fits into one."""
     item = 4 if dtype == "float32" else 2
-    layer, table = layer_weights(config) * item, config.vocab_size * config.hidden_size * item
+    layer, table = layer_parameters(config, whole=True) * item, config.vocab_size * config.hidden_size * item
     if layer * config.num_layers + table * (1 if config.tied else 2) <= STAGE_BYTES:
         return ()
     edges, held = [], table
@@ -175,16 +176,6 @@ def _stages_by_size(config: ModelConfig, dtype: str) -> tuple[int, ...]:
             held = 0
         held += layer
     return tuple(edges) or (config.num_layers // 2,) if config.num_layers > 1 else ()
-
-
-def layer_weights(config: ModelConfig) -> int:
-    """Weights of one decoder layer's matrices."""
-    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
-    if config.experts is None:
-        return attention + 3 * config.hidden_size * config.intermediate_size
-    experts = config.experts
-    inner = experts.num_experts * experts.intermediate_size + experts.shared_size
-    return attention + config.hidden_size * (3 * inner + experts.num_experts + (experts.shared_size > 0))
 
 
 def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:

@@ -25,8 +25,7 @@ from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_r
 from trtllm_thoughtx.tasks import TASKS, draw
 from trtllm_thoughtx.tasks.item import steps_of, thought
 from trtllm_thoughtx.text.chat import text_messages
-from trtllm_thoughtx.text.opening import trace_ids
-from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.text import Text, trace_ids
 
 COLUMNS = ("text", "prompt", "thought", "steps", "answer", "messages", "input_ids", "attention_mask", "num_sufficient", "id")
 FIX = 'each line is an object like {"prompt": "...", "answer": "..."}, {"text": "..."} or {"input_ids": [1, 2]}. Nothing was written.'

@@ -7,7 +7,6 @@ Hours assume a share of the GPU's peak, stated beside them: computed, not measur
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from trtllm_thoughtx import report
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families import expected_tensors
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
+from trtllm_thoughtx.families.size import num_parameters
 from trtllm_thoughtx.files import human_bytes, read_json
 
 TRAINED_BYTES, FROZEN_BYTES, COMPUTED_BYTES = 16, 2, 2  # a parameter that is trained, one that is not, a number of an activation
@@ -26,10 +25,6 @@ RUNTIME_BYTES = 3 << 30  # CUDA, NCCL and a gathered layer
 PEAK_FLOPS, SHARE_OF_PEAK = 989e12, 0.35  # H100 or H200, dense bf16
 SAMPLING_SHARE = 0.02  # of the peak, while paths are written token by token
 GIB = 1 << 30
-
-
-def num_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -56,8 +51,8 @@ def plan(settings: Settings) -> dict[str, Any]:
         raise ThoughtxError("E163", "teacher and student have different vocabularies", where=str(settings.teacher_dir), why=why, fix=fix)
     sizes = {"student": num_parameters(student), "teacher": None if teacher is None else num_parameters(teacher)}
     if settings.layers is not None:
-        outer = num_parameters(student) - _layers(student)
-        sizes["student"] = outer + _layers(student) * len(settings.layers) // student.num_layers
+        layers = num_parameters(student, "model.layers.")
+        sizes["student"] = num_parameters(student) - layers + layers * len(settings.layers) // student.num_layers
     stages = [_stage(settings, stage, student, sizes, settings.num_gpus) for stage in STAGES if getattr(settings, f"{stage}_steps")]
     room = settings.gpu_memory_gib * GIB
     counts = (1, 2, 4, *range(8, 1025, 8))
@@ -76,10 +71,6 @@ def plan(settings: Settings) -> dict[str, Any]:
         "data_is_there": settings.data == GENERATED or Path(settings.data).is_file(),
         "command": launch_command(settings, student.architecture.replace("ForCausalLM", "DecoderLayer")),
     }
-
-
-def _layers(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for name, shape in expected_tensors(config).items() if name.startswith("model.layers."))
 
 
 def _stage(settings: Settings, stage: str, config: ModelConfig, sizes: dict[str, int | None], num_gpus: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from trtllm_thoughtx.distill.traces import Trace
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.tasks.item import Item
 from trtllm_thoughtx.text.answer import split_text
-from trtllm_thoughtx.text.text import THINK_TAGS
+from trtllm_thoughtx.text.tokens import THINK_TAGS
 
 
 @dataclass(frozen=True)

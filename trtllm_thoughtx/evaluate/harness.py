@@ -25,8 +25,9 @@ from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, read_rows
+from trtllm_thoughtx.evaluate.opened import open_system
 from trtllm_thoughtx.evaluate.scorer import Scorer
-from trtllm_thoughtx.evaluate.systems import EngineSystem, System, open_system
+from trtllm_thoughtx.evaluate.systems import EngineSystem, System
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.text.params import unused_settings

@@ -13,12 +13,12 @@ from trtllm_thoughtx.bench import BUSY
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
+from trtllm_thoughtx.evaluate.opened import check_system, open_system
 from trtllm_thoughtx.evaluate.questions import Question, file_rows, generated
 from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.summary import check_same_questions, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.summary import compare as compared
-from trtllm_thoughtx.evaluate.systems import check_system, open_system
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers

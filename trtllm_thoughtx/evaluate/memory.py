@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.systems import open_system
+from trtllm_thoughtx.evaluate.opened import open_system
 from trtllm_thoughtx.text.params import GenerationParams
 
 NUM_NEW = 8

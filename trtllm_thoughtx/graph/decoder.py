@@ -2,7 +2,7 @@
 
 Standard operators of opset 24, plus `thoughtx::ChunkedAttention` when asked for. Nothing is traced and no weight is read
 here: `decoder_graph` returns the graph with its large initializers marked external, and the list of what belongs in them
-(`Initializer`), which `graph.weights` streams to disk and `engines` hand to their builders from memory.
+(`Initializer`), which `graph.external` streams to disk and `backends` hand to their builders from memory.
 
 Shapes: B batch, S tokens of this call, T live cache slots, K rows of logits, H hidden, N = B * S, D head_dim. The residual
 stream is kept flat, [N, H], so that each linear layer is one Gemm that takes the checkpoint's [out, in] weight as it lies
@@ -15,57 +15,17 @@ With chunked attention it has `BuildConfig.kv_capacity` slots, and a slot may ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
+from trtllm_thoughtx.graph.builder import Builder, Graph, Part
+from trtllm_thoughtx.graph.quantized import linear
 
 IR_VERSION = 11
-ELEM_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-
-
-@dataclass(frozen=True)
-class Part:
-    """Layers [first_layer, last_layer) with the embedding before and the head after them, if so marked."""
-
-    name: str
-    first_layer: int
-    last_layer: int
-    embeds: bool
-    head: bool
-
-
-@dataclass(frozen=True)
-class Initializer:
-    """One external tensor: a checkpoint tensor by its TensorRT-LLM name, times `factor`, or a computed array.
-
-    `elem_type` is the ONNX type of a tensor that has its own; None: the graph's type.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    weight: str = ""
-    array: np.ndarray | None = None
-    elem_type: int | None = None
-    factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph without its large weights. `num_attention` and `products` are what a parser and a plan must find in it."""
-
-    part: Part
-    model: onnx.ModelProto
-    initializers: tuple[Initializer, ...]
-    num_attention: int
-    products: tuple[quantized.Product, ...] = ()
 
 
 def parts_of(config: ModelConfig, stages: tuple[int, ...]) -> list[Part]:
@@ -80,57 +40,6 @@ def parts_of(config: ModelConfig, stages: tuple[int, ...]) -> list[Part]:
 def layer_output(layer: int) -> str:
     """Graph value that holds the residual stream after a layer, [N, H]; layer -1 is the embedding."""
     return "embedding.output" if layer < 0 else f"layers.{layer}.output"
-
-
-class Builder:
-    """Collects nodes and initializers; names follow the checkpoint's, in construction order, so that bytes repeat."""
-
-    def __init__(self, config: ModelConfig, build: BuildConfig, part: Part, exits: ExitWeights) -> None:
-        self.config, self.build, self.part, self.exits = config, build, part, exits
-        self.elem_type = ELEM_TYPE[build.dtype]
-        self.nodes: list[onnx.NodeProto] = []
-        self.inputs: list[onnx.ValueInfoProto] = []
-        self.outputs: list[onnx.ValueInfoProto] = []
-        self.inline: list[onnx.TensorProto] = []
-        self.external: list[Initializer] = []
-        self.num_attention = 0
-        self.products: list[quantized.Product] = []
-
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
-    def constant(self, name: str, value: list[int] | int) -> str:
-        self.inline.append(numpy_helper.from_array(np.array(value, np.int64), name))
-        return name
-
-    def weight(self, name: str, shape: tuple[int, ...], elem_type: int | None = None, factor: float = 1.0) -> str:
-        if all(x.name != name for x in self.external):
-            self.external.append(Initializer(name, shape, weight=name, elem_type=elem_type, factor=factor))
-        return name
-
-    def table(self, name: str, array: np.ndarray) -> str:
-        self.external.append(Initializer(name, array.shape, array=array))
-        return name
-
-    def input(self, name: str, elem_type: int, shape: list[str | int]) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
-        return name
-
-    def output(self, name: str, elem_type: int, shape: list[str | int]) -> str:
-        self.outputs.append(helper.make_tensor_value_info(name, elem_type, shape))
-        return name
-
-    def norm(self, x: str, weight: str, output: str, size: int) -> str:
-        return self.node("RMSNormalization", [x, self.weight(weight, (size,))], output, axis=-1, epsilon=self.config.norm_eps)
-
-    def linear(self, x: str, prefix: str, output: str, num_out: int, num_in: int, bias: bool = False) -> str:
-        if self.config.quantization is not None and self.config.quantization.covers(prefix):
-            return quantized.linear(self, x, prefix, output, num_out, num_in, bias=bias)
-        inputs = [x, self.weight(f"{prefix}.weight", (num_out, num_in))]
-        if bias:
-            inputs.append(self.weight(f"{prefix}.bias", (num_out,)))
-        return self.node("Gemm", inputs, output, transB=1)
 
 
 def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part, exits: ExitWeights | None = None) -> Graph:
@@ -203,23 +112,23 @@ def _layer(b: Builder, layer: int, x: str) -> str:
     weights = f"transformer.layers.{layer}"
     h = b.norm(x, f"{weights}.input_layernorm.weight", f"{name}.attention.norm", hidden)
     a = _attention(b, layer, h)
-    o = b.linear(a, f"{weights}.attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
+    o = linear(b, a, f"{weights}.attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
     x = b.node("Add", [x, o], f"{name}.attention.residual")
     h = b.norm(x, f"{weights}.post_layernorm.weight", f"{name}.mlp.norm", hidden)
     if config.experts is not None:
         return b.node("Add", [x, experts.mlp(b, h, layer)], layer_output(layer))
     # TensorRT-LLM names: fc is the activated projection (gate_proj), gate is up_proj.
-    fc = b.linear(h, f"{weights}.mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
-    gate = b.linear(h, f"{weights}.mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)
+    fc = linear(b, h, f"{weights}.mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
+    gate = linear(b, h, f"{weights}.mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)
     active = b.node("Swish", [fc], f"{name}.mlp.active")
     product = b.node("Mul", [active, gate], f"{name}.mlp.product")
-    down = b.linear(product, f"{weights}.mlp.proj", f"{name}.mlp.proj", hidden, config.intermediate_size)
+    down = linear(b, product, f"{weights}.mlp.proj", f"{name}.mlp.proj", hidden, config.intermediate_size)
     return b.node("Add", [x, down], layer_output(layer))
 
 
 def _attention(b: Builder, layer: int, h: str) -> str:
     config, name, weights = b.config, f"layers.{layer}.attention", f"transformer.layers.{layer}.attention"
-    qkv = b.linear(h, f"{weights}.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
+    qkv = linear(b, h, f"{weights}.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
     split = [f"{name}.{x}.flat" for x in "qkv"]
     b.nodes.append(helper.make_node("Split", [qkv, "qkv.sizes"], split, name=f"{name}.split", axis=-1))
     heads = {}
@@ -279,7 +188,7 @@ def _leave(b: Builder, x: str) -> None:
     flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
     normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
     if config.has_head:
-        logits = b.linear(normed, "lm_head", "head.logits", config.vocab_size, hidden)
+        logits = linear(b, normed, "lm_head", "head.logits", config.vocab_size, hidden)
     else:
         table = b.weight("transformer.vocab_embedding.weight", (config.vocab_size, hidden))
         logits = b.node("Gemm", [normed, table], "head.logits", transB=1)

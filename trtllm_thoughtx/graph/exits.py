@@ -9,14 +9,10 @@ Both are small matrices in the graph's type; an engine whose checkpoint carries 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from onnx import TensorProto
 
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.graph.decoder import Builder
+from trtllm_thoughtx.graph.builder import Builder
 
 EXIT, DRAFT, CONFIDENCE = "exit", "draft_states", "draft_confidence"
 

@@ -11,16 +11,15 @@ Source: transformers `Qwen2MoeSparseMoeBlock` and `Qwen3MoeExperts`, which the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from trtllm_thoughtx.config import ExpertsConfig
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.graph.decoder import Builder
+from trtllm_thoughtx.graph.builder import Builder
+from trtllm_thoughtx.graph.quantized import linear
 
 DOMAIN = "thoughtx"
 NAME = "SparseExperts"
@@ -33,19 +32,19 @@ def mlp(b: Builder, h: str, layer: int) -> str:
     experts, hidden = b.config.experts, b.config.hidden_size
     assert experts is not None
     name, weights = f"layers.{layer}.mlp", f"transformer.layers.{layer}.mlp"
-    logits = b.linear(h, f"{weights}.router", f"{name}.router", experts.num_experts, hidden)
+    logits = linear(b, h, f"{weights}.router", f"{name}.router", experts.num_experts, hidden)
     fc = b.weight(f"{weights}.fc.weight", (experts.num_experts, 2 * experts.intermediate_size, hidden))
     proj = b.weight(f"{weights}.proj.weight", (experts.num_experts, hidden, experts.intermediate_size))
     y = b.node(NAME, [h, logits, fc, proj], f"{name}.experts", domain=DOMAIN, **attributes(experts))
     if not experts.shared_size:
         return y
-    both = b.linear(h, f"{weights}.shared_expert.fc", f"{name}.shared.fc", 2 * experts.shared_size, hidden)
+    both = linear(b, h, f"{weights}.shared_expert.fc", f"{name}.shared.fc", 2 * experts.shared_size, hidden)
     parts = [f"{name}.shared.up", f"{name}.shared.gate"]
     b.nodes.append(helper.make_node("Split", [both], parts, name=f"{name}.shared.split", axis=-1, num_outputs=2))
     active = b.node("Swish", [parts[1]], f"{name}.shared.active")
     product = b.node("Mul", [active, parts[0]], f"{name}.shared.product")
-    down = b.linear(product, f"{weights}.shared_expert.proj", f"{name}.shared.proj", hidden, experts.shared_size)
-    opened = b.node("Sigmoid", [b.linear(h, f"{weights}.shared_expert_gate", f"{name}.shared.open", 1, hidden)], f"{name}.shared.share")
+    down = linear(b, product, f"{weights}.shared_expert.proj", f"{name}.shared.proj", hidden, experts.shared_size)
+    opened = b.node("Sigmoid", [linear(b, h, f"{weights}.shared_expert_gate", f"{name}.shared.open", 1, hidden)], f"{name}.shared.share")
     return b.node("Add", [y, b.node("Mul", [down, opened], f"{name}.shared.output")], f"{name}.output")
 
 

@@ -21,7 +21,7 @@ from onnx import TensorProto
 from trtllm_thoughtx.checkpoint.tensor_file import DTYPES
 from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES, WeightSource
 from trtllm_thoughtx.families.formats import NUMBERS
-from trtllm_thoughtx.graph.decoder import ELEM_TYPE, Graph, Initializer
+from trtllm_thoughtx.graph.builder import ELEM_TYPE, Graph, Initializer
 from trtllm_thoughtx.graph.quantized import elem_type
 from trtllm_thoughtx.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Quantized linear layers as explicit QuantizeLinear and DequantizeLinear around one Gemm: the form that every engine takes.
+"""Linear layers: one Gemm, and quantized ones as explicit QuantizeLinear and DequantizeLinear around it: the form that every engine takes.
 
 onnxruntime computes it as it stands, TensorRT fuses it into a low-precision product. What the graph says is the definition: an input is
 multiplied by its prequant factor and put in the order of its groups where the format has them, rounded to the stored grid where it has
@@ -13,34 +13,24 @@ multiplied behind.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnx import TensorProto, helper
 
 from trtllm_thoughtx.families.formats import FORMATS, FP8, INT8, Number
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.graph.decoder import Builder
+from trtllm_thoughtx.graph.builder import Builder, Product
 
 TOKEN_STEP = 2.0**-8  # the scale of inputs that their token's range has divided
 TOKEN_SPAN = FP8.largest * TOKEN_STEP  # what the largest of a token's inputs becomes
 SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
-@dataclass(frozen=True)
-class Product:
-    """A Gemm that a plan must compute from `weight` (a `plan` name of `families.formats`), and from inputs of that type too if `both`."""
-
-    node: str
-    weight: str
-    both: bool
-
-
-def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
-    """A covered linear layer [N, num_in] -> [N, num_out]; `output` names its Gemm and its result."""
+def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool = False) -> str:
+    """A linear layer [N, num_in] -> [N, num_out]; `output` names its Gemm and its result."""
     quant = b.config.quantization
-    assert quant is not None and quant.algo is not None
+    if quant is None or quant.algo is None or not quant.covers(module):
+        inputs = [x, b.weight(f"{module}.weight", (num_out, num_in)), *([b.weight(f"{module}.bias", (num_out,))] if bias else [])]
+        return b.node("Gemm", inputs, output, transB=1)
     form = FORMATS[quant.algo]
     if quant.prequant:
         x = b.node("Mul", [x, b.weight(f"{module}.prequant_scaling_factor", (num_in,))], f"{output}.prequant")

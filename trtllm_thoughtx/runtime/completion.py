@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from trtllm_thoughtx.config import ModelConfig
-from trtllm_thoughtx.families.quantization import quantized_shapes
 
 
 @dataclass(frozen=True)
@@ -78,39 +74,3 @@ class Stats:
     num_drafted: int = 0
     num_accepted: int = 0  # drafts
     work: Work = field(default_factory=Work)
-
-
-def layer_parameters(config: ModelConfig) -> int:
-    """Parameters of the matrices of one decoder layer that a token goes through: of experts those that it is sent to."""
-    router = config.experts.num_experts + config.has_shared_expert if config.experts is not None else 0
-    return config.hidden_size * (2 * config.q_size + 2 * config.kv_size + 3 * config.mlp_width + router)
-
-
-def matrix_bytes(config: ModelConfig, first_layer: int, last_layer: int, item: int, *, head: bool) -> int:
-    """Bytes of the matrices of layers first_layer .. last_layer - 1, and of the output matrix, as an engine whose numbers have `item`
-    bytes holds them: quantized ones with their scales, of experts those that one token is sent to."""
-    of_layer = {
-        "attention.qkv": (config.q_size + 2 * config.kv_size, config.hidden_size),
-        "attention.dense": (config.hidden_size, config.q_size),
-        "mlp.fc": (config.mlp_width, config.hidden_size),
-        "mlp.gate": (config.mlp_width, config.hidden_size),
-        "mlp.proj": (config.hidden_size, config.mlp_width),
-    }
-    if config.experts is not None:
-        of_layer["mlp.router"] = (config.experts.num_experts + config.has_shared_expert, config.hidden_size)
-    modules = {f"transformer.layers.{i}.{name}": shape for i in range(first_layer, last_layer) for name, shape in of_layer.items()}
-    if head:
-        modules["lm_head"] = (config.vocab_size, config.hidden_size)
-    quant, total = config.quantization, 0
-    for module, shape in modules.items():
-        if quant is None or not quant.covers(module):
-            total += math.prod(shape) * item
-            continue
-        for suffix, (stored, size) in quantized_shapes(quant, *shape).items():
-            total += math.prod(size) * (1 if suffix == "weight" else item if stored == "F32" else 4)
-    return total
-
-
-def head_in_layers(config: ModelConfig) -> float:
-    """What the output matrix weighs, in layers: 2.3 for Qwen2.5-7B."""
-    return config.vocab_size * config.hidden_size / layer_parameters(config)

@@ -16,8 +16,9 @@ from trtllm_thoughtx.backends import Runner
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.size import matrix_bytes
 from trtllm_thoughtx.runtime.batch import Batch
-from trtllm_thoughtx.runtime.completion import Stats, matrix_bytes
+from trtllm_thoughtx.runtime.completion import Stats
 from trtllm_thoughtx.runtime.pace import Pace
 
 

@@ -11,10 +11,8 @@ import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.tokens import Tokens
 
 Mark = tuple[int, int, int]  # begin and end of a tag, and which: 0 opens, 1 closes
 
@@ -28,7 +26,7 @@ class Reply:
     answer_ids: list[int] | None
 
 
-def split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool, text_end: int | None = None) -> Reply:
+def split_ids(text: Tokens | None, ids: Sequence[int], *, is_open: bool, text_end: int | None = None) -> Reply:
     """Split generated ids by the tags of their tokenizer. Without a tokenizer there are no texts, and all ids are the answer's.
 
     `text_end`: the characters behind it do not count (`Completion.text_end`)."""
@@ -45,7 +43,7 @@ def _cut_off(said: str, num_behind: int) -> str:
     return said[: max(0, len(said) - num_behind)]
 
 
-def _split_ids(text: Text | None, ids: Sequence[int], *, is_open: bool) -> Reply:
+def _split_ids(text: Tokens | None, ids: Sequence[int], *, is_open: bool) -> Reply:
     ids = list(ids)
     if text is None:
         return Reply(None, None, ids)
@@ -71,7 +69,7 @@ def split_text(said: str, tags: tuple[str, str], *, is_open: bool) -> tuple[str 
     return None if thought is None else said[thought], None if at is None else said[at:]
 
 
-def num_tokens_until(text: Text, ids: Sequence[int], at: int, *, skip_special: bool = False) -> int:
+def num_tokens_until(text: Tokens, ids: Sequence[int], at: int, *, skip_special: bool = False) -> int:
     """How many ids it takes to write the first `at` characters."""
     return bisect.bisect_left(range(len(ids)), at, key=lambda num: len(text.decode(ids[:num], skip_special=skip_special)))
 

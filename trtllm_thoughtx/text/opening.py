@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trtllm_thoughtx.tasks.item import BOUNDARY
 from trtllm_thoughtx.text.answer import num_tokens_until
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.tokens import Tokens
 
 BEFORE, INSIDE, BEHIND = "before", "inside", "behind"
 SWITCH = "enable_thinking"  # what templates call their own way of not thinking
@@ -35,7 +32,7 @@ class ChatIds(list[int]):
         return None if self._closed is None else self._closed()
 
 
-def state_of(text: Text | None, ids: Sequence[int]) -> str:
+def state_of(text: Tokens | None, ids: Sequence[int]) -> str:
     """Where the thinking stands behind a prompt."""
     if isinstance(ids, ChatIds):
         return ids.state
@@ -52,14 +49,14 @@ def state_of(text: Text | None, ids: Sequence[int]) -> str:
     return _judged(said[:at].endswith(text.think_tags[0]), text.decode(ids[num_tokens_until(text, ids, at) :], skip_special=False), text)
 
 
-def state_of_text(text: Text, said: str) -> str:
+def state_of_text(text: Tokens, said: str) -> str:
     """Of a text that goes in raw."""
     if text.think_tags is None:
         return BEFORE
     return INSIDE if said.rstrip().endswith(text.think_tags[0]) else BEHIND if said.rstrip().endswith(text.think_tags[1]) else BEFORE
 
 
-def state_behind_mark(text: Text, rendered: str, marked: str) -> str | None:
+def state_behind_mark(text: Tokens, rendered: str, marked: str) -> str | None:
     """Of a rendered chat, by its rendering with `marked_messages`; None when the two do not end alike."""
     tail = marked.rpartition(MARK)[2]
     if text.think_tags is None or not _without(rendered, text.think_tags).endswith(_without(tail, text.think_tags)):
@@ -79,13 +76,13 @@ def marked_messages(messages: Sequence[dict[str, Any]], tags: tuple[str, str]) -
     return marked
 
 
-def opened(text: Text, ids: Sequence[int]) -> list[int]:
+def opened(text: Tokens, ids: Sequence[int]) -> list[int]:
     """The prompt with the thinking open behind it."""
     assert text.think_ids is not None
     return [*ids, *(() if state_of(text, ids) == INSIDE else text.think_ids[0])]
 
 
-def closed(text: Text, ids: Sequence[int]) -> Sequence[int]:
+def closed(text: Tokens, ids: Sequence[int]) -> Sequence[int]:
     """The prompt for an answer without thinking: in the template's own way, else with the thinking closed before it begins."""
     assert text.think_ids is not None
     state = state_of(text, ids)
@@ -96,19 +93,7 @@ def closed(text: Text, ids: Sequence[int]) -> Sequence[int]:
     return ChatIds([*opened(text, ids), *text.think_ids[1]], BEHIND)
 
 
-def trace_ids(text: Text, prompt: str, steps: Sequence[str], answer: str) -> list[int]:
-    """Ids of a whole trace: the prompt in its chat template, the steps between the thinking tags (without, where there are none), and
-    the answer."""
-    ids: list[int] = text.chat(prompt)
-    tagged = bool(steps) and text.think_ids is not None
-    ids = opened(text, ids) if tagged else list(ids)
-    for step in steps:
-        ids += text.encode(f"{step} {BOUNDARY}", add_special=False)
-    end = text.think_ids[1] if tagged and text.think_ids else ()
-    return [*ids, *end, *(text.encode(answer, add_special=False) if answer else ())]
-
-
-def _judged(opens: bool, rest: str, text: Text) -> str:
+def _judged(opens: bool, rest: str, text: Tokens) -> str:
     """What the last tag means, by the text behind it."""
     if not opens:
         return BEFORE if rest.strip() else BEHIND

@@ -16,13 +16,10 @@ behind the beginning of an end tag that the model was writing, the rest of that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from trtllm_thoughtx.text.opening import BEFORE, BEHIND, INSIDE, state_of
-
-if TYPE_CHECKING:
-    from trtllm_thoughtx.text.params import GenerationParams
-    from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.params import GenerationParams
+from trtllm_thoughtx.text.tokens import Tokens
 
 END, DEPTH, TOKENS, HEAD, PROBE, SINGLE_STEP, CUT = "end", "depth", "tokens", "head", "probe", "single_step", "cut"
 WINDOW = 32  # tokens that are decoded again with each new one; a tag has at most that many
@@ -32,7 +29,7 @@ STEP_BOUNDARY = "\n\n"
 class Thinking:
     """Follows one answer token by token. `text` must have thinking tags (`text.think_ids`)."""
 
-    def __init__(self, text: Text, prompt: Sequence[int], params: GenerationParams) -> None:
+    def __init__(self, text: Tokens, prompt: Sequence[int], params: GenerationParams) -> None:
         assert text.think_ids is not None
         self.text, self.tags = text, text.think_ids
         self.words = [text.decode(ids, skip_special=False) for ids in self.tags]

@@ -8,8 +8,7 @@ from trtllm_thoughtx.distill.traces import Trace, read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tasks import TASKS
-from trtllm_thoughtx.text.opening import trace_ids
-from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.text import Text, trace_ids
 
 SPLIT = "validation"  # neither trained on nor asked in an evaluation
 LENGTHS = (0, 128, 256, 512, 1000)  # words of context of generated lookups

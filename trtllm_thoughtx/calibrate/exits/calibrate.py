@@ -29,8 +29,8 @@ from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, sha256_of_questions
 from trtllm_thoughtx.evaluate.run import prompt_of
+from trtllm_thoughtx.families.size import head_in_layers
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.runtime.completion import head_in_layers
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.text.text import Text

@@ -1,0 +1,66 @@
+"""A directory that is evaluated, by its kind: an engine, or a Hugging Face model beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.checkpoint.directory import kind_of
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.evaluate.systems import EngineSystem, System
+
+
+def open_system(
+    path: Path,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    batch_size: int | None = None,
+    chunk_size: int | str | None = None,
+    exact: bool = False,
+) -> System:
+    """The system of a directory; refused as by `check_system`."""
+    if check_system(path, backend=backend, batch_size=batch_size, chunk_size=chunk_size, exact=exact) == "engine":
+        return EngineSystem(path, backend, num_threads, batch_size, chunk_size, exact=exact)
+    from trtllm_thoughtx.evaluate.models import ModelSystem  # torch
+
+    return ModelSystem(path, num_threads, batch_size)
+
+
+def check_system(
+    path: Path,
+    *,
+    backend: str | None = None,
+    batch_size: int | None = None,
+    chunk_size: int | str | None = None,
+    exact: bool = False,
+    engine_flags: Sequence[str] = (),
+) -> str:
+    """Its kind, "engine" or "huggingface", with all refused that can be without loading it: a system that is compared comes last.
+    E101 for one that is neither, E001 for flags of engines, E122 for a batch that is too large, E201 without transformers."""
+    kind = kind_of(path)
+    if kind == "engine":
+        directory = EngineDir.open(path)
+        directory.choose(backend)
+        most = directory.build.max_batch_size
+        if batch_size is not None and batch_size > most:
+            why = f"the engine was built for {most} sequences in one call"
+            fix = f"ask for at most {most}, or build again with more: thoughtx-build --max_batch_size {batch_size}"
+            raise ThoughtxError("E122", f"--batch_size {batch_size}", where=str(path), why=why, fix=fix)
+        return kind
+    if kind != "huggingface":
+        fix = "give an engine directory, or a Hugging Face directory"
+        raise ThoughtxError("E101", "nothing that can answer questions", where=shown(str(path)), why=f"this is a {kind}", fix=fix)
+    flags = {"--backend": backend, "--chunk_size": chunk_size, "--exact": exact or None} | {f"--{name}": True for name in engine_flags}
+    named = [flag for flag, value in flags.items() if value is not None]
+    if named:
+        fix = f"leave {', '.join(named)} out, or give an engine directory"
+        why = "transformers runs this one, and its thinking is not followed"
+        raise ThoughtxError("E001", f"{', '.join(named)} is for engines", where=shown(str(path)), why=why, fix=fix)
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        why, fix = f"{' and '.join(missing)} cannot be imported", 'pip install "trtllm-thoughtx[reference]"'
+        raise ThoughtxError("E201", "a Hugging Face model needs torch and transformers", where=shown(str(path)), why=why, fix=fix)
+    return kind
