@@ -30,14 +30,11 @@ SHOWN_APART = ("files", "kind", "error", "inputs", "outputs", "operators", "func
 
 def describe(path: Path) -> dict[str, Any]:
     """The facts about `path` as JSON types; `kind` says what it is. Raises the error of whoever would read it for use."""
-    kind = checkpoint.kind_of(path)
-    described = {
-        "huggingface": _checkpoint,
-        "tensorrt-llm": _checkpoint,
-        "engine": _engine,
-        "onnx": _onnx,
-        "plan": _plan,
-    }[kind](Path(path), kind)
+    kind, raw = checkpoint.kind_and_config(Path(path))
+    if kind in ("huggingface", "tensorrt-llm"):
+        described = _checkpoint(Checkpoint(Path(path), (kind, raw)))
+    else:
+        described = {"engine": _engine, "onnx": _onnx, "plan": _plan}[kind](Path(path))
     return {"kind": kind, "path": str(path), **described}
 
 
@@ -53,11 +50,11 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return facts
 
 
-def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
+def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
     from trtllm_thoughtx.families.hf_config import model_config_from_hf
     from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm
 
-    opened = Checkpoint.open(path)
+    path, kind = opened.path, opened.kind
     facts: dict[str, Any] = {}
     if kind == "huggingface":
         config = model_config_from_hf(opened.raw, opened.where)
@@ -85,7 +82,7 @@ def _checkpoint(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _engine(path: Path, kind: str) -> dict[str, Any]:
+def _engine(path: Path) -> dict[str, Any]:
     from trtllm_thoughtx.build.engine_dir import EngineDir
 
     engine = EngineDir.open(path)
@@ -117,7 +114,7 @@ def _engine(path: Path, kind: str) -> dict[str, Any]:
     return facts if error is None else {**facts, "error": error}
 
 
-def _onnx(path: Path, kind: str) -> dict[str, Any]:
+def _onnx(path: Path) -> dict[str, Any]:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -163,7 +160,7 @@ def _onnx(path: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _plan(path: Path, kind: str) -> dict[str, Any]:
+def _plan(path: Path) -> dict[str, Any]:
     return {
         "bytes": path.stat().st_size,
         "sha256": files.sha256_of(path),

@@ -19,13 +19,14 @@ import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.build.options import KNOWN
+from trtllm_thoughtx.build.flags import PATH, FilePath
+from trtllm_thoughtx.build.options import OPTIONS
 from trtllm_thoughtx.checkpoint import outputs, recorded
 from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, read_exits, write_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.cli import commands as cli
-from trtllm_thoughtx.cli.params import FilePath, run
+from trtllm_thoughtx.cli.params import run
 
 torch = pytest.importorskip("torch", reason="torch is needed to quantize and to look at attention")
 
@@ -165,12 +166,12 @@ def test_every_flag_is_an_argument_and_every_argument_a_flag(name):
     made_of = [set(inspect.signature(function).parameters) for function in library_functions()[name]]
     arguments = set().union(*made_of) - recorded.NOT_RECORDED
     if name == "build":
-        arguments = arguments - {"options"} | {*KNOWN, "plugin_library"}
+        arguments = arguments - {"options"} | set(OPTIONS)
     flags = {max(param.opts, key=len).lstrip("-"): param for param in cli.COMMANDS[name].params}
     theirs = set(flags) - {"config", "json", "quiet", "debug", "version", "chunk_report"} - recorded.NOT_RECORDED
     assert {recorded.FLAGS.get(one, one) for one in arguments} == theirs
     paths = {flag for flag in theirs if isinstance(flags[flag].type, FilePath)}
-    assert paths <= set(recorded.PATHS)
+    assert paths <= {*recorded.PATHS, *(one for one, row in OPTIONS.items() if name == "build" and row.takes is PATH)}
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_onnxruntime_takes_the_function_of_such_a_graph(model, tmp_path, form, m
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"plugin": "cuda"}, "choose from function, aot, cpp"),
+        ({"plugin": "cuda"}, "one of function, aot, cpp"),
         ({"plugin": "aot", "backend": ("onnxruntime",)}, "add --backend tensorrt"),
         ({"plugin": "cpp", "backend": ("tensorrt-rtx", "onnxruntime")}, "only tensorrt engines hold plugins"),
         ({"plugin": "aot", "backend": ("tensorrt",), "dtype": "float32"}, "--dtype float16 or bfloat16"),

@@ -24,7 +24,8 @@ import numpy as np
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build import engine_dir
-from trtllm_thoughtx.build.options import refuse, resolve, speed_notes
+from trtllm_thoughtx.build.flags import PATH
+from trtllm_thoughtx.build.options import OPTIONS, refuse, resolve, speed_notes
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
@@ -58,18 +59,18 @@ def build(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build_options.resolve`.
+    """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build.options`.
 
     Returns a summary. Raises ThoughtxError; then nothing is left behind.
     """
-    command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **(options or {})})
+    given = {name: Path(value) if value and OPTIONS[name].takes is PATH else value for name, value in (options or {}).items()}
+    command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **given})
     progress = progress or Progress.silent()
     output_dir = Path(output_dir)
     began = time.monotonic()
     with open_weights(checkpoint_dir, progress=progress) as source:
         config, exits = source.config, source.exits
-        given = dict(options or {})
-        library = given.pop("plugin_library", None)
+        library = given.get("plugin_library")
         settings = _with_exits(resolve(config, given), exits)
         _check_library(settings, library)
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]

@@ -23,9 +23,10 @@ from typing import Any
 
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.build.options import misfits
 from trtllm_thoughtx.checkpoint.exits import is_threshold
 from trtllm_thoughtx.checkpoint.members import CARRIED
-from trtllm_thoughtx.config import CHUNK_STEP, DTYPES, PLUGIN_LIBRARY, PLUGINS, BuildConfig, ModelConfig, PartFiles, PlanFile
+from trtllm_thoughtx.config import CHUNK_STEP, PLUGIN_LIBRARY, BuildConfig, ModelConfig, PartFiles, PlanFile
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
 from trtllm_thoughtx.files import read_json
@@ -175,13 +176,11 @@ def _build_config(raw: Mapping[str, Any], schema: int, where: str) -> BuildConfi
             raise _malformed(where, f"thoughtx.build.{name} is {shown(value)}")
         values[name] = value
     build = BuildConfig(**values)
-    if build.plugin not in PLUGINS or build.dtype not in DTYPES or not set(build.backends) <= set(BACKENDS):
-        raise _malformed(where, "thoughtx.build names an unknown dtype, backend or plugin")
-    if min(build.max_batch_size, build.max_input_len, build.max_seq_len) < 1 or (build.use_chunked_attention and build.chunk_size < 1):
-        raise _malformed(where, "thoughtx.build has a limit below 1")
-    if min(build.sink_tokens, build.left_chunks, build.num_anchors) < 0 or build.max_chunk_size < build.chunk_size:
+    if wrong := misfits(build):
+        raise _malformed(where, f"thoughtx.build: {', '.join(wrong)} cannot be")
+    if build.max_chunk_size < build.chunk_size or build.use_chunked_attention != (build.chunk_size > 0):
         raise _malformed(where, "thoughtx.build has chunks that cannot be")
-    if min(build.base_size, build.threshold_low) < 0 or (build.base_size and build.max_chunk_size % CHUNK_STEP):
+    if build.base_size and build.max_chunk_size % CHUNK_STEP:
         raise _malformed(where, "thoughtx.build has thresholds that cannot be")
     if build.adaptive_chunks and not build.base_size:
         raise _malformed(where, "thoughtx.build chooses chunks without a base_size")

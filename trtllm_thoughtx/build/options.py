@@ -1,165 +1,155 @@
-"""The options of `thoughtx-build`: defaults that depend on the model, and every combination that cannot be built refused by name."""
+"""The options of `thoughtx-build`, a row each: what it takes, its help, and the field of `BuildConfig` that follows from it.
+
+The command's flags, `resolve`, and the check of an engine's settings (`misfits`) go by this table: a new option is a row here and a field
+in `config.BuildConfig`. Defaults depend on the model; combinations that cannot be built are refused by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.build.flags import CHUNK_SIZE, COUNT, LAYERS, MAX_LEN, NATS, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.formats import FORMATS, INT4
 from trtllm_thoughtx.families.size import layer_parameters
 
-DEFAULT_CHUNK, DEFAULT_SINK, DEFAULT_LEFT = 512, 4, 1
-DEFAULT_SEQ_LEN, DEFAULT_INPUT_LEN = 2048, 512
-MAX_BASE, MAX_NATS = 1e6, 20.0
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
-MAX_BATCH, MAX_LEN = 4096, 1 << 24
-CHUNKS = ("chunk_size", "sink_tokens", "left_chunks", "max_chunk_size", "num_anchors", "base_size", "threshold_low")
-KNOWN = (
-    *("dtype", "backend", "max_batch_size", "max_input_len", "max_seq_len", "use_chunked_attention", *CHUNKS),
-    *("plugin", "early_exit_layers", "num_stages", "compute_capabilities", "optimization_level"),
-)
+NAMES = CommaList("LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}")
+TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
+BLANK = BuildConfig()
 
 
 def refuse(flag: str, value: object, why: str, fix: str) -> ThoughtxError:
     return ThoughtxError("E001", f"--{flag} {shown(value)} cannot be used", where=f"--{flag}", why=why, fix=fix)
 
 
-def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
-    """What the user set (None counts as not set) -> a complete, checked `BuildConfig`."""
-    given = {key: value for key, value in options.items() if value is not None}
-    assert set(given) <= set(KNOWN), set(given) - set(KNOWN)
-    backends = tuple(dict.fromkeys(_listed(given.get("backend")) or ("tensorrt-rtx", "onnxruntime")))
-    for backend in backends:
-        if backend not in BACKENDS:
-            raise refuse("backend", backend, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
-    _check_cache(config, backends)
-    dtype = _dtype(config, given.get("dtype", "auto"), backends)
-    longest = config.longest
-    max_seq_len = _whole(given, "max_seq_len", min(DEFAULT_SEQ_LEN, longest), 2, MAX_LEN)
-    if max_seq_len > longest:
-        why = f"the model was made for at most {longest} positions"
-        if config.sliding_window == longest:
-            why = f"layers of the model attend to a sliding window of {longest} positions, and an engine's layers to all of them"
-        raise refuse("max_seq_len", max_seq_len, why, f"use at most {longest}")
-    max_input_len = _whole(given, "max_input_len", min(DEFAULT_INPUT_LEN, max_seq_len), 1, max_seq_len)
-    return BuildConfig(
-        dtype=dtype,
-        backends=backends,
-        max_batch_size=_whole(given, "max_batch_size", 4, 1, MAX_BATCH),
-        max_input_len=max_input_len,
-        max_seq_len=max_seq_len,
-        **_chunks(given, max_seq_len),
-        plugin=_plugin(given, backends, dtype),
-        stages=_stages(config, given, dtype, backends),
-        compute_capabilities=_targets(config, given),
-        optimization_level=_level(given),
-    )
+class Given:
+    """What the user set (None counts as not set); `given[field]` is a field of `BuildConfig`, settled when it is first asked for."""
+
+    def __init__(self, config: ModelConfig, options: Mapping[str, Any]) -> None:
+        self.config, self.options = config, {name: value for name, value in options.items() if value is not None}
+        assert set(self.options) <= set(OPTIONS), set(self.options) - set(OPTIONS)
+        self.is_adaptive = self.options.get("chunk_size") == AUTO
+        self._settled: dict[str, Any] = {}
+
+    def __getitem__(self, field: str) -> Any:
+        if field not in self._settled:
+            row = FIELDS[field]
+            if row.is_of_chunks and not self["use_chunked_attention"]:
+                if row.name in self.options:
+                    why = "it means something only with chunked attention"
+                    raise refuse(row.name, self.options[row.name], why, "add --use_chunked_attention")
+                self._settled[field] = getattr(BLANK, field)
+            else:
+                self._settled[field] = row.settle(self) if row.settle else self.value(row.name)
+        return self._settled[field]
+
+    def value(self, name: str) -> Any:
+        """What was given for an option, or its default; E001 for what it does not take."""
+        row = OPTIONS[name]
+        default, *bounds = row.bounds(self) if row.bounds else (getattr(BLANK, row.field, None),)
+        value: Any = self.options.get(name, default)
+        takes = Count(*bounds) if bounds else row.takes
+        if takes is not None and value is not default and not takes.admits(value):
+            raise refuse(name, value, f"it must be {takes.wanted}", f"use {takes.wanted}")
+        return float(value) if isinstance(takes, FiniteFloat) else value
 
 
-def _listed(value: object) -> tuple[Any, ...]:
-    if value is None:
-        return ()
+def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
 
 
-def _dtype(config: ModelConfig, asked: str, backends: tuple[str, ...]) -> str:
-    if asked == "auto":
-        # A CPU has no bfloat16 kernels; there, float32 is both faster and closer to the checkpoint.
-        return config.dtype if any(config.dtype in BACKENDS[name].dtypes for name in backends) else "float32"
-    if asked not in DTYPES:
-        raise refuse("dtype", asked, "there is no such type", f"choose from auto, {', '.join(DTYPES)}")
-    return asked
+def _backends(given: Given) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(_listed(given.options.get("backend", BLANK.backends))))
+    for name in names:
+        if name not in BACKENDS:
+            raise refuse("backend", name, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
+    _check_cache(given.config, names)
+    return names
 
 
-def _whole(given: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = given.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise refuse(name, value, f"it must be a whole number from {low} to {high}", f"use a number from {low} to {high}")
-    return value
+def _dtype(given: Given) -> str:
+    dtype = given.config.dtype
+    if given.options.get("dtype", AUTO) != AUTO:
+        return str(given.value("dtype"))
+    # A CPU has no bfloat16 kernels; there, float32 is both faster and closer to the checkpoint.
+    return dtype if any(dtype in BACKENDS[name].dtypes for name in given["backends"]) else "float32"
 
 
-def _chunks(given: Mapping[str, Any], max_seq_len: int) -> dict[str, Any]:
-    if not given.get("use_chunked_attention"):
-        for name in CHUNKS:
-            if name in given:
-                raise refuse(name, given[name], "it means something only with chunked attention", "add --use_chunked_attention")
-        return {}
-    adaptive = given.get("chunk_size") == AUTO
-    default = min(DEFAULT_CHUNK, max_seq_len)
-    if adaptive:
-        default = default // CHUNK_STEP * CHUNK_STEP
-        chunk_size = largest = _whole(given, "max_chunk_size", default, CHUNK_STEP, max_seq_len)
-    else:
-        chunk_size = _whole(given, "chunk_size", default, 1, max_seq_len)
-        largest = _whole(given, "max_chunk_size", chunk_size, chunk_size, max_seq_len)
-    base_size = _nats(given, "base_size", MAX_BASE)
-    threshold_low = _nats(given, "threshold_low", MAX_NATS)
-    if adaptive and not base_size:
+def _max_seq_len(given: Given) -> int:
+    length, longest = int(given.value("max_seq_len")), given.config.longest
+    if length > longest:
+        why = f"the model was made for at most {longest} positions"
+        if given.config.sliding_window == longest:
+            why = f"layers of the model attend to a sliding window of {longest} positions, and an engine's layers to all of them"
+        raise refuse("max_seq_len", length, why, f"use at most {longest}")
+    return length
+
+
+def _chunk_size(given: Given) -> int:
+    if not given.is_adaptive:
+        return int(given.value("chunk_size"))
+    if not given["base_size"]:
         why = "it needs --base_size, the tokens of chunk for each nat of a prompt's complexity"
         raise refuse("chunk_size", AUTO, why, "give --base_size, or the settings that thoughtx-calibrate --chunk_report writes")
-    if base_size and largest % CHUNK_STEP:
+    return int(given["max_chunk_size"])
+
+
+def _chunk_bounds(given: Given) -> tuple[int, int, int]:
+    """Of the largest chunk."""
+    most = given["max_seq_len"]
+    if given.is_adaptive:
+        return min(512, most) // CHUNK_STEP * CHUNK_STEP, CHUNK_STEP, most
+    return given["chunk_size"], given["chunk_size"], most
+
+
+def _max_chunk_size(given: Given) -> int:
+    largest = int(given.value("max_chunk_size"))
+    if given["base_size"] and largest % CHUNK_STEP:
         nearest = max(CHUNK_STEP, largest // CHUNK_STEP * CHUNK_STEP)
         raise refuse("max_chunk_size", largest, f"chosen chunks are multiples of {CHUNK_STEP}", f"use {nearest}")
-    if threshold_low and not base_size:
-        raise refuse("threshold_low", threshold_low, "complexity is measured only where chunks are chosen", "give --base_size as well")
-    return {
-        "use_chunked_attention": True,
-        "chunk_size": chunk_size,
-        "sink_tokens": _whole(given, "sink_tokens", min(DEFAULT_SINK, max_seq_len - 1), 0, max_seq_len - 1),
-        "left_chunks": _whole(given, "left_chunks", DEFAULT_LEFT, 0, max_seq_len),
-        "max_chunk_size": largest,
-        "num_anchors": _whole(given, "num_anchors", 0, 0, max_seq_len),
-        "adaptive_chunks": adaptive,
-        "base_size": base_size,
-        "threshold_low": threshold_low,
-    }
+    return largest
 
 
-def _plugin(given: Mapping[str, Any], backends: tuple[str, ...], dtype: str) -> str:
-    form = given.get("plugin", "function")
-    if form not in PLUGINS:
-        raise refuse("plugin", form, "there is no such form", f"choose from {', '.join(PLUGINS)}")
-    if "plugin" in given and not given.get("use_chunked_attention"):
-        raise refuse("plugin", form, "it is a form of the chunked attention", "add --use_chunked_attention")
+def _threshold_low(given: Given) -> float:
+    threshold = float(given.value("threshold_low"))
+    if threshold and not given["base_size"]:
+        raise refuse("threshold_low", threshold, "complexity is measured only where chunks are chosen", "give --base_size as well")
+    return threshold
+
+
+def _plugin(given: Given) -> str:
+    form = str(given.value("plugin"))
     if form == "function":
         return form
-    if not any(BACKENDS[name].takes_plugins for name in backends):
-        why = f"only tensorrt engines hold plugins, and this build is for {', '.join(backends)}; all others run the function"
+    if not any(BACKENDS[name].takes_plugins for name in given["backends"]):
+        why = f"only tensorrt engines hold plugins, and this build is for {', '.join(given['backends'])}; all others run the function"
         raise refuse("plugin", form, why, "add --backend tensorrt, or leave it out")
-    if dtype == "float32":
+    if given["dtype"] == "float32":
         raise refuse("plugin", form, "the kernels compute in float16 and bfloat16", "give --dtype float16 or bfloat16")
     return form
 
 
-def _nats(given: Mapping[str, Any], name: str, high: float) -> float:
-    """A number above 0 that has to do with entropies; 0 when it is not given."""
-    value = given.get(name, 0.0)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high or (name in given and value == 0):
-        raise refuse(name, value, f"it must be a number above 0 and at most {high:g}", f"use a number above 0 and at most {high:g}")
-    return float(value)
-
-
-def _stages(config: ModelConfig, given: Mapping[str, Any], dtype: str, backends: tuple[str, ...]) -> tuple[int, ...]:
-    num_layers = config.num_layers
-    if "early_exit_layers" in given:
-        edges = _listed(given["early_exit_layers"])
-        if "num_stages" in given:
-            raise refuse("num_stages", given["num_stages"], "--early_exit_layers sets the stages already", "give one of the two")
+def _stages(given: Given) -> tuple[int, ...]:
+    num_layers, asked = given.config.num_layers, given.options
+    if "early_exit_layers" in asked:
+        edges = _listed(asked["early_exit_layers"])
+        if "num_stages" in asked:
+            raise refuse("num_stages", asked["num_stages"], "--early_exit_layers sets the stages already", "give one of the two")
         good = all(type(edge) is int and 0 < edge < num_layers for edge in edges) and list(edges) == sorted(set(edges))
         if not edges or not good:
             why = f"it must list layers between 1 and {num_layers - 1}, rising, none twice (the model has {num_layers} layers)"
             example = f"for example --early_exit_layers {max(1, num_layers // 2)}"
             raise refuse("early_exit_layers", ",".join(map(str, edges)), why, example)
         return edges
-    if "num_stages" in given:
-        count = _whole(given, "num_stages", 1, 1, num_layers)
-    elif any(BACKENDS[name].builds_plans for name in backends):
-        return _stages_by_size(config, dtype)
-    else:
-        count = 1
+    if "num_stages" not in asked and any(BACKENDS[name].builds_plans for name in given["backends"]):
+        return _stages_by_size(given.config, given["dtype"])
+    count = int(given.value("num_stages"))
     return tuple(num_layers * k // count for k in range(1, count))
 
 
@@ -178,6 +168,19 @@ def _stages_by_size(config: ModelConfig, dtype: str) -> tuple[int, ...]:
     return tuple(edges) or (config.num_layers // 2,) if config.num_layers > 1 else ()
 
 
+def _targets(given: Given) -> tuple[str, ...]:
+    """GPU generations, less those without products of the format."""
+    quant = given.config.quantization
+    names = _listed(given.options.get("compute_capabilities", BLANK.compute_capabilities))
+    number = FORMATS[quant.algo].number if quant and quant.algo else None
+    first = number.first_capability if number else (0, 0)
+    old = [name for name in names if tuple(map(int, name.split("."))) < first]
+    if "compute_capabilities" in given.options and old and number:
+        why = f"GPUs of that generation have no {number.name} products"
+        raise refuse("compute_capabilities", ",".join(old), why, f"use {first[0]}.{first[1]} or later, or an int8 format")
+    return tuple(name for name in names if name not in old)
+
+
 def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
     """E103 for a quantized KV cache that a backend cannot hold."""
     kv_algo = config.quantization.kv_algo if config.quantization is not None else None
@@ -193,20 +196,91 @@ def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
     raise ThoughtxError("E103", f"no engine of these backends has an {kv_algo} KV cache", where=where, why=why, fix=fix)
 
 
-def _targets(config: ModelConfig, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """GPU generations, less those without products of the format."""
-    asked = tuple(_listed(given.get("compute_capabilities")))
-    number = FORMATS[config.quantization.algo].number if config.quantization and config.quantization.algo else None
-    first = number.first_capability if number else (0, 0)
-    old = [name for name in asked or BuildConfig().compute_capabilities if tuple(map(int, name.split("."))) < first]
-    if asked and old and number:
-        why = f"GPUs of that generation have no {number.name} products"
-        raise refuse("compute_capabilities", ",".join(old), why, f"use {first[0]}.{first[1]} or later, or an int8 format")
-    return tuple(name for name in asked or BuildConfig().compute_capabilities if name not in old)
+@dataclass(frozen=True)
+class Option:
+    """A flag that `takes` a value (None: a bare flag) and sets `field` of `BuildConfig`, that of its name where `target` is None, none
+    where it is "". The field is what `settle` makes of all that was given, else the value or the field's default; `bounds` gives the
+    default, the least and the most where these depend on the model or on other options. `is_of_chunks`: needs chunked attention."""
+
+    name: str
+    takes: Any
+    help: str
+    settle: Callable[[Given], Any] | None = None
+    bounds: Callable[[Given], tuple[int, int, int]] | None = None
+    target: str | None = None
+    is_of_chunks: bool = False
+    is_repeated: bool = False  # the flag itself may be given several times
+
+    @property
+    def field(self) -> str:
+        return self.name if self.target is None else self.target
 
 
-def _level(given: Mapping[str, Any]) -> int | None:
-    return _whole(given, "optimization_level", 3, 0, 5) if "optimization_level" in given else None
+_chunk = partial(Option, is_of_chunks=True)
+_HELP_OF_BACKEND = f"What to build for: {', '.join(BACKENDS)}.  [default: {','.join(BLANK.backends)}]"
+_HELP_OF_INPUT = "Most prompt tokens in one call; longer prompts are prefilled in segments."
+_HELP_OF_CHUNK = "Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size."
+_HELP_OF_LARGEST = "Largest chunk a request may use; sizes the KV cache.  [default: --chunk_size]"
+_HELP_OF_SINKS = "Attention sinks: first tokens of the prompt that stay visible."
+_HELP_OF_SINGLE = "Prompts with entropy below this many nats are answered in a single step."
+
+_ROWS = (  # in the order of the command's help
+    Option("backend", NAMES, _HELP_OF_BACKEND, _backends, target="backends", is_repeated=True),
+    Option("dtype", OneOf((AUTO, *DTYPES)), "Compute type of the engine.  [default: auto, the checkpoint's]", _dtype),
+    Option("max_batch_size", POSITIVE, "Maximum batch size.", bounds=lambda given: (4, 1, 4096)),
+    Option("max_input_len", POSITIVE, _HELP_OF_INPUT, bounds=lambda given: (min(512, given["max_seq_len"]), 1, given["max_seq_len"])),
+    Option(
+        "max_seq_len",
+        POSITIVE,
+        "Maximum tokens of prompt and answer together.",
+        _max_seq_len,
+        lambda given: (min(2048, given.config.longest), 2, MAX_LEN),
+    ),
+    Option("use_chunked_attention", None, "Attend to the current chunk, sinks and --left_chunks only."),
+    _chunk(
+        "chunk_size",
+        CHUNK_SIZE,
+        _HELP_OF_CHUNK,
+        _chunk_size,
+        lambda given: (min(512, given["max_seq_len"]), 1, given["max_seq_len"]),
+    ),
+    _chunk("sink_tokens", COUNT, _HELP_OF_SINKS, bounds=lambda given: (min(4, given["max_seq_len"] - 1), 0, given["max_seq_len"] - 1)),
+    _chunk(
+        "left_chunks", COUNT, "Whole chunks before the current one that stay visible.", bounds=lambda given: (1, 0, given["max_seq_len"])
+    ),
+    _chunk("max_chunk_size", POSITIVE, _HELP_OF_LARGEST, _max_chunk_size, _chunk_bounds),
+    _chunk(
+        "num_anchors", COUNT, "Number of older chunks whose last token stays visible.", bounds=lambda given: (0, 0, given["max_seq_len"])
+    ),
+    _chunk("base_size", FiniteFloat(0, 1e6, min_open=True), "Tokens of chunk size per nat of prompt entropy."),
+    _chunk("threshold_low", NATS, _HELP_OF_SINGLE, _threshold_low),
+    _chunk("plugin", OneOf(PLUGINS), "Chunked-attention implementation in a tensorrt engine.  [default: function]", _plugin),
+    Option("plugin_library", PATH, "Shared library for --plugin cpp, built by `make plugin`.", target=""),
+    Option("early_exit_layers", LAYERS, "Cut the layers into stages before these layers, e.g. 8,16.", _stages, target="stages"),
+    Option(
+        "num_stages",
+        POSITIVE,
+        "Cut the layers into this many stages of equal size.",
+        bounds=lambda given: (1, 1, given.config.num_layers),
+        target="",
+    ),
+    Option("compute_capabilities", TARGETS, "GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.", _targets),
+    Option("optimization_level", Count(0, 5), "TensorRT builder optimization level."),
+)
+OPTIONS = {row.name: row for row in _ROWS}
+FIELDS = {row.field: row for row in _ROWS if row.field}
+
+
+def resolve(config: ModelConfig, options: Mapping[str, Any]) -> BuildConfig:
+    """What the user set -> a complete, checked `BuildConfig`."""
+    given = Given(config, options)
+    return BuildConfig(**{field: given[field] for field in FIELDS}, adaptive_chunks=given.is_adaptive)
+
+
+def misfits(build: BuildConfig) -> list[str]:
+    """Settings of an engine's config.json that no option could have given."""
+    values = {field: getattr(build, field) for field, row in FIELDS.items() if row.takes is not None}
+    return [field for field, value in values.items() if value != getattr(BLANK, field) and not FIELDS[field].takes.admits(value)]
 
 
 def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:

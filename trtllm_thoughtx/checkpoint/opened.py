@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,9 +32,10 @@ class Checkpoint:
     It stands for its path wherever one is taken. Several threads may read from it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: tuple[str, dict[str, Any]] | None = None) -> None:
+        """`known`: what `kind_and_config` says of the path, where it was asked already."""
         self.path = path
-        self.kind, self.raw = directory.kind_and_config(path)
+        self.kind, self.raw = known or directory.kind_and_config(path)
         if self.kind not in ("huggingface", "tensorrt-llm"):
             raise ThoughtxError(
                 "E101",

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
+from trtllm_thoughtx.build.flags import COUNT, LAYERS, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
 from trtllm_thoughtx.cli.evaluate import NAMES
-from trtllm_thoughtx.cli.framework import COUNT, LAYERS, PATH, POSITIVE, command, template_options
-from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
+from trtllm_thoughtx.cli.framework import command, template_options
+from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.formats import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.progress import Progress

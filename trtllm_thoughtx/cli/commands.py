@@ -15,36 +15,18 @@ import click
 
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.build.flags import CHUNK_SIZE, PATH, POSITIVE, TOKENS, Count, FiniteFloat, OneOf
+from trtllm_thoughtx.cli import framework
 from trtllm_thoughtx.cli.calibrate import calibrate  # noqa: F401 (importing registers a command)
 from trtllm_thoughtx.cli.distill import distill  # noqa: F401
 from trtllm_thoughtx.cli.evaluate import evaluate  # noqa: F401
-from trtllm_thoughtx.cli.framework import (
-    CHUNK_SIZE,
-    COMMANDS,
-    COUNT,
-    LAYERS,
-    NATS,
-    PATH,
-    POSITIVE,
-    TOKENS,
-    command,
-    exact_option,
-    on_error_option,
-    sampling_options,
-    template_options,
-    thinking_options,
-)
-from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, FiniteFloat, OneOf, emit, run
-from trtllm_thoughtx.config import DTYPES, PLUGINS, BuildConfig
+from trtllm_thoughtx.cli.framework import COMMANDS, command
+from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, emit, run
+from trtllm_thoughtx.config import DTYPES
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
-TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
-SEVERAL_BACKENDS = CommaList(
-    "LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}"
-)
-DEFAULT_BACKENDS = ",".join(BuildConfig().backends)
 ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
 
 
@@ -89,29 +71,7 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 )
 @click.option("--checkpoint_dir", type=PATH, required=True, help="TensorRT-LLM checkpoint or Hugging Face directory.")
 @click.option("--output_dir", type=PATH, required=True, help="Output directory for the engine.")
-@click.option(
-    "--backend", type=SEVERAL_BACKENDS, multiple=True, help=f"What to build for: {', '.join(BACKENDS)}.  [default: {DEFAULT_BACKENDS}]"
-)
-@click.option("--dtype", type=click.Choice(["auto", *DTYPES]), help="Compute type of the engine.  [default: auto, the checkpoint's]")
-@click.option("--max_batch_size", type=POSITIVE, help="Maximum batch size.")
-@click.option("--max_input_len", type=POSITIVE, help="Most prompt tokens in one call; longer prompts are prefilled in segments.")
-@click.option("--max_seq_len", type=POSITIVE, help="Maximum tokens of prompt and answer together.")
-@click.option("--use_chunked_attention", is_flag=True, default=None, help="Attend to the current chunk, sinks and --left_chunks only.")
-@click.option(
-    "--chunk_size", type=CHUNK_SIZE, help="Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size."
-)
-@click.option("--sink_tokens", type=COUNT, help="Attention sinks: first tokens of the prompt that stay visible.")
-@click.option("--left_chunks", type=COUNT, help="Whole chunks before the current one that stay visible.")
-@click.option("--max_chunk_size", type=POSITIVE, help="Largest chunk a request may use; sizes the KV cache.  [default: --chunk_size]")
-@click.option("--num_anchors", type=COUNT, help="Number of older chunks whose last token stays visible.")
-@click.option("--base_size", type=FiniteFloat(0, 1e6, min_open=True), help="Tokens of chunk size per nat of prompt entropy.")
-@click.option("--threshold_low", type=NATS, help="Prompts with entropy below this many nats are answered in a single step.")
-@click.option("--plugin", type=OneOf(PLUGINS), help="Chunked-attention implementation in a tensorrt engine.  [default: function]")
-@click.option("--plugin_library", type=PATH, help="Shared library for --plugin cpp, built by `make plugin`.")
-@click.option("--early_exit_layers", type=LAYERS, help="Cut the layers into stages before these layers, e.g. 8,16.")
-@click.option("--num_stages", type=POSITIVE, help="Cut the layers into this many stages of equal size.")
-@click.option("--compute_capabilities", type=TARGETS, help="GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.")
-@click.option("--optimization_level", type=Count(0, 5), help="TensorRT builder optimization level.")
+@framework.build_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--dry_run", is_flag=True, help="Check everything and print the plan, without writing.")
 def build(
@@ -121,9 +81,8 @@ def build(
     from trtllm_thoughtx.build.build import build
     from trtllm_thoughtx.inspection import build_tables
 
-    backends = tuple(name for names in options.pop("backend") for name in names)
-    chosen = {key: value for key, value in {**options, "backend": backends or None}.items() if value is not None}
-    summary = build(checkpoint_dir, output_dir, chosen, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
+    options["backend"] = [name for names in options["backend"] for name in names] or None
+    summary = build(checkpoint_dir, output_dir, options, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
     following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
     emit("build", summary, as_json=as_json, human=[*build_tables(summary), *following])
 
@@ -139,7 +98,7 @@ def build(
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Validate this backend only.  [default: every backend in the directory]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
-@exact_option
+@framework.exact_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
 @click.option("--strict", is_flag=True, help="Count skipped checks as failures.")
 @click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
@@ -181,7 +140,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--prompts", type=PATH, help='JSONL file, - is stdin: {"prompt": TEXT} and settings a line, or lines of a server batch.')
 @click.option("--output", type=PATH, help="Append each answer to this JSONL file when it is done.")
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
-@on_error_option
+@framework.on_error_option
 @click.option("--no_chat_template", is_flag=True, help="Do not apply the chat template.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens to generate per request.  [default: the checkpoint's, or 256]")
@@ -192,14 +151,14 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
     help="Nucleus sampling: keep this probability mass.  [default: the checkpoint's]",
 )
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Sampling seed.")
-@sampling_options
+@framework.sampling_options
 @click.option("--num_return_sequences", type=Count(1, 1024), help="Answers to each prompt, from different random streams.  [default: 1]")
 @click.option("--logprobs", type=Count(0, 1000), help="With --json: log-probabilities of each token and of the N likeliest in its place.")
 @click.option("--ignore_eos", is_flag=True, help="Continue past the end-of-sequence token.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk; auto: chosen from prompt entropy.")
-@template_options
-@thinking_options
-@exact_option
+@framework.template_options
+@framework.thinking_options
+@framework.exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
 def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
@@ -226,7 +185,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 @click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
 @click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
-@exact_option
+@framework.exact_option
 @click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
 @click.option("--warmup", type=Count(0, 1000), default=1, help="Warm-up runs before timing.")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.cli.framework import LAYERS, PATH, POSITIVE, command
-from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, emit
+from trtllm_thoughtx.build.flags import LAYERS, PATH, POSITIVE, CommaList, Count, FiniteFloat
+from trtllm_thoughtx.cli.framework import command
+from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.progress import Progress
 
 WEIGHTS = CommaList("A,T,E", r"\d*\.?\d+", float, "a weight")

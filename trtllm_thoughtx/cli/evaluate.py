@@ -9,19 +9,9 @@ import click
 from click.core import ParameterSource
 
 from trtllm_thoughtx.backends import BACKENDS
-from trtllm_thoughtx.cli.framework import (
-    CHUNK_SIZE,
-    COUNT,
-    PATH,
-    POSITIVE,
-    command,
-    exact_option,
-    on_error_option,
-    sampling_options,
-    template_options,
-    thinking_options,
-)
-from trtllm_thoughtx.cli.params import CommaList, Count, FiniteFloat, OneOf, emit
+from trtllm_thoughtx.build.flags import CHUNK_SIZE, COUNT, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
+from trtllm_thoughtx.cli import framework
+from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tasks import TASKS
@@ -38,7 +28,7 @@ ONLY_HARNESS = ("data_dir", "num_fewshot", "chat_template")
 OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", "enable_thinking", "chat_template_kwargs")
 
 
-@command(
+@framework.command(
     "eval",
     "thoughtx-eval --engine_dir ./engine --task chain,lookup --num_items 200 --plot accuracy.png",
     "thoughtx-eval --engine_dir ./engine --task chain --compare ./other-engine",
@@ -64,19 +54,19 @@ OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", 
 @click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens of reasoning and answer.  [default: 512, benchmarks 256]")
 @click.option("--temperature", type=FiniteFloat(0, 100), default=0.0, help="0 is greedy.")
 @click.option("--top_p", type=FiniteFloat(min=0, min_open=True, max=1), default=1.0, help="Nucleus sampling: keep this probability mass.")
-@sampling_options
+@framework.sampling_options
 @click.option("--batch_size", type=POSITIVE, help="Batch size; above 1, times are per batch.  [default: 1]")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.")
 @click.option("--chunk_size", type=CHUNK_SIZE, help="Tokens per attention chunk of an engine; auto: chosen for each question.")
-@template_options
-@thinking_options
-@exact_option
+@framework.template_options
+@framework.thinking_options
+@framework.exact_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0: do not.  [default: 2048 with --compare, else 0]")
 @click.option("--output", type=PATH, help="Save every answer to this JSON file, for a later --compare.")
 @click.option("--answers", type=PATH, help="Append each answer to this JSONL file when it is done.")
 @click.option("--resume", is_flag=True, help="Go on with --answers: what it holds is not asked again.")
-@on_error_option
+@framework.on_error_option
 @click.option("--plot", type=PATH, help="Plot accuracy by size and length (.png, .svg, .pdf).")
 @click.option("--data_dir", type=PATH, help="Directory with TASK.jsonl for --harness; otherwise lm-eval downloads it.")
 @click.option("--limit", type=POSITIVE, help="First questions of --dataset or of each --harness task.")

@@ -8,19 +8,11 @@ from pathlib import Path
 import click
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, CommaList, Count, FilePath, FiniteFloat, OneOf
-from trtllm_thoughtx.config import AUTO, EXIT_POLICIES
+from trtllm_thoughtx.build.flags import CHANCE, CHANCE_OR_AUTO, COUNT, PATH, PENALTY, TOKENS, Count, FiniteFloat, OneOf
+from trtllm_thoughtx.build.options import OPTIONS
+from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES
+from trtllm_thoughtx.config import EXIT_POLICIES
 
-PATH = FilePath()
-POSITIVE = Count(min=1, max=1 << 24)
-COUNT = Count(min=0, max=1 << 24)
-CHUNK_SIZE = Count(min=1, max=1 << 24, word=AUTO)
-NATS = FiniteFloat(min=0, max=20, min_open=True)
-CHANCE = FiniteFloat(min=0, max=1)
-CHANCE_OR_AUTO = FiniteFloat(min=0, max=1, word=AUTO)
-TOKENS = CommaList("IDS", r"\d{1,9}", int, "a token id")
-PENALTY = FiniteFloat(min=-2, max=2)
-LAYERS = CommaList("LAYERS", r"\d{1,4}", int, "a layer number")
 COMMANDS: dict[str, click.Command] = {}
 
 
@@ -56,6 +48,14 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], click.
         return COMMANDS[name]
 
     return wrap
+
+
+def build_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The flags of `build.options`."""
+    for row in reversed(OPTIONS.values()):
+        kind = {"is_flag": True, "default": None} if row.takes is None else {"type": row.takes, "multiple": row.is_repeated}
+        function = click.option(f"--{row.name}", help=row.help, **kind)(function)
+    return function
 
 
 def on_error_option(function: Callable[..., None]) -> Callable[..., None]:

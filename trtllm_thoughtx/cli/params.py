@@ -1,4 +1,4 @@
-"""The edge between a command and the world: option types, exit statuses, and one place where every error ends.
+"""The edge between a command and the world: exit statuses, and one place where every error ends.
 
 A command function raises; only `run` decides what is printed and which status is returned. Results are printed on stdout,
 everything else on stderr. With --json, stdout carries exactly one document, for a refusal as well.
@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from trtllm_thoughtx.errors import Exit, ThoughtxError, shown
 from trtllm_thoughtx.process import interrupt
-
-if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
 
 CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
@@ -34,86 +28,6 @@ CONTEXT: dict[str, Any] = {
 EXIT_CODES = "Exit codes: 0 done, 1 the answer is no, 2 usage, 3 input refused, 4 environment, 70 a bug in this package, 130 interrupted."
 WIDTH_OF_LOGS = 160  # of tables that do not go to a terminal, in columns
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a program stopped by SIGPIPE
-
-
-class CommaList(click.ParamType):
-    """`8,16` as a tuple. Each item must match `pattern` in full and goes through `item`."""
-
-    is_list = True
-
-    def __init__(self, name: str, pattern: str, item: Callable[[str], Any], wanted: str) -> None:
-        self.name, self.pattern, self.item, self.wanted = name, re.compile(pattern, re.ASCII), item, wanted
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        parts = [str(part).strip() for part in (value if isinstance(value, list) else str(value).split(","))]
-        bad = [part for part in parts if not self.pattern.fullmatch(part)]
-        if bad:
-            self.fail(f"{shown(bad[0])!r} is not {self.wanted}", param, ctx)
-        return tuple(self.item(part) for part in parts)
-
-
-class OneOf(click.Choice[str]):
-    """A choice among names; dashes and underscores are the same. Help and messages spell the names as they are."""
-
-    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
-        return str(choice).replace("-", "_")
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(self.choices)}]"
-
-    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
-        return f"{shown(str(value))!r} is not one of {', '.join(self.choices)}."
-
-
-class FiniteFloat(click.FloatRange):
-    """A number in a range, or the one `word`; NaN is in no range."""
-
-    def __init__(self, min: float | None = None, max: float | None = None, *, min_open: bool = False, word: str | None = None) -> None:
-        super().__init__(min, max, min_open=min_open)
-        self.word, self.name = word, f"number|{word}" if word else "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == self.word:
-            return value
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number", param, ctx)
-        return number
-
-
-class Count(click.ParamType):
-    """A whole number from `min` to `max`, or the one `word`. The upper bound only stops typing errors, so help does not show it."""
-
-    def __init__(self, min: int, max: int, *, word: str | None = None) -> None:
-        self.min, self.max, self.word, self.name = min, max, word, f"N|{word}" if word else "N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == self.word:
-            return value
-        is_number = re.fullmatch(r"-?\d{1,19}", str(value), re.ASCII) is not None
-        if not is_number or not self.min <= int(value) <= self.max:
-            self.fail(f"{shown(str(value))!r} is not a whole number from {self.min} to {self.max}", param, ctx)
-        return int(value)
-
-
-class FilePath(click.ParamType):
-    """A path. The empty string and NUL are refused: `Path("")` would silently be the current directory."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if isinstance(value, Path):
-            return value
-        if not value or "\0" in value:
-            self.fail(f"{shown(value)!r} is not a path", param, ctx)
-        return Path(os.path.expanduser(value))  # a shell leaves the tilde of --flag=~/model, and YAML has no shell
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from click.shell_completion import CompletionItem
-
-        return [CompletionItem(incomplete, type="file")]
 
 
 def emit(name: str, body: dict[str, Any], *, as_json: bool, ok: bool = True, human: Sequence[Any] = ()) -> None:

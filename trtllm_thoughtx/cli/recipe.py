@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from trtllm_thoughtx.cli.params import Count, FiniteFloat
+from trtllm_thoughtx.build.flags import Count, FiniteFloat
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 LIMIT_BYTES = 64 << 10

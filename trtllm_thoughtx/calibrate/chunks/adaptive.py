@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx.calibrate.chunks.asking import Asker
-from trtllm_thoughtx.calibrate.chunks.windows import build_config
-from trtllm_thoughtx.config import CHUNK_STEP
+from trtllm_thoughtx.calibrate.chunks.windows import settings
+from trtllm_thoughtx.config import CHUNK_STEP, BuildConfig
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.statistics import mcnemar, mean_interval
@@ -42,7 +42,7 @@ def grid(largest: int) -> list[int]:
 
 def sizes_of(complexities: Sequence[float], thresholds: Thresholds, window: ChunkSpec) -> list[int]:
     """The chunk size that an engine chooses for each complexity."""
-    build = replace(build_config(window, 1 << 24), base_size=thresholds.base_size, threshold_low=thresholds.threshold_low)
+    build = BuildConfig(**settings(window, 1 << 24), base_size=thresholds.base_size, threshold_low=thresholds.threshold_low)
     return [chunks.choose(nats, build).chunk_size for nats in complexities]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.calibrate.chunks.windows import settings
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record
@@ -82,9 +83,7 @@ class Asker:
     def _open(self, window: ChunkSpec | None, more: dict[str, Any], chunk_size: int | str | None = None) -> EngineSystem:
         options: dict[str, Any] = {"backend": ("onnxruntime",), "max_seq_len": self.context, "max_batch_size": BATCH_SIZE}
         if window is not None:
-            chunks = {"chunk_size": window.chunk_size, "max_chunk_size": window.chunk_size}
-            window_options = {"sink_tokens": window.sink, "left_chunks": window.left, "num_anchors": window.anchors}
-            options |= {"use_chunked_attention": True, **chunks, **window_options, **more}
+            options |= {**settings(window, self.context), **more}
         path = self.root / "-".join(str(value) for value in options.values() if not isinstance(value, tuple))
         if not path.exists():
             build(self.model_dir, path, options)

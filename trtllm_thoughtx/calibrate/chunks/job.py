@@ -20,8 +20,8 @@ from trtllm_thoughtx.calibrate.chunks import adaptive
 from trtllm_thoughtx.calibrate.chunks.asking import Asker
 from trtllm_thoughtx.calibrate.chunks.data import questions_of, sequences_of
 from trtllm_thoughtx.calibrate.chunks.recall import Recall, masks_of
-from trtllm_thoughtx.calibrate.chunks.windows import candidates, name_of, num_slots
-from trtllm_thoughtx.checkpoint.directory import kind_of
+from trtllm_thoughtx.calibrate.chunks.windows import candidates, name_of, num_slots, settings
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.weights import open_weights
@@ -64,21 +64,22 @@ def chunk_report(
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
     plot.need_matplotlib()
-    if kind_of(model_dir) != "huggingface":
+    checkpoint = Checkpoint.open(model_dir)
+    if checkpoint.kind != "huggingface":
         fix = "give the original Hugging Face directory"
         raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)
-    with open_weights(model_dir, progress=progress) as source:
+    with open_weights(checkpoint, progress=progress) as source:
         config, members = source.config, source.members
     context = min(DEFAULT_CONTEXT, config.longest) if context is None else context
     if context > config.longest:
         why = f"the model was made for {config.longest} positions"
         raise ThoughtxError("E001", f"--context {context}", where="--context", why=why, fix=f"use at most {config.longest}")
-    text, template = need_text(Text.load(model_dir), model_dir), (enable_thinking, chat_template_kwargs)
+    text, template = need_text(Text.load(model_dir, checkpoint.raw), model_dir), (enable_thinking, chat_template_kwargs)
     for unread in text.set_template(*template):
         progress.note(f"not applied: {unread}")
     sequences = sequences_of(text, calib_data, calib_size, context, seed)
     questions = questions_of(calib_data, eval_items, seed, progress)
-    settings = {
+    asked = {
         "context": context,
         "template_kwargs": text.template_kwargs,
         "target_capture": target_capture,
@@ -86,7 +87,7 @@ def chunk_report(
         "sequences": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
         "questions": sha256_of_questions(questions),
     }
-    output = Output(output_dir, members, settings, command=command, force=force, progress=progress)
+    output = Output(output_dir, members, asked, command=command, force=force, progress=progress)
     if output.is_current():
         return {**files.read_json(output_dir, CHUNKS), "model_dir": str(model_dir), "up_to_date": True}
     output.prepare(0)
@@ -237,16 +238,8 @@ def _accuracy(records: Sequence[Record], full: Sequence[Record]) -> dict[str, An
 
 
 def _recipe(found: dict[str, Any], window: ChunkSpec) -> str:
-    flags: dict[str, Any] = {
-        "use_chunked_attention": True,
-        "max_seq_len": found["context"],
-        "chunk_size": window.chunk_size,
-        "max_chunk_size": window.chunk_size,
-        "sink_tokens": window.sink,
-        "left_chunks": window.left,
-        "num_anchors": window.anchors,
-    }
     fitted = found["adaptive"] or {}
+    flags = settings(window, found["context"])
     flags |= {name: fitted[name] for name in ("base_size", "threshold_low") if fitted.get(name)}
     head = f"# Written by thoughtx-calibrate --chunk_report for {Path(found['model_dir']).name}: {name_of(window)}.\n"
     if fitted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trtllm_thoughtx.config import CHUNK_STEP, BuildConfig
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
@@ -10,22 +12,22 @@ LEFT = (0, 1, 3, 7, 14, 30, 62)  # many small chunks reach evenly far back, but 
 ANCHORS = (0, 8)
 
 
-def build_config(window: ChunkSpec, context: int) -> BuildConfig:
-    """The settings of an engine with this window over a cache for `context` tokens."""
-    return BuildConfig(
-        max_seq_len=context,
-        use_chunked_attention=True,
-        chunk_size=window.chunk_size,
-        max_chunk_size=window.chunk_size,
-        sink_tokens=window.sink,
-        left_chunks=window.left,
-        num_anchors=window.anchors,
-    )
+def settings(window: ChunkSpec, context: int) -> dict[str, Any]:
+    """The options of a build, and fields of `BuildConfig`, for this window over a cache for `context` tokens."""
+    return {
+        "use_chunked_attention": True,
+        "max_seq_len": context,
+        "chunk_size": window.chunk_size,
+        "max_chunk_size": window.chunk_size,
+        "sink_tokens": window.sink,
+        "left_chunks": window.left,
+        "num_anchors": window.anchors,
+    }
 
 
 def num_slots(window: ChunkSpec, context: int) -> int:
     """KV slots of one sequence, `context` where the window is no smaller."""
-    return build_config(window, context).kv_capacity
+    return BuildConfig(**settings(window, context)).kv_capacity
 
 
 def candidates(context: int) -> list[ChunkSpec]:
