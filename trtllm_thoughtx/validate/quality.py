@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +24,13 @@ from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.files import read_json
 from trtllm_thoughtx.validate.divergence import Divergence, spread
 from trtllm_thoughtx.validate.golden import ChunkSpec, Expected, Prompt
+from trtllm_thoughtx.validate.runs import Run, Subject, decoded, longest, prefilled
 
 FILE = "calibration.json"
 # Ways to run a quantized engine: its graph as it stands, as plans do; or onnxruntime's operators on a CPU, where they round more.
 EXACT, ORT = "exact", "onnxruntime"
 OLD = "calibration.json, which states the exact graph's loss alone: calibrate again, or run with --exact"
 NUM_DECODED = 24  # tokens of a prompt that are decoded one at a time
-PIECES = (1, 7, 16)
 MAX_STORED, MAX_LENGTH = 64, 4096
 # Experts in 16 bits, measured on 20 random models: right engines lose at most 0.34 of the KL that these allow; gates exchanged with ups,
 # another normalization and another rotary theta (one model each of four kinds) lose 1.4 to 57 times as much as they allow.
@@ -72,25 +72,6 @@ def limits_of(directory: EngineDir, expected: Expected, *, is_exact: bool = True
     own = sum(len(truth.logits) * truth.logits_band.rms**2 for truth in expected.truths.values()) / 2 / num
     source = f"the reference in {directory.build.dtype}, which is off by a KL of about {own:.2g}"
     return Limits(ROOM_KL + OWN_FACTOR * own, ROOM_AGREEMENT - OWN_FACTOR * own, 1.05 + OWN_FACTOR * own, source)
-
-
-class Subject(Protocol):
-    """What the checks need of `runtime.engine.Engine`."""
-
-    @property
-    def build(self) -> BuildConfig: ...
-
-    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]: ...
-
-    def forward_layers(
-        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None
-    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]: ...
-
-    def decode_logits(
-        self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None
-    ) -> list[np.ndarray]: ...
-
-    def close(self) -> None: ...
 
 
 def read_limits(directory: EngineDir, way: str = EXACT) -> tuple[Limits, list[list[int]]]:
@@ -143,32 +124,23 @@ def checks(engine: Subject, backend: str, expected: Expected, limits: Limits) ->
         seen.add(expected.truths[prompt.name].logits, alone[prompt.name][rows], targets)
     told = {"limits": limits.source, "max_kl": limits.max_kl, "min_top1_agreement": limits.min_top1_agreement}
     yield f"{backend}: answers within the limits", limits.broken(seen.summary()), {**seen.summary(), **told}
-    for name, pairs in _runs(engine, expected.prompts, alone):
+    for name, run in _other_runs(engine, expected.prompts):
         same = Divergence()
-        for one, other in pairs:
-            same.add(one, other)
+        for prompt, first, logits in run:
+            same.add(alone[prompt.name][first:], logits)
         found = same.summary()
         wrong = "" if found["kl"] <= limits.max_kl else f"KL {found['kl']:.4g} nats from the same prompts prefilled alone"
         yield f"{backend}: {name}", wrong, {"kl": found["kl"], "worst_kl": found["worst_kl"], "num_positions": found["num_positions"]}
 
 
-def _runs(
-    engine: Subject, prompts: Sequence[Prompt], alone: dict[str, np.ndarray]
-) -> Iterator[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
-    """Other ways to run the prompts: logits that must agree, in pairs."""
-    size = prompts[0].chunk_size
-    prompts = [p for p in prompts if p.chunk_size == size]
+def _other_runs(engine: Subject, prompts: Sequence[Prompt]) -> Iterator[tuple[str, Run]]:
+    """Other ways to run the prompts, whose logits must agree with those of each alone."""
+    prompts = [p for p in prompts if p.chunk_size == prompts[0].chunk_size]
     some = [p for p in prompts if len(p.ids) > 1][: engine.build.max_batch_size]
     if some:
-        starts = [max(1, len(p.ids) - NUM_DECODED) for p in some]
-        found = engine.decode_logits([p.ids for p in some], starts, chunk_size=size)
-        pairs = [(alone[p.name][start - 1 :], logits) for p, start, logits in zip(some, starts, found, strict=True)]
-        yield "ragged decode equals prefill", pairs
+        yield "ragged decode equals prefill", decoded(engine, some, [max(1, len(p.ids) - NUM_DECODED) for p in some])
     if len(some) > 1:
-        found = engine.forward([p.ids for p in some], chunk_size=size)
-        yield "ragged prefill equals alone", [(alone[p.name], logits) for p, logits in zip(some, found, strict=True)]
-    longest = max(prompts, key=lambda p: len(p.ids))
-    for piece in PIECES:
-        if piece <= engine.build.max_input_len and piece < len(longest.ids):
-            found = engine.forward([longest.ids], chunk_size=size, piece=piece)
-            yield f"pieces of {piece} equal the whole", [(alone[longest.name], found[0])]
+        yield "ragged prefill equals alone", prefilled(engine, some)
+    prompt, sizes = longest(engine, prompts)
+    for size in sizes:
+        yield f"pieces of {size} equal the whole", prefilled(engine, [prompt], size)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
+from trtllm_thoughtx.validate.runs import SEGMENTS, Run, Subject, decoded, longest, prefilled
 
 WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
 MAX_RAGGED_LENGTH = 512
@@ -249,7 +250,7 @@ def _plan_check(directory: EngineDir, backend: str) -> Check:
     return Check(name, "failed" if wrong else "passed", listed(wrong), {"num_hashes": num, "num_parts": len(directory.parts)})
 
 
-def logits_checks(engine: quality.Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
+def logits_checks(engine: Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
     """Prefill, decode, ragged and pieces, on an engine that is loaded."""
     judge = _Judge(backend, expected)
     alone: dict[str, np.ndarray] = {}
@@ -290,35 +291,37 @@ class _Judge:
         truth = self.expected.truths[prompt.name]
         return parity.compare(got, (truth.logits if other is None else other)[list(rows)], truth.logits_band, self.dtype)
 
+    def verdicts(self, run: Run, others: Mapping[str, np.ndarray] | None = None) -> list[parity.Verdict]:
+        """Of each prompt of a run, at its rows, against the truth or against the rows of the same prompt in `others`."""
+        found = []
+        for prompt, first, logits in run:
+            rows = [i for i, position in enumerate(prompt.rows) if position >= first]
+            got = logits[[prompt.rows[i] - first for i in rows]]
+            found.append(self.verdict(prompt, got, rows, None if others is None else others[prompt.name]))
+        return found
+
     def logits(self, name: str, prompt: Prompt, got: np.ndarray) -> None:
         rows = range(len(prompt.rows))
         agree = float(np.mean(got.argmax(-1) == self.expected.truths[prompt.name].logits.argmax(-1)))
         self.add(name, [self.verdict(prompt, got, rows)], num_tokens=len(prompt.ids), num_rows=len(rows), top1_agreement=agree)
 
 
-def _decoded(engine: quality.Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
+def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
     """Teacher-forced decoding of `prompts` in one batch, from `num_prompt[b]` tokens on."""
-    found = engine.decode_logits([p.ids for p in prompts], num_prompt, chunk_size=prompts[0].chunk_size)
-    verdicts, num_rows = [], 0
-    for prompt, start, logits in zip(prompts, num_prompt, found, strict=True):
-        rows = [i for i, position in enumerate(prompt.rows) if position >= start - 1]
-        verdicts.append(judge.verdict(prompt, logits[[prompt.rows[i] - start + 1 for i in rows]], rows))
-        num_rows += len(rows)
+    run = decoded(engine, prompts, num_prompt)
+    num_rows = sum(position >= first for prompt, first, _ in run for position in prompt.rows)
     steps = [len(p.ids) - n for p, n in zip(prompts, num_prompt, strict=True)]
-    judge.add(name, verdicts, num_steps=max(steps), num_rows=num_rows)
+    judge.add(name, judge.verdicts(run), num_steps=max(steps), num_rows=num_rows)
 
 
-def _ragged(engine: quality.Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _ragged(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompts = _batch(judge.expected.prompts, engine.build.max_batch_size)
     if len(prompts) < 2:
         judge.skip("ragged prefill", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
         return
-    found = engine.forward([p.ids for p in prompts], chunk_size=prompts[0].chunk_size)
-    got = [logits[list(p.rows)] for p, logits in zip(prompts, found, strict=True)]
-    lengths = {"lengths": " ".join(str(len(p.ids)) for p in prompts)}
-    judge.add("ragged prefill", [judge.verdict(p, g, range(len(g))) for p, g in zip(prompts, got, strict=True)], **lengths)
-    same = [judge.verdict(p, g, range(len(g)), alone[p.name]) for p, g in zip(prompts, got, strict=True)]
-    judge.add("ragged equals alone", same, **lengths)
+    run, lengths = prefilled(engine, prompts), " ".join(str(len(p.ids)) for p in prompts)
+    judge.add("ragged prefill", judge.verdicts(run), lengths=lengths)
+    judge.add("ragged equals alone", judge.verdicts(run, alone), lengths=lengths)
     _decoded(engine, judge, "ragged decode", prompts, [-(-len(p.ids) // 2) for p in prompts])
 
 
@@ -330,19 +333,18 @@ def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     return list({p.name: p for p in ends}.values())[:size]
 
 
-def _pieces(engine: quality.Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
-    prompt = max((p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH), key=lambda p: len(p.ids))
-    for piece in quality.PIECES:
-        name, rows = f"pieces of {piece}", range(len(prompt.rows))
-        if piece > engine.build.max_input_len or piece >= len(prompt.ids):
-            judge.skip(name, f"max_input_len is {engine.build.max_input_len}, the longest prompt has {len(prompt.ids)} tokens")
-            continue
-        got = engine.forward([prompt.ids], chunk_size=prompt.chunk_size, piece=piece)[0][list(prompt.rows)]
-        verdicts = [judge.verdict(prompt, got, rows), judge.verdict(prompt, got, rows, alone[prompt.name])]
-        judge.add(name, verdicts, num_tokens=len(prompt.ids))
+def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+    prompt, sizes = longest(engine, [p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH])
+    for size in SEGMENTS:
+        if size in sizes:
+            run = prefilled(engine, [prompt], size)
+            judge.add(f"pieces of {size}", [*judge.verdicts(run), *judge.verdicts(run, alone)], num_tokens=len(prompt.ids))
+        else:
+            why = f"max_input_len is {engine.build.max_input_len}, the longest prompt has {len(prompt.ids)} tokens"
+            judge.skip(f"pieces of {size}", why)
 
 
-def layers_checks(engine: quality.Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
+def layers_checks(engine: Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
     """Every hidden state of the prompts that have them; with `bisect` also the first layer out of its band, over all of them."""
     judge = _Judge(backend, expected)
     out: list[tuple[int, str, parity.Verdict]] = []
