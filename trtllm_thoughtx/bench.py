@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import __version__, report
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
@@ -140,13 +141,7 @@ def bench(
 
 def _check_against(path: Path) -> None:
     """What `reference` would refuse after the engine was timed; it is not imported yet, since its memory would count as the engine's."""
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.kind != "huggingface":
-        fix = "give a Hugging Face directory"
-        raise ThoughtxError(
-            "E101", "--against is not a Hugging Face directory", where=str(path), why="transformers reads no other", fix=fix
-        )
-    open_weights(checkpoint, allow_nonfinite=True).close()
+    open_weights(Checkpoint.open(path, HUGGING_FACE), allow_nonfinite=True).close()
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         why, fix = f"{' and '.join(missing)} cannot be imported", 'pip install "trtllm-thoughtx[reference]", or leave --against out'

@@ -89,6 +89,11 @@ def shown(value: object, limit: int = 200) -> str:
     return safe if len(safe) <= limit else f"{safe[:limit]}... ({len(safe)} characters)"
 
 
+def counted(num: int, noun: str) -> str:
+    """1 question, 2 questions."""
+    return f"{num} {noun}{'s' * (num != 1)}"
+
+
 def listed(items: list[str], limit: int = 20) -> str:
     """All findings at once, one per line; past `limit` a count of the rest."""
     rest = len(items) - limit

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.strictjson import parse_json
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
@@ -201,7 +201,7 @@ def check_output(target: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
     is_ours = "manifest.json" in held and not any(real in (place, *place.parents) for place in (Path.cwd(), Path.home()))
     if not force:
         elsewhere = "remove it, or pass --force to replace it" if is_ours else elsewhere
-        refuse("the output directory exists and is not empty", f"it holds {len(held)} entries", elsewhere)
+        refuse("the output directory exists and is not empty", f"it holds {counted(len(held), 'file')}", elsewhere)
     if not is_ours:
         why = "--force replaces only what this tool wrote: a directory with a manifest.json, and not where you stand or your home"
         refuse("the output directory is not replaced", why, elsewhere)

@@ -18,7 +18,7 @@ from trtllm_thoughtx.build.options import speed_notes
 from trtllm_thoughtx.checkpoint import directory as checkpoint
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.config import ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.text.notes import text_notes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def describe(path: Path) -> dict[str, Any]:
     """The facts about `path` as JSON types; `kind` says what it is. Raises the error of whoever would read it for use."""
     kind, raw = checkpoint.kind_and_config(Path(path))
     if kind in ("huggingface", "tensorrt-llm"):
-        described = _checkpoint(Checkpoint(Path(path), (kind, raw)))
+        described = _checkpoint(Checkpoint(Path(path), known=(kind, raw)))
     else:
         described = {"engine": _engine, "onnx": _onnx, "plan": _plan}[kind](Path(path))
     return {"kind": kind, "path": str(path), **described}
@@ -205,8 +205,8 @@ def summary_table(title: str, facts: Mapping[str, Any]) -> Table:
 def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     """What thoughtx-build made, or with --dry_run what it would make."""
     model, build = summary["model"], summary["build"]
-    chunks = f"chunks of {build['chunk_size']} tokens, {build['left_chunks']} behind, {build['sink_tokens']} sinks"
-    chunks += f", {build['num_anchors']} anchors" if build["num_anchors"] else ""
+    chunks = f"chunks of {counted(build['chunk_size'], 'token')}, {build['left_chunks']} behind, {counted(build['sink_tokens'], 'sink')}"
+    chunks += f", {counted(build['num_anchors'], 'anchor')}" if build["num_anchors"] else ""
     if build["base_size"]:
         single = f", a single step below {build['threshold_low']:g} nats" if build["threshold_low"] else ""
         asked = "" if build["adaptive_chunks"] else " when asked"
@@ -216,13 +216,15 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     done = summary.get("up_to_date") is not None
     facts = {
         "output": summary["output_dir"],
-        "model": f"{model['family']}, {model['num_layers']} layers, hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
+        "model": ", ".join(
+            (model["family"], counted(model["num_layers"], "layer"), f"hidden {model['hidden_size']}", f"vocabulary {model['vocab_size']}")
+        ),
         "dtype": build["dtype"],
         "backends": build["backends"],
-        "limits": f"batch {build['max_batch_size']}, prompt piece {build['max_input_len']}, sequence {build['max_seq_len']} tokens",
+        "limits": f"batch {build['max_batch_size']}, prompt segment {build['max_input_len']}, sequence {build['max_seq_len']} tokens",
         "attention": chunks if build["use_chunked_attention"] else "full causal",
         "exit head": f"ends the thinking from {build['exit_threshold']:g} on, when asked" if build["exit_head"] else None,
-        "drafts": [f"by the first {layer} layers, from {sure:g} on" for layer, sure in drafts],
+        "drafts": [f"by the first {counted(layer, 'layer')}, from {sure:g} on" for layer, sure in drafts],
         "parts": summary["part_names"],
         "weights": files.human_bytes(summary["weights_bytes"]),
         "KV cache at full batch and length": files.human_bytes(summary["kv_bytes"]),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.files import open_inside, open_named
 from trtllm_thoughtx.strictjson import parse_json
 
@@ -80,7 +80,7 @@ class Rows(Generic[T]):
         """The rows, when all of them can be used; else the command's error, which names every bad one. `note` gets `Rows.note`."""
         if self.bad:
             more = "" if len(self.bad) == 1 else f" and {len(self.bad) - 1} more"
-            what = f"{len(self.bad)} row{'s' if more else ''} cannot be used"
+            what = f"{counted(len(self.bad), 'row')} cannot be used"
             raise ThoughtxError(
                 self.code, what, where=f"{self.bad[0].line.where}{more}", why=listed([str(bad) for bad in self.bad]), fix=self.fix
             )
@@ -92,7 +92,8 @@ class Rows(Generic[T]):
     def note(self) -> str:
         """The columns that were not read; empty without any."""
         texts = [
-            f"{what}: {', '.join(f'{shown(name, 60)} ({num} lines)' for name, num in found[:MAX_NAMED])}"
+            f"{what}: "
+            + ", ".join(f"{shown(name, 60)} ({counted(num, 'line')})" for name, num in found[:MAX_NAMED])
             + (f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else "")
             for what, is_setting in (("columns not read", False), ("settings not applied by this command", True))
             if (found := [(name, num) for name, num in sorted(self.num_unread.items()) if (name in SETTINGS) == is_setting])

@@ -69,7 +69,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def struck(tmp_path: Path, start: list[str], args: list[str], *, when: str = "", log: str = "") -> subprocess.CompletedProcess[str]:
     (tmp_path / "sitecustomize.py").write_text(SITE.format(when=when, log=log))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    return subprocess.run([sys.executable, *start, *args], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([sys.executable, *start, *args], env=environment, capture_output=True, text=True, check=False)
 
 
 def assert_ended_well(done: subprocess.CompletedProcess[str], when: str) -> None:

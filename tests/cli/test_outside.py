@@ -67,7 +67,7 @@ class Place:
 
     def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         words, env = [str(word) for word in command], self.environment | environment
-        return subprocess.run(words, cwd=self.empty["here"], env=env, capture_output=True, text=True, check=False, timeout=600)
+        return subprocess.run(words, cwd=self.empty["here"], env=env, capture_output=True, text=True, check=False)
 
     def thoughtx(self, *args: str | Path) -> None:
         done = self.run(sys.executable, "-m", "trtllm_thoughtx", *args, "--quiet")

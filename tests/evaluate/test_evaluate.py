@@ -125,6 +125,9 @@ def test_a_comparison_is_paired(text):
     assert {"accuracy", "F1"} == {measure for measure, task in rows if task == "chain"}
     for made in (*comparison_tables(found), *result_tables(summarize(ours))):
         assert isinstance(made, str) or made.row_count
+    assert comparison_tables(found)[1].startswith("80 questions; ")
+    alone = (record.Result(system=one.system, conditions=one.conditions, records=one.records[:1]) for one in (ours, other))
+    assert comparison_tables(compare(*alone))[1].startswith("1 question; ")
     fewer = record.Result(system=other.system, conditions=other.conditions, records=other.records[:-1])
     with pytest.raises(ThoughtxError, match="not asked the same"):
         compare(ours, fewer)

@@ -282,7 +282,7 @@ PATHS = [
     Row(
         "an engine for a checkpoint",
         "E101",
-        "the checkpoint that it was built from",
+        "^give the Hugging Face directory or TensorRT-LLM checkpoint that it was built from$",
         model(),
         "convert --model_dir @e --output_dir @out",
         then=CONVERT,
@@ -290,7 +290,7 @@ PATHS = [
     Row(
         "a checkpoint for an engine",
         "E101",
-        "thoughtx-build --checkpoint_dir CKPT --output_dir ENGINE",
+        "^build an engine of it: thoughtx-(build --checkpoint_dir .*/m --output_dir )ENGINE$",
         model(),
         "bench --engine_dir @m --prompt_len 4 --max_new_tokens 2 --repeats 1",
         follow=lambda root: [BUILD, "bench --engine_dir @out --prompt_len 4 --max_new_tokens 2 --repeats 1"],
@@ -298,11 +298,63 @@ PATHS = [
     Row(
         "nothing for an engine",
         "E101",
-        "a directory that thoughtx-build wrote",
+        "of it .* exists",
         nothing,
         RUN.replace("@e", "@nowhere --backend onnxruntime"),
         follow=lambda root: [tiny.write_tiny(root / "m") and BUILD, RUN.replace("@e", "@out")],
     ),
+    Row(
+        "an engine's graph for the engine",
+        "E101",
+        "holds it: (.*/e)$",
+        nothing,
+        RUN.replace("@e", "@e/rank0.onnx"),
+        then=RUN.replace("@e", "{1}"),
+    ),
+    Row(
+        "a directory of engines for an engine",
+        "E101",
+        "^give (.*/e)$",
+        nothing,
+        RUN.replace("@e", "@e/.."),
+        then=RUN.replace("@e", "{1}"),
+    ),
+]
+# The same slip before each command: what it advises is what that command takes.
+TAKES = {
+    CONVERT: "^give a Hugging Face directory or a TensorRT-LLM checkpoint$",
+    BUILD: "^give a Hugging Face directory or a TensorRT-LLM checkpoint$",
+    f"{CALIBRATE} --qformat int8_wo": "^give a Hugging Face directory or a TensorRT-LLM checkpoint$",
+    f"{EXITS} --exit_layers 1": "^give a Hugging Face directory or a TensorRT-LLM checkpoint$",
+    CHUNKS: "^give a Hugging Face directory$",
+    DISTILL: "^give a Hugging Face directory$",
+    "validate --engine_dir @e --reference @m": "^give a Hugging Face directory$",
+    "eval --model_dir @m --dataset @q.jsonl --max_new_tokens 2": "^give an engine directory or a Hugging Face directory$",
+    "inspect @m": "^give a Hugging Face directory, a TensorRT-LLM checkpoint, an engine directory, an .onnx file or an .engine file$",
+}
+DATA = steps(data, questions(30), traces)
+PATHS += [
+    Row(
+        f"no config.json, {command.split()[0]} {number}",
+        "E101",
+        fix,
+        steps(folder("m"), write("m/x", ""), DATA),
+        command,
+        again(tokenizer=True),
+    )
+    for number, (command, fix) in enumerate(TAKES.items())
+]
+PATHS += [
+    Row(
+        f"an engine for a model, {command.split()[0]} {number}",
+        "E101",
+        "^give the Hugging Face directory(?: or TensorRT-LLM checkpoint)? that it was built from$",
+        steps(model(tokenizer=True), DATA),
+        command.replace("@m", "@e"),
+        then=command,
+    )
+    for number, command in enumerate(TAKES)
+    if not command.startswith(("eval", "inspect"))
 ]
 WEIGHTS = [
     Row(
@@ -835,7 +887,7 @@ CALIBRATIONS += [
     Row(
         "chunks of a converted checkpoint",
         "E101",
-        "give the original Hugging Face directory",
+        "^give the Hugging Face directory that it was converted from$",
         steps(converted(), model_with_tokenizer),
         CHUNKS.replace("@m", "@m"),
         then=CHUNKS.replace("@m", "@hf"),
@@ -927,7 +979,7 @@ EVALS = [
     Row(
         "a comparison with nothing",
         "E101",
-        "an engine directory, or a Hugging Face directory",
+        "^build an engine of it: .*, or give the Hugging Face directory that it was converted from$",
         steps(converted(), questions(2)),
         "eval --model_dir @m --dataset @q.jsonl --max_new_tokens 2",
         follow=lambda root: tiny.write_tokenizer(root / "hf"),

@@ -24,6 +24,7 @@ from typing import Any
 from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.options import misfits
+from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.checkpoint.exits import is_threshold
 from trtllm_thoughtx.checkpoint.members import CARRIED
 from trtllm_thoughtx.config import CHUNK_STEP, PLUGIN_LIBRARY, BuildConfig, ModelConfig, PartFiles, PlanFile
@@ -51,21 +52,16 @@ class EngineDir:
         """Read and check config.json. E101 when `root` is not an engine directory, E121 when it is malformed."""
         root = Path(root)
         where = str(root / CONFIG)
-        if not root.is_dir() or not (root / CONFIG).exists():
-            raise ThoughtxError(
-                "E101",
-                "not an engine directory",
-                where=shown(str(root)),
-                why="it has no config.json" if root.is_dir() else "it is a file" if root.exists() else "there is no such directory",
-                fix="give a directory that thoughtx-build wrote (its --output_dir)",
-            )
+        if not (root / CONFIG).is_file():
+            kind_of(root, ("engine",))  # which refuses it
         raw = read_json(root, CONFIG, code="E121")
         if not isinstance(raw, dict) or "thoughtx" not in raw:
+            kind_of(root, ("engine",))
             raise ThoughtxError(
                 "E101",
                 "not an engine directory of this package",
                 where=where,
-                why="its config.json has no `thoughtx` section: it looks like a checkpoint, or like another tool's engine",
+                why="its config.json has no `thoughtx` section: it looks like TensorRT-LLM's own engine",
                 fix="build an engine from its checkpoint: thoughtx-build --checkpoint_dir CKPT --output_dir ENGINE",
             )
         mine = _table(raw, "thoughtx", where)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
 from trtllm_thoughtx.tasks import TASKS, draw
@@ -117,7 +117,7 @@ def read_data(
     elif len(rows) < 32 and path is not None and not only_measures:
         warnings.append(f"only {len(rows)} sequences: more of them make scales that hold for more prompts")
     if num_cut:
-        warnings.append(f"{num_cut} sequences were cut to {max_len} tokens (--calib_seq_len)")
+        warnings.append(f"{counted(num_cut, 'sequence')} cut to {counted(max_len, 'token')} (--calib_seq_len)")
     rows = rows[: len(rows) - num_held]
     facts = {
         "source": what,

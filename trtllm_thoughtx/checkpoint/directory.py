@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx.checkpoint.header import CONVERT, MAX_TENSORS, ORIGINAL, TENSOR_NAME, read_header, unread
 from trtllm_thoughtx.checkpoint.header import parse_header as parse_header
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.files import open_inside, read_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ EXPONENT_MASKS = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+KINDS = {  # of what a user gives: directories, then files
+    "huggingface": "Hugging Face directory",
+    "tensorrt-llm": "TensorRT-LLM checkpoint",
+    "engine": "engine directory",
+    "onnx": ".onnx file",
+    "plan": ".engine file",
+}
+HUGGING_FACE, CHECKPOINTS = ("huggingface",), ("huggingface", "tensorrt-llm")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (*PICKLES, ".gguf", ".h5", ".msgpack", ".npz")
 
@@ -114,7 +122,7 @@ def _without_index(root: Path, present: set[str]) -> ThoughtxError:
     others = sorted(name for name in present if name.endswith(OTHER_WEIGHTS))
     if others and not shards:
         return _other_format(f"the weights are not in safetensors files: {', '.join(map(shown, others[:5]))}", others[0], str(root))
-    why, fix = _resemblance(root, present)
+    why, fix = _resemblance(root, present, HUGGING_FACE)
     return _unwanted(
         f"there are no weights: neither {SINGLE} nor {INDEX}", root, why, fix or f"download {SINGLE}, or {INDEX} and its files"
     )
@@ -139,14 +147,21 @@ def _weight_map(root: Path) -> dict[str, str]:
     return weight_map
 
 
-def kind_of(path: Path) -> str:
-    """What the user gave us: huggingface | tensorrt-llm | engine (directories), onnx | plan (files). Else E101."""
-    return kind_and_config(Path(path))[0]
+def kind_of(path: Path, wanted: Sequence[str] = tuple(KINDS)) -> str:
+    """Which of `wanted`, keys of `KINDS`, is at `path`. Else E101, whose advice is for a command that takes `wanted`."""
+    return kind_and_config(Path(path), wanted)[0]
 
 
-def kind_and_config(path: Path) -> tuple[str, dict[str, Any]]:
+def kind_and_config(path: Path, wanted: Sequence[str] = tuple(KINDS)) -> tuple[str, dict[str, Any]]:
     """(kind, config.json of a directory)."""
-    wanted = "give a Hugging Face or TensorRT-LLM checkpoint directory, an engine directory, an .onnx or an .engine file"
+    kind, config = _recognized(path, wanted)
+    if kind not in wanted:
+        raise _unwanted(f"this is {_one(kind)}", path, f"{_any(wanted)} is needed", _instead(kind, path, wanted))
+    return kind, config
+
+
+def _recognized(path: Path, wanted: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    give = f"give {_any(wanted)}" + (": what thoughtx-build --output_dir wrote" if tuple(wanted) == ("engine",) else "")
     if os.path.isfile(path):
         kinds = {".onnx": "onnx", ".engine": "plan", ".plan": "plan"}
         if path.suffix in kinds:
@@ -154,20 +169,20 @@ def kind_and_config(path: Path) -> tuple[str, dict[str, Any]]:
         if path.suffix in OTHER_WEIGHTS:
             raise _other_format(f"this is a {path.suffix} file", path.name, str(path))
         is_part = path.suffix == ".safetensors" or path.name == "config.json"
-        fix = f"give the directory that holds it: {shown(str(path.parent), 400)}" if is_part else wanted
-        raise _unwanted("this is a single file", path, "a checkpoint is a directory", fix)
+        fix = f"give the directory that holds it: {shown(str(path.parent), 400)}" if is_part else give
+        raise _unwanted("this is a single file", path, f"{_any(wanted)} is needed", fix)
     if not os.path.isdir(path):
         if os.path.lexists(path):
-            raise _unwanted("this is neither a directory nor a regular file", path, "a broken link, FIFO or device", wanted)
-        is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+            raise _unwanted("this is neither a directory nor a regular file", path, "a broken link, FIFO or device", give)
+        is_hub = "huggingface" in wanted and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
         hub = "if it is a name on the Hugging Face Hub, download the model first and give its local directory"
         there = next((parent for parent in path.absolute().parents if parent.is_dir()), Path("/"))
         fix = hub if is_hub else f"correct the path: of it {shown(str(there), 300)} exists"
         raise _unwanted("the path does not exist", path, "nothing is there, and nothing is downloaded", fix)
     present = _names(path)
     if "config.json" not in present:
-        why, fix = _resemblance(path, present)
-        raise _unwanted("there is no config.json", path, why, fix or wanted)
+        why, fix = _resemblance(path, present, wanted)
+        raise _unwanted("there is no config.json", path, why, fix or give)
     config = read_json(path, "config.json")
     if isinstance(config, dict):
         if {"pretrained_config", "build_config"} & config.keys():
@@ -177,7 +192,28 @@ def kind_and_config(path: Path) -> tuple[str, dict[str, Any]]:
         if {"model_type", "architectures"} & config.keys():
             return "huggingface", config
     why = "it has neither model_type (Hugging Face) nor architecture (TensorRT-LLM) nor pretrained_config (engine)"
-    raise _unwanted("config.json is not that of a checkpoint or an engine", path, why, wanted)
+    raise _unwanted("config.json is not that of a checkpoint or an engine", path, why, give)
+
+
+def _one(kind: str) -> str:
+    return f"{'an' if KINDS[kind][0] in '.e' else 'a'} {KINDS[kind]}"
+
+
+def _any(kinds: Sequence[str]) -> str:
+    *most, last = map(_one, kinds)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _instead(kind: str, path: Path, wanted: Sequence[str]) -> str:
+    """What to give for something that is another kind than `wanted`."""
+    if "engine" in wanted and kind in ("onnx", "plan"):
+        is_inside = (path.parent / "config.json").is_file()
+        return f"give the directory that holds it: {shown(str(path.parent), 400)}" if is_inside else "give the engine that it belongs to"
+    if "engine" in wanted:
+        other = ", or give the Hugging Face directory that it was converted from" if "huggingface" in wanted else ""
+        return f"build an engine of it: thoughtx-build --checkpoint_dir {shown(str(path), 400)} --output_dir ENGINE{other}"
+    made = "converted" if kind == "tensorrt-llm" else "built"
+    return f"give the {' or '.join(KINDS[one] for one in wanted)} that it was {made} from"
 
 
 def _names(root: Path) -> set[str]:
@@ -189,24 +225,33 @@ def _names(root: Path) -> set[str]:
         raise _unwanted("the directory cannot be listed", root, os.strerror(error.errno or 0), fix) from None
 
 
-def _resemblance(root: Path, present: set[str]) -> tuple[str, str]:
-    """Why a directory without a config or weights may have been given, and what to give instead ("" when it cannot be told)."""
+def _resemblance(root: Path, present: set[str], wanted: Sequence[str]) -> tuple[str, str]:
+    """Why a directory without a config or weights may have been given, and which of `wanted` to give ("" when it cannot be told)."""
     if not present:
         return "the directory is empty", ""
     inner = root / "snapshots" if "snapshots" in present else root
-    models = sorted(name for name in _names(inner) if os.path.isfile(inner / name / "config.json")) if inner.is_dir() else []
+    models = sorted(name for name in _names(inner) if _holds(inner / name, wanted)) if inner.is_dir() else []
     give = f"give {shown(str(inner / models[-1]), 400)}" if models else ""
     if len(models) > 1:
         give = f"give one of the {len(models)} directories in {shown(str(inner), 400)}: {', '.join(shown(n, 60) for n in models[:8])}"
-    if inner != root:
+    if inner != root and "huggingface" in wanted:
         why = "it is an entry of the Hugging Face cache: the model is in a directory under its snapshots/"
         return why, give or "download the model into it again: none of its snapshots has a config.json"
-    if "adapter_config.json" in present:
+    if "adapter_config.json" in present and "huggingface" in wanted:
         fix = "merge it into its base model (peft: model.merge_and_unload(), then save_pretrained) and give that directory"
         return "it is a LoRA adapter: a model's changes, and not the model", fix
     if models:
-        return f"it holds {len(models)} directories with a config.json", give
-    return f"it holds {len(present)} entries: {', '.join(shown(n, 60) for n in sorted(present)[:8])}", ""
+        return f"it holds {len(models)} such director{'y' if len(models) == 1 else 'ies'}", give
+    return f"it holds {', '.join(shown(n, 60) for n in sorted(present)[:8])}{', ...' if len(present) > 8 else ''}", ""
+
+
+def _holds(path: Path, wanted: Sequence[str]) -> bool:
+    if not os.path.isfile(path / "config.json"):
+        return False
+    try:
+        return kind_of(path, wanted) in wanted
+    except ThoughtxError:
+        return False
 
 
 def count_nonfinite(array: np.ndarray) -> int:
@@ -233,5 +278,5 @@ def _other_format(what: str, name: str, where: str) -> ThoughtxError:
 
 
 def _disagree(problems: list[str], root: Path, fix: str) -> ThoughtxError:
-    what = f"the weight files do not agree with each other: {len(problems)} problem{'s' * (len(problems) > 1)}"
+    what = f"the weight files do not agree with each other: {counted(len(problems), 'problem')}"
     return ThoughtxError("E106", what, where=shown(str(root), 400), why=listed(problems), fix=fix)

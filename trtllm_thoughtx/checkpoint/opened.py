@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,32 +27,24 @@ from trtllm_thoughtx.families.trtllm_config import mapping_of
 
 
 class Checkpoint:
-    """A Hugging Face (`kind` huggingface) or TensorRT-LLM (tensorrt-llm) directory; `raw` is its config.json. E101 for anything else.
+    """A directory of one of the kinds `wanted`; `raw` is its config.json. E101 for anything else.
 
     It stands for its path wherever one is taken. Several threads may read from it.
     """
 
-    def __init__(self, path: Path, known: tuple[str, dict[str, Any]] | None = None) -> None:
+    def __init__(self, path: Path, wanted: Sequence[str] = directory.CHECKPOINTS, known: tuple[str, dict[str, Any]] | None = None) -> None:
         """`known`: what `kind_and_config` says of the path, where it was asked already."""
         self.path = path
-        self.kind, self.raw = known or directory.kind_and_config(path)
-        if self.kind not in ("huggingface", "tensorrt-llm"):
-            raise ThoughtxError(
-                "E101",
-                f"{shown(path.name)} is not a checkpoint (it looks like: {self.kind})",
-                where=str(path),
-                why="a Hugging Face directory or a TensorRT-LLM checkpoint is needed",
-                fix="give the checkpoint that it was built from" if self.kind == "engine" else "give a checkpoint's directory",
-            )
+        self.kind, self.raw = known or directory.kind_and_config(path, wanted)
         self.where = str(path / "config.json")
         self.used: set[str] = set()  # names that `read` was asked for
         self._handles: dict[str, BinaryIO] = {}
         self._exits: ExitWeights | None = None
 
     @classmethod
-    def open(cls, path: Path | Checkpoint) -> Checkpoint:
+    def open(cls, path: Path | Checkpoint, wanted: Sequence[str] = directory.CHECKPOINTS) -> Checkpoint:
         """The checkpoint at `path`, or the one that is open already."""
-        return path if isinstance(path, Checkpoint) else cls(Path(path))
+        return path if isinstance(path, Checkpoint) else cls(Path(path), wanted)
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -280,7 +280,7 @@ def _write(output: Output, made: _Made, table: Sequence[Tensor], config: ModelCo
         if unused:
             why = listed([shown(name) for name in unused])
             fix = "use the config.json that belongs to these weights"
-            raise ThoughtxError("E107", f"{len(unused)} tensors do not fit", where=str(source.path), why=why, fix=fix)
+            raise ThoughtxError("E107", f"tensors that do not fit: {len(unused)}", where=str(source.path), why=why, fix=fix)
         output.write("config.json", json.dumps(trtllm_config(config, dtype=config.dtype), indent=2) + "\n")
         output.carry(*source.members.carried, *source.members.exits)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from trtllm_thoughtx.checkpoint.directory import TensorInfo
 from trtllm_thoughtx.checkpoint.members import QUANT_FILE
 from trtllm_thoughtx.config import ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.families import Tensor
 from trtllm_thoughtx.families.hf_config import IMPORT
 
@@ -30,7 +30,7 @@ def refuse_unexplained(stored: Mapping[str, TensorInfo], path: Path) -> None:
     if others:
         raise ThoughtxError(
             "E103",
-            f"{len(others)} weights are not floating-point numbers, and config.json does not say how they are quantized",
+            f"weights that are not floating-point numbers, and no word in config.json on how they are quantized: {len(others)}",
             where=str(path),
             why=f"weights are read as F64, F32, F16 or BF16:\n           {listed(others)}",
             fix="use the config.json that was saved with these weights and has their quantization_config, or the original, "
@@ -63,7 +63,7 @@ def check_tensors(table: Sequence[Tensor], stored: Mapping[str, TensorInfo], con
     if not problems:
         return
     what, why, fix = (
-        f"{len(problems)} tensors do not fit the configuration",
+        f"tensors do not fit the configuration: {counted(len(problems), 'problem')}",
         listed(problems),
         "use the config.json that belongs to these weights",
     )

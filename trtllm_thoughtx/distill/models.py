@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE, kind_of
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CARRIED, CARRIED_LIMIT
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
@@ -35,6 +36,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     Not AutoTokenizer: for a Qwen2 model transformers 5 puts Qwen2's own splitting in the place of the file's.
     """
+    kind_of(path, HUGGING_FACE)
     if not (path / "tokenizer.json").is_file():
         fix = "copy the model's tokenizer.json there; of an older model, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
         raise ThoughtxError("E112", "no tokenizer.json", where=str(path), why="traces are texts", fix=fix)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import report
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE, kind_and_config
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.size import num_parameters
-from trtllm_thoughtx.files import human_bytes, read_json
+from trtllm_thoughtx.files import human_bytes
 
 TRAINED_BYTES, FROZEN_BYTES, COMPUTED_BYTES = 16, 2, 2  # a parameter that is trained, one that is not, a number of an activation
 LAYER_NUMBERS = 20  # hidden-sized activations of the one layer that is computed again (Korthikanti et al., arXiv 2205.05198, section 4)
@@ -29,7 +30,8 @@ GIB = 1 << 30
 
 def read_config(path: Path) -> ModelConfig:
     """Only config.json has to be there."""
-    return model_config_from_hf(read_json(path, "config.json", code="E101"), str(path / "config.json"), weights_dtype="bfloat16")
+    raw = kind_and_config(path, HUGGING_FACE)[1]
+    return model_config_from_hf(raw, str(path / "config.json"), weights_dtype="bfloat16")
 
 
 def plan(settings: Settings) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, read_rows
-from trtllm_thoughtx.evaluate.opened import open_system
+from trtllm_thoughtx.evaluate.opened import SYSTEMS, open_system
 from trtllm_thoughtx.evaluate.scorer import Scorer
 from trtllm_thoughtx.evaluate.systems import EngineSystem, System
 from trtllm_thoughtx.progress import Progress
@@ -202,7 +202,7 @@ def _model(
     if isinstance(system, Engine):
         source = EngineSystem(system, batch_size=system.build.max_batch_size)
     elif isinstance(system, (str, Path)):
-        batch_size = EngineDir.open(Path(system)).build.max_batch_size if kind_of(Path(system)) == "engine" else MODEL_BATCH
+        batch_size = EngineDir.open(Path(system)).build.max_batch_size if kind_of(Path(system), SYSTEMS) == "engine" else MODEL_BATCH
         source = open_system(Path(system), batch_size=batch_size, exact=exact)
         stack.callback(source.close)
     else:

@@ -13,7 +13,7 @@ from trtllm_thoughtx.bench import BUSY
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate import memory, record
-from trtllm_thoughtx.evaluate.opened import check_system, open_system
+from trtllm_thoughtx.evaluate.opened import SYSTEMS, check_system, open_system
 from trtllm_thoughtx.evaluate.questions import Question, file_rows, generated
 from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
@@ -102,7 +102,7 @@ def evaluation(
     if earlier is not None:
         check_same_questions([(one.id, " | ".join(one.accepted), one.match) for one in asked], earlier)
     paths = (path, *((compare,) if compare is not None and earlier is None else ()))
-    exacts = [exact and (one is path or kind_of(one) == "engine") for one in paths]
+    exacts = [exact and (one is path or kind_of(one, SYSTEMS) == "engine") for one in paths]
     for one, is_exact in zip(paths, exacts, strict=True):
         asking.check(one, is_exact)
     results: list[Result] = []

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.evaluate.systems import EngineSystem, System
+
+SYSTEMS = ("engine", "huggingface")  # what answers questions, in the words of `checkpoint.directory`
 
 
 def open_system(
@@ -40,19 +42,16 @@ def check_system(
 ) -> str:
     """Its kind, "engine" or "huggingface", with all refused that can be without loading it: a system that is compared comes last.
     E101 for one that is neither, E001 for flags of engines, E122 for a batch that is too large, E201 without transformers."""
-    kind = kind_of(path)
+    kind = kind_of(path, SYSTEMS)
     if kind == "engine":
         directory = EngineDir.open(path)
         directory.choose(backend)
         most = directory.build.max_batch_size
         if batch_size is not None and batch_size > most:
-            why = f"the engine was built for {most} sequences in one call"
+            why = f"the engine was built for {counted(most, 'sequence')} in one call"
             fix = f"ask for at most {most}, or build again with more: thoughtx-build --max_batch_size {batch_size}"
             raise ThoughtxError("E122", f"--batch_size {batch_size}", where=str(path), why=why, fix=fix)
         return kind
-    if kind != "huggingface":
-        fix = "give an engine directory, or a Hugging Face directory"
-        raise ThoughtxError("E101", "nothing that can answer questions", where=shown(str(path)), why=f"this is a {kind}", fix=fix)
     flags = {"--backend": backend, "--chunk_size": chunk_size, "--exact": exact or None} | {f"--{name}": True for name in engine_flags}
     named = [flag for flag, value in flags.items() if value is not None]
     if named:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.evaluate.matching import MATCHES, boxed, judge
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record, Result, wrong
@@ -54,7 +54,7 @@ def evaluate(
     batches = [order[start : start + system.batch_size] for start in range(0, len(order), system.batch_size)]
     batches = [batch for batch in batches if any(i not in records for i in batch)]  # as they would be undisturbed, for the same rounding
     if records:
-        progress.note(f"{len(records)} answers were there")
+        progress.note(f"{counted(len(records), 'answer')} found, the rest follows")
 
     def write(batch: Sequence[int]) -> list[Written]:
         return system.write([prompts[i] for i in batch], [each[i] for i in batch], [streams[i] for i in batch])
@@ -114,7 +114,7 @@ def _checked(
     fix = f"lower --max_new_tokens or --lengths, or build an engine with more room: thoughtx-build --max_seq_len {most}"
     for i, need in long.items():
         what = f"a question needs {need} tokens, the system takes {system.max_length}"
-        why = f"it has {len(prompts[i])} tokens, and --max_new_tokens is {each[i].max_new_tokens}"
+        why = f"it has {counted(len(prompts[i]), 'token')}, and --max_new_tokens is {each[i].max_new_tokens}"
         where = questions[i].where or f"{system.description['path']}, question {questions[i].id}"
         refused[i] = ThoughtxError("E122", what, where=where, why=why, fix=fix)
     return {i: prompt for i, prompt in prompts.items() if i not in refused}, dict(sorted(refused.items()))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.evaluate.matching import EXACT
 from trtllm_thoughtx.evaluate.record import CUT, Record, Result
 from trtllm_thoughtx.evaluate.statistics import calibration_error, mcnemar, mean_interval, wilson
@@ -108,7 +108,7 @@ def check_same_questions(asked: Sequence[tuple[str, str, str]], second: Result, 
     others = [(record.id, record.expected, record.match) for record in second.records if record.id not in failed]
     if set(ids) != set(others) or len(ids) != len(others):
         apart = sorted(shown(name, 60) for name, *_ in set(ids) ^ set(others))
-        why = f"{len(apart)} questions stand in one of the two alone: {listed(apart, 3)}"
+        why = f"in one of the two alone: {counted(len(apart), 'question')}, {listed(apart, 3)}"
         fix = "ask both with the same --dataset and --match, or --task, --sizes, --num_items, --lengths, --cut_share, --split and --seed"
         raise ThoughtxError("E160", "the two were not asked the same", where=str(second.system.get("path")), why=why, fix=fix)
 
@@ -184,7 +184,7 @@ def result_tables(found: dict[str, Any]) -> list[Any]:
         tables.append(report.table("thoughts cut short", ("task", "items", "said ? when due", "answered when it sufficed"), cuts))
     if errors := found["conditions"].get("errors"):
         first = f"{shown(errors[0]['id'], 60)}: {shown(errors[0].get('error', {}).get('what'), 200)}"
-        tables.append(f"{len(errors)} questions ended in an error and are not counted; the first is {first}")
+        tables.append(f"not counted, since they ended in an error: {counted(len(errors), 'question')}; the first is {first}")
     matches = found["conditions"].get("match", {})
     if set(matches) - {EXACT}:
         tables.append(f"answers compared by {', '.join(f'{match}: {num}' for match, num in matches.items())} (--match)")
@@ -225,7 +225,7 @@ def comparison_tables(found: dict[str, Any]) -> list[Any]:
     right = f"only {names[0]} right: {found['only_first_right']}, only {names[1]} right: {found['only_second_right']}"
     return [
         report.table(f"{names[1]} against {names[0]}", ("", "task", *names, "difference", "95 % interval"), lines),
-        f"{found['num_items']} questions; {right}; exact p of equal accuracy {found['p_accuracy']:.3g}",
+        f"{counted(found['num_items'], 'question')}; {right}; exact p of equal accuracy {found['p_accuracy']:.3g}",
         *(
             []
             if saved is None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.files import atomic_file, read_named
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.strictjson import parse_json
@@ -90,7 +90,7 @@ class Answers:
             try:
                 yield
             except KeyboardInterrupt:
-                progress.note(f"{len(rows)} requests are done in {self.path}; --resume goes on with the others")
+                progress.note(f"{counted(len(rows), 'request')} done in {self.path}; --resume goes on with the others")
                 raise
 
     def _read(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trtllm_thoughtx import report
-from trtllm_thoughtx.errors import ThoughtxError, listed
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, sha256_of, stamp
@@ -167,10 +167,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     stops = Counter(row["thinking_stop"] for row in good if row["thinking_stop"] is not None)
     if stops:
         steps, tokens = (sum(row[name] for row in good) for name in ("num_steps", "num_thinking_tokens"))
-        lines.append(f"{steps} steps, {tokens} tokens of thinking, ended by {_counted(stops)}")
+        lines.append(f"{counted(steps, 'step')}, {counted(tokens, 'token')} of thinking, ended by {_counted(stops)}")
     if good:
         num_new = sum(row["num_output_tokens"] for row in good)
-        lines.append(f"{num_new} tokens, stopped by {_counted(Counter(row['stop_reason'] for row in good))}")
+        lines.append(f"{counted(num_new, 'token')}, stopped by {_counted(Counter(row['stop_reason'] for row in good))}")
     if len(good) < len(rows):
         lines.append(f"{len(rows) - len(good)} of {len(rows)} rows are errors")
     return lines

@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     raise ThoughtxError(
         "E201",
-        "the reference needs torch and transformers",
+        "PyTorch models need torch and transformers",
         where=f"import of {shown(error.name or 'torch')}",
         why="they are not installed here",
         fix='pip install "trtllm-thoughtx[reference]"; engines are checked without them too: thoughtx-validate --golden FILE',
@@ -206,29 +206,21 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ThoughtxError(
             "E101",
-            "transformers cannot load the reference model",
+            "transformers cannot load the model",
             where=shown(str(path)),
             why=shown(f"{type(error).__name__}: {error}", 400),
-            fix="give the Hugging Face directory that the engine was built from, and a transformers version that knows its model_type",
+            fix="install a transformers version that knows its model_type, or download the model again",
         ) from error
     return model.eval()
 
 
 def _check_directory(path: Path) -> None:
     """Our own strict reading of the directory comes first; transformers only sees what passed it."""
+    from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
+    from trtllm_thoughtx.checkpoint.opened import Checkpoint
     from trtllm_thoughtx.checkpoint.weights import open_weights
 
-    source = open_weights(path, allow_nonfinite=True)
-    kind = source.kind
-    source.close()
-    if kind != "huggingface":
-        raise ThoughtxError(
-            "E101",
-            "the reference must be a Hugging Face directory",
-            where=shown(str(path)),
-            why=f"this is a {kind} checkpoint, which transformers does not read",
-            fix="give the Hugging Face directory that it was converted from",
-        )
+    open_weights(Checkpoint.open(path, HUGGING_FACE), allow_nonfinite=True).close()
 
 
 def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:
@@ -239,9 +231,9 @@ def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:
     if free is not None and need > free:
         raise ThoughtxError(
             "E204",
-            "the reference model does not fit in memory",
+            "the model does not fit in memory",
             where=shown(str(path)),
             why=f"{str(dtype).removeprefix('torch.')} needs about {need >> 20} MiB and {free >> 20} MiB are free",
-            fix="use a machine with more memory; to check an engine here, record the reference there with thoughtx-validate --record FILE, "
-            "and compare with thoughtx-validate --golden FILE",
+            fix="use a machine with more memory; for thoughtx-validate, record the reference there (thoughtx-validate --record FILE), "
+            "and compare here (thoughtx-validate --golden FILE)",
         )

@@ -27,6 +27,8 @@ import numpy as np
 from trtllm_thoughtx import report
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.engine_dir import EngineDir
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
@@ -182,7 +184,7 @@ def run_reference(
 
 
 def _check_same_model(directory: EngineDir, reference: Path) -> None:
-    with open_weights(reference, allow_nonfinite=True) as source:
+    with open_weights(Checkpoint.open(reference, HUGGING_FACE), allow_nonfinite=True) as source:
         theirs, ours = (dataclasses.asdict(config) | {"dtype": None, "quantization": None} for config in (source.config, directory.config))
     differ = [f"{key}: reference {shown(theirs[key])}, engine {shown(ours[key])}" for key in ours if theirs[key] != ours[key]]
     if differ:

@@ -21,11 +21,12 @@ from trtllm_thoughtx.calibrate.chunks.asking import Asker
 from trtllm_thoughtx.calibrate.chunks.data import questions_of, sequences_of
 from trtllm_thoughtx.calibrate.chunks.recall import Recall, masks_of
 from trtllm_thoughtx.calibrate.chunks.windows import candidates, name_of, num_slots, settings
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.weights import open_weights
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError, counted
 from trtllm_thoughtx.evaluate.questions import Question, sha256_of_questions
 from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.statistics import mcnemar, mean_interval
@@ -64,11 +65,7 @@ def chunk_report(
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
     plot.need_matplotlib()
-    checkpoint = Checkpoint.open(model_dir)
-    if checkpoint.kind != "huggingface":
-        fix = "give the original Hugging Face directory"
-        raise ThoughtxError("E101", "not a Hugging Face directory", where=shown(str(model_dir)), why="PyTorch reads no other", fix=fix)
-    with open_weights(checkpoint, progress=progress) as source:
+    with open_weights(Checkpoint.open(model_dir, HUGGING_FACE), progress=progress) as source:
         config, members = source.config, source.members
     context = min(DEFAULT_CONTEXT, config.longest) if context is None else context
     if context > config.longest:
@@ -181,7 +178,7 @@ def _ask(
     with Asker(model_dir, context, progress, template) as asker:
         asked = asker.fits(questions)
         if len(asked) < len(questions):
-            found["skipped"].append(f"{len(questions) - len(asked)} questions: too long for --context {context}")
+            found["skipped"].append(f"{counted(len(questions) - len(asked), 'question')}: too long for --context {context}")
         with progress.stage("questions under full attention", 1) as stage:
             full = asker.ask(asked, None)
             stage.advance(1)
@@ -264,7 +261,7 @@ def chunk_tables(found: dict[str, Any]) -> list[Any]:
         means = [kept["mean"], kept["p5"], beyond["mean"], hidden["mean"], hidden["min"]]
         lines.append([mark, name_of(window), row["slots"], f"{100 * row['share']:.1f} %", *means, loss])
     head = ("", "window", "slots", f"of {found['context']}", "capture", "p5", "beyond sinks", "where hidden", "min", "points lost")
-    seen = f"{found['num_sequences']} whole traces of up to {found['longest_sequence']} tokens"
+    seen = f"{counted(found['num_sequences'], 'whole trace')} of up to {found['longest_sequence']} tokens"
     tables: list[Any] = [report.table(f"what windows keep of {seen} (the best of each size; * chosen)", head, lines)]
     fitted = found["adaptive"]
     if fitted:

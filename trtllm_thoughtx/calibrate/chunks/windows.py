@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trtllm_thoughtx.config import CHUNK_STEP, BuildConfig
+from trtllm_thoughtx.errors import counted
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
 NUM_SINKS = 4  # first tokens hold attention mass that says nothing (StreamingLLM, arXiv 2309.17453, section 3)
@@ -39,5 +40,5 @@ def candidates(context: int) -> list[ChunkSpec]:
 
 
 def name_of(window: ChunkSpec) -> str:
-    anchors = f", {window.anchors} anchors" if window.anchors else ""
-    return f"chunk {window.chunk_size}, {window.left} behind, {window.sink} sinks{anchors}"
+    anchors = f", {counted(window.anchors, 'anchor')}" if window.anchors else ""
+    return f"chunk {window.chunk_size}, {window.left} behind, {counted(window.sink, 'sink')}{anchors}"
