@@ -46,7 +46,7 @@ def test_columns_that_are_not_read_are_counted_and_named_once(name, tmp_path):
     notes: list[str] = []
     path = write(tmp_path / "d.jsonl", row | {"source": "x", "level": 3}, "", row | {"source": "y", "tools": [], "level": None}, row)
     assert len(read(path, notes.append)) == 3
-    assert notes == [f"{path}: columns not read: level (1 lines), source (2 lines); settings not applied by this command: tools (1 lines)"]
+    assert notes == [f"{path}: columns not read: level (1 line), source (2 lines); settings not applied by this command: tools (1 line)"]
 
 
 @pytest.mark.parametrize("name", READERS)

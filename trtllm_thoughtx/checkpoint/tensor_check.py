@@ -30,7 +30,7 @@ def refuse_unexplained(stored: Mapping[str, TensorInfo], path: Path) -> None:
     if others:
         raise ThoughtxError(
             "E103",
-            f"weights that are not floating-point numbers, and no word in config.json on how they are quantized: {len(others)}",
+            f"weights are quantized, and config.json does not say how ({counted(len(others), 'tensor')})",
             where=str(path),
             why=f"weights are read as F64, F32, F16 or BF16:\n           {listed(others)}",
             fix="use the config.json that was saved with these weights and has their quantization_config, or the original, "
