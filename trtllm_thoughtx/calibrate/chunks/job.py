@@ -65,7 +65,8 @@ def chunk_report(
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     progress = progress or Progress.silent()
     plot.need_matplotlib()
-    with open_weights(Checkpoint.open(model_dir, HUGGING_FACE), progress=progress) as source:
+    checkpoint = Checkpoint.open(model_dir, HUGGING_FACE)
+    with open_weights(checkpoint, progress=progress) as source:
         config, members = source.config, source.members
     context = min(DEFAULT_CONTEXT, config.longest) if context is None else context
     if context > config.longest:
