@@ -40,7 +40,7 @@ from pathlib import Path
 from trtllm_thoughtx.validate.reference import time_decode
 n, new = int(sys.argv[2]), int(sys.argv[3])
 seen = time_decode(Path(sys.argv[1]), prompt_len=n, new_tokens=new, batch=1, dtype="float32", num_threads=int(sys.argv[4]))
-print(json.dumps({"prefill": n / seen["prefill_seconds"], "decode": seen["decode_tokens_per_second"]}))
+print(json.dumps({"prefill": n / seen.prefill_seconds, "decode": seen.decode_tokens_per_second}))
 """
 GENAI = """
 import sys, json, time, numpy as np

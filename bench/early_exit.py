@@ -152,9 +152,9 @@ class Bench:
             "interval": wilson(sum(record.correct for record in records), len(records)),
             "points_against_whole": sum(apart) / len(apart),
             "points_interval": mean_interval(apart),
-            "only_whole_right": test["only_first_right"],
-            "only_this_right": test["only_second_right"],
-            "p_accuracy": test["p_accuracy"],
+            "only_whole_right": test.only_first_right,
+            "only_this_right": test.only_second_right,
+            "p_accuracy": test.p_accuracy,
             "tokens": sum(record.num_tokens for record in records) / len(records),
             "saved_generation": saved[0],
             "saved_with_prompt": saved[1],
@@ -188,7 +188,7 @@ class Bench:
         self.found["level_1"] = {
             "rows": rows,
             "oracle": oracle,
-            "head_against_budget": {k: against[k] for k in ("only_first_right", "only_second_right", "p_accuracy")},
+            "head_against_budget": {k: getattr(against, k) for k in ("only_first_right", "only_second_right", "p_accuracy")},
         }
         self.say(f"## Level 1 on {self.args.sample}: {len(full.of())} held-out questions, greedy")
         self.say()

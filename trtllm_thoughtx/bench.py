@@ -149,20 +149,21 @@ def _check_against(path: Path) -> None:
 
 
 def _transformers_rows(against: Path, conditions: dict[str, Any], repeats: int, progress: Progress) -> list[Row]:
-    from trtllm_thoughtx.validate.reference import time_decode
+    from trtllm_thoughtx.validate.reference import time_decode, version
 
-    prefill, decode, seen = [], [], {}
+    prefill, decode, num_threads = [], [], None
     batch, length, new = (conditions[key] for key in ("batch_size", "prompt_len", "new_tokens"))
     with progress.stage("timing transformers", repeats) as stage:
         for _ in range(repeats):
             seen = time_decode(
                 against, prompt_len=length, new_tokens=new, batch=batch, dtype=conditions["dtype"], num_threads=conditions["num_threads"]
             )
-            prefill.append(batch * length / seen["prefill_seconds"])
-            decode.append(seen["decode_tokens_per_second"])
+            prefill.append(batch * length / seen.prefill_seconds)
+            decode.append(seen.decode_tokens_per_second)
+            num_threads = seen.num_threads
             stage.advance(1)
-    same = {**conditions, "num_threads": seen["num_threads"], "num_warmup": 1}  # time_decode warms up with one short call
-    system = f"transformers {seen['versions']['transformers']} eager"
+    same = {**conditions, "num_threads": num_threads, "num_warmup": 1}  # time_decode warms up with one short call
+    system = f"transformers {version()} eager"
     return [_row(phase, rates, system=system, chunk_size=None, **same) for phase, rates in (("prefill", prefill), ("decode", decode))]
 
 

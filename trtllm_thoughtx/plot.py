@@ -46,25 +46,25 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(file, format=kind, dpi=110, metadata=plain)
 
 
-def accuracy_plot(path: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy in % with its 95 % interval, a panel for each task and each thing that makes it harder; one line a system."""
+def accuracy_plot(path: Path, summaries: Sequence[Any]) -> None:
+    """Accuracy in % with its 95 % interval, a panel for each task and each thing that makes it harder; a line for each of the summaries."""
     panels = [
         (task, key, "words of context" if key == "by_length" else SIZE_NAMES.get(task, "size"))
-        for task, found in summaries[0]["tasks"].items()
+        for task, found in summaries[0].tasks.items()
         for key in ("by_size", "by_length")
-        if len(found.get(key, ())) > 1
+        if len(getattr(found, key) or ()) > 1
     ]
     if not panels:
-        panels = [(task, "by_size", "size") for task in summaries[0]["tasks"]]
+        panels = [(task, "by_size", "size") for task in summaries[0].tasks]
     figure, axes = _figure(len(panels))
     for axis, (task, key, label) in zip(axes, panels, strict=True):
         for found in summaries:
-            rows = found["tasks"].get(task, {}).get(key, [])
-            shares = [100 * row["accuracy"] for row in rows]
-            low = [max(0.0, share - 100 * row["accuracy_interval"][0]) for share, row in zip(shares, rows, strict=True)]
-            high = [max(0.0, 100 * row["accuracy_interval"][1] - share) for share, row in zip(shares, rows, strict=True)]
-            name = f"{found['system']['name']} ({found['system']['kind']})"
-            axis.errorbar([row["value"] for row in rows], shares, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name)
+            rows = getattr(found.tasks.get(task), key, None) or []
+            shares = [100 * row.accuracy for row in rows]
+            low = [max(0.0, share - 100 * row.accuracy_interval[0]) for share, row in zip(shares, rows, strict=True)]
+            high = [max(0.0, 100 * row.accuracy_interval[1] - share) for share, row in zip(shares, rows, strict=True)]
+            name = f"{found.system['name']} ({found.system['kind']})"
+            axis.errorbar([row.value for row in rows], shares, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name)
         axis.set(title=task, xlabel=label, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, % (95 % interval)")

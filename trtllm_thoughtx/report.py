@@ -43,9 +43,11 @@ _FIELDS: dict[str, type] = {
 
 
 def plain(value: object) -> Any:
-    """`value` as JSON types only: dataclasses, paths, tuples and NumPy scalars converted, NaN and Infinity as None."""
+    """`value` as JSON types only: dataclasses (by their `document`, where they have one), paths, tuples and NumPy scalars converted, NaN
+    and Infinity as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        document = getattr(value, "document", None)
+        return plain(document()) if document else {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -103,12 +103,12 @@ def test_the_base_is_the_smallest_that_loses_no_more_than_allowed():
 
 def test_the_curve_shows_that_choosing_pays_where_it_does_and_not_where_it_does_not():
     def best(nats):
-        return max((point for point in adaptive.curve(nats, RIGHT, WINDOW) if point["mean_slots"] <= 4 + 2 * 40), key=lambda p: p["chosen"])
+        return max((point for point in adaptive.curve(nats, RIGHT, WINDOW) if point.mean_slots <= 4 + 2 * 40), key=lambda p: p.chosen)
 
     good = best(NATS)
-    assert good["chosen"] == 1.0 and good["random"] == 0.75 and good["fixed"] < 0.7
+    assert good.chosen == 1.0 and good.random == 0.75 and good.fixed < 0.7
     bad = best(NATS[::-1])
-    assert bad["chosen"] <= 0.5
+    assert bad.chosen <= 0.5
 
 
 def test_the_threshold_lies_between_those_that_a_single_step_answers_and_the_rest():

@@ -11,7 +11,7 @@ from places import TINY
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.run import evaluate
-from trtllm_thoughtx.evaluate.summary import numbers, summarize
+from trtllm_thoughtx.evaluate.summary import Numbers, summarize
 from trtllm_thoughtx.evaluate.systems import EngineSystem
 from trtllm_thoughtx.text.params import GenerationParams
 
@@ -36,11 +36,11 @@ def test_an_engine_of_the_sample_answers_held_out_questions(system):
     questions += generated(("lookup",), "test", num_items=4, seed=12, sizes=[4], lengths=[512])
     result = evaluate(system, questions, GenerationParams(max_new_tokens=400))
     found = summarize(result)
-    assert {task: row["accuracy"] >= 0.85 for task, row in found["tasks"].items()} == dict.fromkeys(found["tasks"], True), found["tasks"]
-    assert found["cut"]["accuracy"] >= 0.85 and not found["overall"]["num_truncated"]
-    assert found["overall"]["coherence"] > 0.9
+    assert {task: row.accuracy >= 0.85 for task, row in found.tasks.items()} == dict.fromkeys(found.tasks, True), found.tasks
+    assert found.cut.accuracy >= 0.85 and not found.overall.num_truncated
+    assert found.overall.coherence > 0.9
     chains = result.of("chain")
-    short, long = (numbers([r for r in chains if (r.size > 6) == big])["tokens"] for big in (False, True))
+    short, long = (Numbers.of([r for r in chains if (r.size > 6) == big]).tokens for big in (False, True))
     assert long > 1.5 * short
 
 

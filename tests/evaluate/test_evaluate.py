@@ -77,11 +77,11 @@ def test_a_perfect_system_is_perfect(text):
     assert [r.id for r in result.records] == [asked.id for asked in questions]
     for task in TASKS:
         free = [asked for asked in questions if asked.task == task and asked.thought is None]
-        numbers = found["tasks"][task]
-        assert (numbers["num_items"], numbers["accuracy"], numbers["f1"], numbers["coherence"]) == (12, 1.0, 1.0, 1.0)
-        assert numbers["steps"] == sum(len(asked.item.steps) for asked in free) / 12
-        assert numbers["redundant_steps"] == numbers["num_truncated"] == 0
-        assert found["tasks"][task]["cut"]["accuracy"] == 1.0
+        numbers = found.tasks[task]
+        assert (numbers.num_items, numbers.accuracy, numbers.f1, numbers.coherence) == (12, 1.0, 1.0, 1.0)
+        assert numbers.steps == sum(len(asked.item.steps) for asked in free) / 12
+        assert numbers.redundant_steps == numbers.num_truncated == 0
+        assert found.tasks[task].cut.accuracy == 1.0
     assert {r.expected for r in result.of(mode="cut")} > {"?"}
     chain = [r for r in result.of("chain") if r.size == 2]
     assert chain and all(r.num_tokens == 2 * 10 + 4 and abs(r.confidence - 0.9**2) < 1e-9 for r in chain)
@@ -99,9 +99,9 @@ def test_faults_are_counted_where_they_are(text):
         )
         return kinds[place % 4]
 
-    found = summarize(evaluate(Scripted(text, questions, reply), questions, PARAMS))["tasks"]["chain"]
-    assert (found["num_items"], found["num_correct"], found["accuracy"]) == (24, 12, 0.5)
-    assert found["redundant_steps"] == 0.5 and found["steps"] == 4.5
+    found = summarize(evaluate(Scripted(text, questions, reply), questions, PARAMS)).tasks["chain"]
+    assert (found.num_items, found.num_correct, found.accuracy) == (24, 12, 0.5)
+    assert found.redundant_steps == 0.5 and found.steps == 4.5
     short = evaluate(Scripted(text, questions, solution), questions, GenerationParams(max_new_tokens=10))
     assert all(r.truncated and r.answer is None and not r.correct for r in short.records)
 
@@ -115,13 +115,13 @@ def test_a_comparison_is_paired(text):
 
     other = evaluate(Scripted(text, questions, longer, name="other"), questions, PARAMS)
     found = compare(ours, other)
-    rows = {(row["measure"], row["task"]): row for row in found["rows"]}
-    assert rows["accuracy", "all"]["difference"] == -12.5
-    low, high = rows["accuracy", "all"]["interval"]
+    rows = {(row.measure, row.task): row for row in found.rows}
+    assert rows["accuracy", "all"].difference == -12.5
+    low, high = rows["accuracy", "all"].interval
     assert low < -12.5 < high < 0
-    assert rows["redundant steps", "all"]["difference"] == 0.875
-    assert (found["only_first_right"], found["only_second_right"]) == (10, 0)
-    assert found["p_accuracy"] == pytest.approx(2 * 0.5**10)
+    assert rows["redundant steps", "all"].difference == 0.875
+    assert (found.only_first_right, found.only_second_right) == (10, 0)
+    assert found.p_accuracy == pytest.approx(2 * 0.5**10)
     assert {"accuracy", "F1"} == {measure for measure, task in rows if task == "chain"}
     for made in (*comparison_tables(found), *result_tables(summarize(ours))):
         assert isinstance(made, str) or made.row_count

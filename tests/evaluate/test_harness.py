@@ -20,6 +20,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 
+from trtllm_thoughtx import report  # noqa: E402
 from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.evaluate import harness  # noqa: E402
@@ -126,22 +127,22 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_of_known_answers(data, no_network, capfd):
     model = Scripted(LIKES)
     made = run_harness(model, TASKS, data, num_fewshot=0, return_samples=True)
-    values = {task: {name: one["value"] for name, one in found["metrics"].items()} for task, found in made["tasks"].items()}
+    values = {task: {name: one.value for name, one in found.metrics.items()} for task, found in made.tasks.items()}
     assert values["gsm8k"] == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.75}
     assert values["boolq"] == {"acc": 0.75}
     assert values["commonsense_qa"] == {"acc": 0.5}
     assert values["hotpotqa"] == {"exact_match": 0.0, "f1": pytest.approx((2 * 2 / 5 + 0) / 2)}
-    assert {task: found["num_items"] for task, found in made["tasks"].items()} == {task: len(rows) for task, rows in ROWS.items()}
-    assert made["tasks"]["boolq"]["metrics"]["acc"]["stderr"] == pytest.approx(np.std([1, 1, 0, 1], ddof=1) / 2)
-    assert made["versions"]["lm_eval"] and json.dumps(made)
-    assert [sample["metrics"]["acc"] for sample in made["samples"]["boolq"]] == [1, 1, 0, 1]
-    assert "Ada Moss: Ada Moss was born in the Orr Valley." in made["samples"]["hotpotqa"][0]["prompt"]
+    assert {task: found.num_items for task, found in made.tasks.items()} == {task: len(rows) for task, rows in ROWS.items()}
+    assert made.tasks["boolq"].metrics["acc"].stderr == pytest.approx(np.std([1, 1, 0, 1], ddof=1) / 2)
+    assert made.versions["lm_eval"] and json.loads(report.to_json(made))["samples"]
+    assert [sample.metrics["acc"] for sample in made.samples["boolq"]] == [1, 1, 0, 1]
+    assert "Ada Moss: Ada Moss was born in the Orr Valley." in made.samples["hotpotqa"][0].prompt
     assert capfd.readouterr() == ("", "")
 
 
 def test_limit_and_one_item(data):
-    found = run_harness(Scripted(LIKES), "boolq", data, limit=1)["tasks"]["boolq"]
-    assert found == {
+    found = run_harness(Scripted(LIKES), "boolq", data, limit=1).tasks["boolq"]
+    assert report.plain(found) == {
         "num_items": 1,
         "num_fewshot": 0,
         "num_truncated": None,
@@ -153,8 +154,8 @@ def test_limit_and_one_item(data):
 def test_few_shot_examples_come_from_their_own_file(data):
     write_rows(data, "gsm8k-train.jsonl", [{"question": f"How much is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(7)])
     model = Scripted(LIKES)
-    found = run_harness(model, ["gsm8k"], data, limit=1)["tasks"]["gsm8k"]
-    assert found["num_fewshot"] == 5 and found["metrics"]["exact_match,strict-match"]["value"] == 1
+    found = run_harness(model, ["gsm8k"], data, limit=1).tasks["gsm8k"]
+    assert found.num_fewshot == 5 and found.metrics["exact_match,strict-match"].value == 1
     examples = re.findall(r"Question: How much is (\d) \+ 1\?\nAnswer: #### (\d)\n\n", model.prompts[0])
     assert len(examples) == 5 and all(int(total) == int(one) + 1 for one, total in examples)
     with pytest.raises(ThoughtxError, match="8 few-shot examples") as caught:
@@ -275,7 +276,7 @@ def test_an_engine_through_all_tasks(tmp_path, data, chat, no_network):
     found = run_harness(
         tmp_path / "e", ["boolq", "hotpotqa", "commonsense_qa"], data, 0, use_chat_template=chat, max_new_tokens=6, return_samples=True
     )
-    assert set(found["tasks"]) == {"boolq", "hotpotqa", "commonsense_qa"}
-    assert found["tasks"]["hotpotqa"]["num_truncated"] == 2  # 64 positions do not hold the passages
-    prompts = [sample["prompt"] for sample in found["samples"]["boolq"]]
+    assert set(found.tasks) == {"boolq", "hotpotqa", "commonsense_qa"}
+    assert found.tasks["hotpotqa"].num_truncated == 2  # 64 positions do not hold the passages
+    prompts = [sample.prompt for sample in found.samples["boolq"]]
     assert all(prompt.startswith("[user] ") == chat and prompt.endswith("[assistant] ") == chat for prompt in prompts)

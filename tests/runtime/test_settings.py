@@ -201,7 +201,7 @@ def test_eval_takes_penalties_and_stops_of_flags_and_checkpoint_on_both_sides(ro
     def answers(path, **settings):
         found = evaluation(path, dataset=questions, max_new_tokens=24, output=tmp_path / "r.json", **settings)
         records = json.loads((tmp_path / "r.json").read_text())["records"]
-        return [row["answer"] for row in records], [row["num_tokens"] for row in records], found["summary"]["conditions"]
+        return [row["answer"] for row in records], [row["num_tokens"] for row in records], found.summary.conditions
 
     plain, _, conditions = answers(root / "e")
     assert answers(root / "m")[0] == plain and conditions["not_applied"] == [] and "repetition_penalty" not in conditions

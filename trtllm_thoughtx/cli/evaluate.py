@@ -84,8 +84,8 @@ def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     taken = {name: value for name, value in options.items() if name not in ("engine_dir", "model_dir") and not _is_unused(source, name)}
     made = harness_evaluation if source == "harness" else evaluation
     found = made(path, progress=Progress(quiet=quiet), **taken)
-    emit("eval", found, as_json=as_json, ok=not found["num_errors"], human=evaluation_tables(found))
-    if found["num_errors"]:
+    emit("eval", found, as_json=as_json, ok=not found.num_errors, human=evaluation_tables(found))
+    if found.num_errors:
         raise click.exceptions.Exit(Exit.NO)
 
 

@@ -30,12 +30,12 @@ WIDTH_OF_LOGS = 160  # of tables that do not go to a terminal, in columns
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a program stopped by SIGPIPE
 
 
-def emit(name: str, body: dict[str, Any], *, as_json: bool, ok: bool = True, human: Sequence[Any] = ()) -> None:
+def emit(name: str, body: Any, *, as_json: bool, ok: bool = True, human: Sequence[Any] = ()) -> None:
     """Print one result: a JSON document, or the rich renderables and strings in `human`."""
-    from trtllm_thoughtx.report import to_json
+    from trtllm_thoughtx.report import plain, to_json
 
     if as_json:
-        click.echo(to_json({**body, "schema": f"thoughtx.{name}/1", "ok": ok}), nl=False)
+        click.echo(to_json({**plain(body), "schema": f"thoughtx.{name}/1", "ok": ok}), nl=False)
         return
     from rich.console import Console
 

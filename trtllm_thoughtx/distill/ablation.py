@@ -23,6 +23,7 @@ from trtllm_thoughtx.text.params import GenerationParams
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 400
+KEPT = ("num_items", "accuracy", "accuracy_interval", "coherence", "tokens", "steps", "redundant_steps", "num_truncated")
 COMPARED = ("accuracy", "tokens", "steps")
 
 
@@ -56,11 +57,9 @@ def ablate(settings: Settings, progress: Progress) -> dict[str, Any]:
     first = results[next(iter(stages))]
     rows = []
     for stage, result in results.items():
-        numbers = summary.numbers(result.of())
-        row: dict[str, Any] = {"stage": stage, **{key: numbers[key] for key in ("num_items", "accuracy", "accuracy_interval", "coherence")}}
-        row |= {key: numbers[key] for key in ("tokens", "steps", "redundant_steps", "num_truncated")}
-        row["against_first"] = None if result is first else _against(first, result)
-        rows.append(row)
+        numbers = summary.Numbers.of(result.of())
+        against = None if result is first else _against(first, result)
+        rows.append({"stage": stage, **{key: getattr(numbers, key) for key in KEPT}, "against_first": against})
     made = {"first": next(iter(stages)), "num_questions": len(asked), "rows": rows}
     with atomic_file(settings.output_dir / "ablation.json") as file:
         file.write(report.to_json(made).encode())
@@ -69,11 +68,9 @@ def ablate(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 def _against(first: Result, result: Result) -> dict[str, Any]:
     found = summary.compare(first, result)
-    apart = {row["measure"]: row for row in found["rows"] if row["measure"] in COMPARED and row["task"] in ("all", first.tasks[0])}
-    return {
-        "p_accuracy": found["p_accuracy"],
-        **{name: {key: row[key] for key in ("difference", "interval")} for name, row in apart.items()},
-    }
+    apart = {row.measure: row for row in found.rows if row.measure in COMPARED and row.task in ("all", first.tasks[0])}
+    differences = {name: {"difference": row.difference, "interval": row.interval} for name, row in apart.items()}
+    return {"p_accuracy": found.p_accuracy, **differences}
 
 
 def bought(row: dict[str, Any], first: str) -> str:

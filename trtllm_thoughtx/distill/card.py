@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trtllm_thoughtx import __version__
+from trtllm_thoughtx.distill.ablation import KEPT
+from trtllm_thoughtx.evaluate.summary import Numbers, Summary
 
 ABOUT = {
     "thoughtx-tiny": "It thinks as long as a question needs: it was trained on traces with none to three redundant checks, then to "
@@ -34,7 +36,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 def card(
     name: str,
-    found: Mapping[str, Any],
+    found: Summary,
     logs: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
     sha256: str,
@@ -44,20 +46,19 @@ def card(
     note: str = "",
 ) -> str:
     """Markdown. `found` is a summary of held-out questions, `logs` the log of each stage, `ablation` the comparison of the stages."""
-    tasks = found["tasks"]
+    tasks = found.tasks
     shares = [
-        [task, TASKS[task], row["num_items"], _share(row), f"{row['steps']:.2f}", f"{row['redundant_steps']:.2f}", f"{row['tokens']:.1f}"]
+        [task, TASKS[task], row.num_items, _share(row), f"{row.steps:.2f}", f"{row.redundant_steps:.2f}", f"{row.tokens:.1f}"]
         for task, row in tasks.items()
     ]
-    sizes = [
-        [task, "size", " ".join(f"{one['value']}: {100 * one['accuracy']:.1f}" for one in row["by_size"])] for task, row in tasks.items()
-    ]
+    sizes = [[task, "size", " ".join(f"{one.value}: {100 * one.accuracy:.1f}" for one in row.by_size)] for task, row in tasks.items()]
     sizes += [
-        [task, "words of context", " ".join(f"{one['value'] or 'short'}: {100 * one['accuracy']:.1f}" for one in row["by_length"])]
+        [task, "words of context", " ".join(f"{one.value or 'short'}: {100 * one.accuracy:.1f}" for one in row.by_length)]
         for task, row in tasks.items()
-        if "by_length" in row
+        if row.by_length
     ]
-    cut = found["cut"]
+    cut = found.cut
+    assert cut is not None, "a sample is asked thoughts that are cut short"
     stages = [
         [stage, rows[-1]["step"], f"{_first(rows)['loss']:.4f}", f"{_last(rows)['loss']:.4f}", f"{rows[-1]['seconds'] / 60:.1f}"]
         for stage, rows in logs.items()
@@ -74,10 +75,10 @@ def card(
         "In % by size and by length of context:",
         markdown_table(("task", "by", "right"), sizes),
         "![accuracy by size](accuracy.png)",
-        f"Thoughts cut short: of {cut['num_insufficient']} that did not suffice it answered `?` to "
-        f"{_percent(cut['said_insufficient'])}, of {cut['num_items'] - cut['num_insufficient']} that did it answered "
-        f"{_percent(cut['answered_when_sufficient'])} rightly. "
-        f"Expected calibration error of the answers' probabilities, all questions: {found['calibration_error']:.4f}.",
+        f"Thoughts cut short: of {cut.num_insufficient} that did not suffice it answered `?` to "
+        f"{_percent(cut.said_insufficient)}, of {cut.num_items - cut.num_insufficient} that did it answered "
+        f"{_percent(cut.answered_when_sufficient)} rightly. "
+        f"Expected calibration error of the answers' probabilities, all questions: {found.calibration_error:.4f}.",
         "## Training",
         f"Seed {seed}. A teacher of twelve layers; a base from eight of them, its logits learned along with the traces, then "
         "practised without them; this sample from there. "
@@ -108,9 +109,9 @@ def _last(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next(row for row in reversed(rows) if "loss" in row)
 
 
-def _share(row: Mapping[str, Any]) -> str:
-    low, high = row["accuracy_interval"]
-    return f"{100 * row['accuracy']:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
+def _share(row: Numbers) -> str:
+    low, high = row.accuracy_interval
+    return f"{100 * row.accuracy:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
 
 
 def _percent(value: float | None) -> str:
@@ -118,5 +119,8 @@ def _percent(value: float | None) -> str:
 
 
 def _compared(ablation: Mapping[str, Any]) -> list[list[Any]]:
-    counts = ("tokens", "steps", "redundant_steps")
-    return [[row["stage"], _share(row), *(f"{row[key]:.2f}" for key in counts)] for row in ablation["rows"]]
+    lines = []
+    for row in ablation["rows"]:
+        own = Numbers(**{key: row[key] for key in KEPT})
+        lines.append([row["stage"], _share(own), *(f"{value:.2f}" for value in (own.tokens, own.steps, own.redundant_steps))])
+    return lines

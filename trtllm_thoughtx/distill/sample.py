@@ -130,7 +130,7 @@ def ship(name: str, out: Path, *, seed: int, seconds: dict[str, float], progress
             card(name, found, logs, sha256=digest, seconds=seconds, seed=seed, ablation=stages_compared, note=note),
             encoding="utf-8",
         )
-    return {"sha256": digest, "accuracy": {task: row["accuracy"] for task, row in found["tasks"].items()}}
+    return {"sha256": digest, "accuracy": {task: row.accuracy for task, row in found.tasks.items()}}
 
 
 def main() -> None:

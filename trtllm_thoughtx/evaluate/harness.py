@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,48 @@ SEED = 1234  # lm-eval's own, for the choice of few-shot examples
 PACKAGES = ("lm_eval", "datasets", "onnxruntime", "tokenizers", "torch", "transformers")
 
 
+@dataclass(frozen=True)
+class Metric:
+    """`stderr` is None for one item."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskNumbers:
+    """`num_truncated` prompts lost their beginning, `num_alike` choices the tokenizer cannot tell apart (both None for an lm-eval model).
+    A metric of several filters is named "metric,filter"."""
+
+    num_items: int
+    num_fewshot: int
+    num_truncated: int | None
+    num_alike: int | None
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    id: Any
+    filter: str
+    prompt: str
+    replies: list[Any]
+    expected: Any
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    tasks: dict[str, TaskNumbers]
+    versions: dict[str, str]
+    not_applied: list[str] = field(default_factory=list)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)  # with `return_samples`
+
+    def document(self) -> dict[str, Any]:
+        found = {"tasks": self.tasks, "versions": self.versions, "not_applied": self.not_applied}
+        return {**found, "samples": self.samples} if self.samples else found
+
+
 def run_harness(
     system: Any,
     task: str | Sequence[str],
@@ -53,15 +96,12 @@ def run_harness(
     template: tuple[str | None, str | None] = (None, None),
     return_samples: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> HarnessResult:
     """Evaluate one task or several of `TASKS`.
 
     `system` is an `Engine` (or an object with one as `.engine`), the path of an engine or a Hugging Face directory, a `System`, or an
     lm-eval model. `num_fewshot` None is the task's own number (GSM8K 5, others 0); `limit` takes the first rows of each task.
-    Returns {"tasks": {task: {"num_items", "num_fewshot", "num_truncated", "num_alike", "metrics": {metric: {"value", "stderr"}}}},
-    "versions": {package: version}}, and with `return_samples` "samples": {task: [...]}. `num_truncated` counts prompts that lost their
-    beginning, `num_alike` choices that the tokenizer cannot tell apart (both None for an lm-eval model); `stderr` is None for one
-    item; a metric of several filters is named "metric,filter". Errors: E001 unknown task or numbers out of range, E101 no such file,
+    Errors: E001 unknown task or numbers out of range, E101 no such file,
     E140 malformed rows, E201 lm-eval is missing or its data cannot be had.
     """
     names = list(dict.fromkeys([task] if isinstance(task, str) else task))
@@ -69,23 +109,18 @@ def run_harness(
     progress = progress or Progress.silent()
     rows = {} if data_dir is None else {name: _read_task(Path(data_dir), name, num_fewshot, progress) for name in names}
     lm_eval = _import_lm_eval(offline=data_dir is not None)
-    made: dict[str, Any] = {"tasks": {}, "versions": _versions()}
+    made = HarnessResult({}, _versions())
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
         loaded = {name: _load_task(name, rows.get(name), num_fewshot, folder) for name in names}
         model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact)
         if scorer is not None:
             scorer.text.set_template(*template)
-        ignored = (
-            ()
-            if scorer is None
-            else unused_settings(
-                scorer.text.generation_config, ("do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop")
-            )
-        )
+        config = {} if scorer is None else scorer.text.generation_config
+        ignored = unused_settings(config, ("do_sample", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop"))
         if ignored:
             progress.note(f"not applied: {', '.join(ignored)} (the checkpoint's setting is malformed or not supported)")
-        made["not_applied"] = list(ignored)
+        made.not_applied.extend(ignored)
         for name, one in loaded.items():
             given = {
                 "max_gen_toks": max_new_tokens,
@@ -106,9 +141,9 @@ def run_harness(
                     apply_chat_template=use_chat_template,
                     fewshot_as_multiturn=use_chat_template,
                 )
-            made["tasks"][name] = _summary(found, name, one, scorer)
+            made.tasks[name] = _numbers(found, name, one, scorer)
             if return_samples:
-                made.setdefault("samples", {})[name] = [_sample(sample) for sample in found["samples"][name]]
+                made.samples[name] = [_sample(sample) for sample in found["samples"][name]]
     return made
 
 
@@ -257,32 +292,32 @@ def lm_class() -> Any:
     return ScorerLM
 
 
-def _summary(found: dict[str, Any], name: str, task: Any, scorer: Scorer | None) -> dict[str, Any]:
-    metrics: dict[str, dict[str, float | None]] = {}
+def _numbers(found: dict[str, Any], name: str, task: Any, scorer: Scorer | None) -> TaskNumbers:
+    metrics = {}
     for key, value in found["results"][name].items():
         metric, comma, kept = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
             spread = found["results"][name].get(f"{metric}_stderr,{kept}")
             label = metric if kept == "none" else key
-            metrics[label] = {"value": float(value), "stderr": float(spread) if isinstance(spread, (int, float)) else None}
-    return {
-        "num_items": int(found["n-samples"][name]["effective"]),
-        "num_fewshot": int(task.get_config("num_fewshot") or 0),
-        "num_truncated": None if scorer is None else scorer.num_truncated,
-        "num_alike": None if scorer is None else scorer.num_alike,
-        "metrics": metrics,
-    }
+            metrics[label] = Metric(float(value), float(spread) if isinstance(spread, (int, float)) else None)
+    return TaskNumbers(
+        num_items=int(found["n-samples"][name]["effective"]),
+        num_fewshot=int(task.get_config("num_fewshot") or 0),
+        num_truncated=None if scorer is None else scorer.num_truncated,
+        num_alike=None if scorer is None else scorer.num_alike,
+        metrics=metrics,
+    )
 
 
-def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": sample["doc_id"],
-        "filter": sample["filter"],
-        "prompt": sample["arguments"][0][0],
-        "replies": [reply for replies in sample["resps"] for reply in replies],
-        "expected": sample["target"],
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
-    }
+def _sample(sample: dict[str, Any]) -> Sample:
+    return Sample(
+        id=sample["doc_id"],
+        filter=sample["filter"],
+        prompt=sample["arguments"][0][0],
+        replies=[reply for replies in sample["resps"] for reply in replies],
+        expected=sample["target"],
+        metrics={metric: sample[metric] for metric in sample["metrics"]},
+    )
 
 
 def _versions() -> dict[str, str]:

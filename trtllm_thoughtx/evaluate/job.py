@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx import plot as pictures
 from trtllm_thoughtx import report
@@ -17,7 +17,7 @@ from trtllm_thoughtx.evaluate.opened import SYSTEMS, check_system, open_system
 from trtllm_thoughtx.evaluate.questions import Question, file_rows, generated
 from trtllm_thoughtx.evaluate.record import Result
 from trtllm_thoughtx.evaluate.run import evaluate
-from trtllm_thoughtx.evaluate.summary import check_same_questions, comparison_tables, result_tables, summarize
+from trtllm_thoughtx.evaluate.summary import Comparison, Summary, check_same_questions, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
@@ -25,9 +25,24 @@ from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.jobs import ROW, STOP
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 
+if TYPE_CHECKING:
+    from trtllm_thoughtx.evaluate.harness import HarnessResult
+
 OWN = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "do_sample")  # what eval sets itself
 CHECKPOINTS = ("repetition_penalty", "stop")  # what its generation_config.json sets where no flag does
 SETTINGS = ("top_k", "min_p", *PENALTIES, "stop", "stop_token_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `thoughtx-eval` found: the summary of a system and of the one beside it, or lm-eval's results."""
+
+    path: str
+    num_errors: int = 0
+    summary: Summary | None = None
+    other_summary: Summary | None = None
+    comparison: Comparison | None = None
+    harness: HarnessResult | None = None
 
 
 def evaluation(
@@ -62,9 +77,9 @@ def evaluation(
     chat_template_kwargs: str | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Ask the system at `path`, and the one that it is compared with, the questions of `tasks` or `dataset`; the flags of
-    `thoughtx-eval` have the same names. {"path", "summary", "other_summary", "comparison", "num_errors", "harness": None}."""
+    `thoughtx-eval` have the same names."""
     progress = progress or Progress.silent()
     for target in (output, plot):
         if target is not None:
@@ -114,14 +129,13 @@ def evaluation(
     summaries = [summarize(result) for result in results]
     if plot is not None:
         pictures.accuracy_plot(plot, summaries)
-    return {
-        "path": str(path),
-        "summary": summaries[0],
-        "other_summary": summaries[1] if len(results) > 1 else None,
-        "num_errors": max(len(result.failed) for result in results),
-        "comparison": compared(*results) if len(results) > 1 else None,
-        "harness": None,
-    }
+    return Evaluation(
+        path=str(path),
+        num_errors=max(len(result.failed) for result in results),
+        summary=summaries[0],
+        other_summary=summaries[1] if len(results) > 1 else None,
+        comparison=compared(*results) if len(results) > 1 else None,
+    )
 
 
 def harness_evaluation(
@@ -138,8 +152,8 @@ def harness_evaluation(
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The same document for the lm-eval tasks `harness`, under "harness"."""
+) -> Evaluation:
+    """The same for the lm-eval tasks `harness`."""
     from trtllm_thoughtx.evaluate.harness import run_harness
 
     found = run_harness(
@@ -155,7 +169,7 @@ def harness_evaluation(
         exact=exact,
         progress=progress,
     )
-    return {"path": str(path), "summary": None, "comparison": None, "harness": found, "num_errors": 0}
+    return Evaluation(path=str(path), harness=found)
 
 
 def _usage(what: str, why: str, fix: str) -> ThoughtxError:
@@ -204,19 +218,20 @@ class Asking:
         return result
 
 
-def evaluation_tables(found: dict[str, Any]) -> list[Any]:
+def evaluation_tables(found: Evaluation) -> list[Any]:
     """An evaluation for people."""
-    if found["harness"] is not None:
+    if found.harness is not None:
         lines = [
-            [task, metric, value["value"], value["stderr"], row["num_items"], row["num_fewshot"], row["num_truncated"]]
-            for task, row in found["harness"]["tasks"].items()
-            for metric, value in row["metrics"].items()
+            [task, metric, value.value, value.stderr, row.num_items, row.num_fewshot, row.num_truncated]
+            for task, row in found.harness.tasks.items()
+            for metric, value in row.metrics.items()
         ]
         return [report.table("lm-eval", ("task", "metric", "value", "standard error", "items", "few-shot", "cut prompts"), lines)]
-    tables = result_tables(found["summary"])
-    if found["comparison"] is not None:
-        tables += [*result_tables(found["other_summary"]), *comparison_tables(found["comparison"])]
-    machine = found["summary"]["conditions"]["machine"]
+    assert found.summary is not None
+    tables = result_tables(found.summary)
+    if found.comparison is not None and found.other_summary is not None:
+        tables += [*result_tables(found.other_summary), *comparison_tables(found.comparison)]
+    machine = found.summary.conditions["machine"]
     if machine["load"] > BUSY * (machine["num_cpus"] or 1):
         tables.append(
             f"times NOT TO BE QUOTED: the machine was busy before the start (load {machine['load']:.1f} on {machine['num_cpus']} CPUs)"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,15 @@ def additive_mask(length: int, chunk: ChunkSpec | None, dtype: torch.dtype) -> t
     return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
-def time_decode(path: Path, *, prompt_len: int, new_tokens: int, batch: int, dtype: str, num_threads: int | None) -> dict[str, Any]:
-    """Wall seconds of transformers' own eager loop: one prefill, then `new_tokens - 1` greedy steps through its KV cache.
+@dataclass(frozen=True)
+class Timed:
+    prefill_seconds: float
+    decode_tokens_per_second: float
+    num_threads: int
+
+
+def time_decode(path: Path, *, prompt_len: int, new_tokens: int, batch: int, dtype: str, num_threads: int | None) -> Timed:
+    """Time transformers' own eager loop: one prefill, then `new_tokens - 1` greedy steps through its KV cache.
 
     The first token comes out of the prefill. Token ids are arbitrary; equal work is what is wanted. Restores torch's threads.
     """
@@ -157,29 +165,13 @@ def time_decode(path: Path, *, prompt_len: int, new_tokens: int, batch: int, dty
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             prefilled = time.perf_counter()
-            steps = []
             for _ in range(new_tokens - 1):
-                began = time.perf_counter()
                 out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
-                steps.append(time.perf_counter() - began)
-        threads = torch.get_num_threads()
+            decode = time.perf_counter() - prefilled
+        return Timed(prefilled - start, batch * (new_tokens - 1) / decode, torch.get_num_threads())
     finally:
         torch.set_num_threads(before)
-    decode = sum(steps)
-    return {
-        "engine": "transformers eager",
-        "versions": {"torch": str(torch.__version__), "transformers": version()},
-        "dtype": dtype,
-        "batch": batch,
-        "prompt_len": prompt_len,
-        "new_tokens": new_tokens,
-        "num_threads": threads,
-        "prefill_seconds": prefilled - start,
-        "decode_seconds": decode,
-        "step_seconds": steps,
-        "decode_tokens_per_second": batch * len(steps) / decode if steps else None,
-    }
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +32,45 @@ Rights = dict[int, list[bool]]  # for each chunk size of `grid`, which questions
 class Thresholds:
     base_size: float
     threshold_low: float  # 0: no prompt is answered in a single step
+
+
+@dataclass(frozen=True)
+class Point:
+    """Accuracy of chunks that need `mean_slots` on average: chosen by the prompt, dealt out at random, one size for all."""
+
+    mean_slots: float
+    chosen: float
+    random: float
+    fixed: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to give chunks to the questions that are judged on, and what choosing has over it."""
+
+    system: str
+    mean_chunk_size: float
+    mean_slots: float
+    accuracy: float
+    tokens: float
+    chosen_minus_this: float
+    interval: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """The fitted thresholds, and what they are worth on the questions that nothing was fitted to."""
+
+    base_size: float
+    threshold_low: float
+    num_fitted: int
+    num_judged: int
+    complexity: dict[str, float]
+    rank_correlation: float | None
+    curve: list[Point]
+    systems: list[Way]
+    beats_fixed_and_random: bool
 
 
 def grid(largest: int) -> list[int]:
@@ -90,7 +128,7 @@ def fit_and_judge(
     tick: Callable[[], None],
     *,
     has_tags: bool = True,
-) -> dict[str, Any]:
+) -> Adaptive:
     """Thresholds from `fitting`, and what they do on `judging`. A model without thinking tags has no single-step answers."""
     fitted, judged = _by_size(asker, fitting, window, tick), _by_size(asker, judging, window, tick)
     complexities = asker.complexities(fitting, window)
@@ -103,16 +141,19 @@ def fit_and_judge(
     needed = [min((size for size in fitted if fitted[size][i]), default=None) for i in range(len(fitting))]
     told = [(nats, size) for nats, size in zip(complexities, needed, strict=True) if size is not None]
     others = asker.complexities(judging, window)
-    return {
-        "base_size": thresholds.base_size,
-        "threshold_low": thresholds.threshold_low,
-        "num_fitted": len(fitting),
-        "num_judged": len(judging),
-        "complexity": {"mean": float(np.mean(complexities)), "min": min(complexities), "max": max(complexities)},
-        "rank_correlation": rank_correlation([nats for nats, _ in told], [size for _, size in told]),
-        "curve": curve(others, judged, window),
-        **_judge(asker, judging, others, window, thresholds, tick),
-    }
+    points = curve(others, judged, window)
+    systems = _judge(asker, judging, others, window, thresholds, tick)
+    return Adaptive(
+        base_size=thresholds.base_size,
+        threshold_low=thresholds.threshold_low,
+        num_fitted=len(fitting),
+        num_judged=len(judging),
+        complexity={"mean": float(np.mean(complexities)), "min": min(complexities), "max": max(complexities)},
+        rank_correlation=rank_correlation([nats for nats, _ in told], [size for _, size in told]),
+        curve=points,
+        systems=systems,
+        beats_fixed_and_random=all(one.interval[0] > 0 for one in systems if one.system in ("fixed", "random")),
+    )
 
 
 def _by_size(asker: Asker, questions: Sequence[Question], window: ChunkSpec, tick: Callable[[], None]) -> Rights:
@@ -123,7 +164,7 @@ def _by_size(asker: Asker, questions: Sequence[Question], window: ChunkSpec, tic
     return right
 
 
-def curve(complexities: Sequence[float], right: Rights, window: ChunkSpec) -> list[dict[str, float]]:
+def curve(complexities: Sequence[float], right: Rights, window: ChunkSpec) -> list[Point]:
     """Accuracy over memory as the base grows: chunks chosen, the same dealt out at random (its expectation), and one size for all
     that needs as much (between two sizes, as if both were used in turn). Chosen sizes count as the largest of `grid` below them."""
     sizes = sorted(right)
@@ -134,12 +175,10 @@ def curve(complexities: Sequence[float], right: Rights, window: ChunkSpec) -> li
         mean = float(np.mean(chosen))
         if mean not in seen:
             seen.add(mean)
-            points.append({
-                "mean_slots": window.sink + (window.left + 1) * mean,
-                "chosen": float(np.mean([right[size][i] for i, size in enumerate(chosen)])),
-                "random": float(np.mean([shares[size] for size in chosen])),
-                "fixed": float(np.interp(mean, sizes, [shares[size] for size in sizes])),
-            })  # fmt: skip
+            made = float(np.mean([right[size][i] for i, size in enumerate(chosen)]))
+            dealt = float(np.mean([shares[size] for size in chosen]))
+            fixed = float(np.interp(mean, sizes, [shares[size] for size in sizes]))
+            points.append(Point(window.sink + (window.left + 1) * mean, made, dealt, fixed))
     return points
 
 
@@ -150,7 +189,7 @@ def _judge(
     window: ChunkSpec,
     thresholds: Thresholds,
     tick: Callable[[], None],
-) -> dict[str, Any]:
+) -> list[Way]:
     """The engine itself with the fitted thresholds, beside fixed and random chunks of the same memory."""
     sizes = sizes_of(complexities, thresholds, window)
     equal = min(window.chunk_size, CHUNK_STEP * -(-round(float(np.mean(sizes))) // CHUNK_STEP))
@@ -170,21 +209,23 @@ def _judge(
     for name, (_, answer) in ways.items():
         asked[name] = answer()
         tick()
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, records in asked.items():
         apart = [float(b.correct) - float(a.correct) for a, b in zip(records, asked["chosen"], strict=True)]
-        rows.append({
-            "system": name,
-            "mean_chunk_size": float(np.mean(ways[name][0])),
-            "mean_slots": window.sink + (window.left + 1) * float(np.mean(ways[name][0])),
-            "accuracy": float(np.mean([one.correct for one in records])),
-            "tokens": float(np.mean([one.num_tokens for one in records])),
-            "chosen_minus_this": float(np.mean(apart)),
-            "interval": mean_interval(apart),
-            "p": mcnemar(sum(x < 0 for x in apart), sum(x > 0 for x in apart)),
-        })  # fmt: skip
-    beats = all(row["interval"][0] > 0 for row in rows if row["system"] in ("fixed", "random"))
-    return {"systems": rows, "beats_fixed_and_random": beats}
+        size = float(np.mean(ways[name][0]))
+        rows.append(
+            Way(
+                system=name,
+                mean_chunk_size=size,
+                mean_slots=window.sink + (window.left + 1) * size,
+                accuracy=float(np.mean([one.correct for one in records])),
+                tokens=float(np.mean([one.num_tokens for one in records])),
+                chosen_minus_this=float(np.mean(apart)),
+                interval=mean_interval(apart),
+                p=mcnemar(sum(x < 0 for x in apart), sum(x > 0 for x in apart)),
+            )
+        )
+    return rows
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from trtllm_thoughtx import files, plot, report
 from trtllm_thoughtx.calibrate.chunks import adaptive
+from trtllm_thoughtx.calibrate.chunks.adaptive import Adaptive
 from trtllm_thoughtx.calibrate.chunks.asking import Asker
 from trtllm_thoughtx.calibrate.chunks.data import questions_of, sequences_of
 from trtllm_thoughtx.calibrate.chunks.recall import Recall, masks_of
@@ -90,9 +92,9 @@ def chunk_report(
         return {**files.read_json(output_dir, CHUNKS), "model_dir": str(model_dir), "up_to_date": True}
     output.prepare(0)
     windows = candidates(context)
-    recall, outputs = _look(model_dir, sequences, windows, config.num_layers, progress)
+    seen = Look(model_dir, sequences, windows, config.num_layers, progress)
     rows = [
-        {"window": report.plain(w), "slots": num_slots(w, context), "share": num_slots(w, context) / context, **recall.summary(i)}
+        {"window": report.plain(w), "slots": num_slots(w, context), "share": num_slots(w, context) / context, **seen.recall.summary(i)}
         for i, w in enumerate(windows)
     ]
     enough = [i for i, row in enumerate(rows) if row["everywhere"]["with_sinks"]["mean"] >= target_capture]
@@ -105,20 +107,18 @@ def chunk_report(
         "target_capture": target_capture,
         "max_task_loss": max_task_loss,
         "windows": rows,
-        "tasks": None,
-        "adaptive": None,
-        "chosen": None,
-        "skipped": [],
     }
     if questions:
-        _ask(found, model_dir, questions, windows, enough, progress, template, has_tags=text.think_ids is not None)
+        with Asker(model_dir, context, progress, template) as asker:
+            told = _ask(asker, questions, windows, enough, max_task_loss, has_tags=text.think_ids is not None)
     else:
-        found["skipped"].append("right answers and thresholds: no questions were asked for (--eval_items 0)")
-        found["chosen"] = enough[0] if enough else None
-    if found["chosen"] is None:
-        found["skipped"].append(f"build.yaml: no window below {context} tokens reaches the targets")
+        told = Told(chosen=enough[0] if enough else None)
+        told.skipped.append("right answers and thresholds: no questions were asked for (--eval_items 0)")
+    if told.chosen is None:
+        told.skipped.append(f"build.yaml: no window below {context} tokens reaches the targets")
     else:
-        found["output_error"] = outputs(windows[found["chosen"]])
+        found["output_error"] = report.plain(seen.outputs(windows[told.chosen]))
+    found |= report.plain(told)
     with output.writing() as root:
         output.write(CHUNKS, report.to_json({"schema": SCHEMA, **found, "model_dir": Path(model_dir).name}))
         plot.capture_plot(root / "chunks.png", found)
@@ -127,112 +127,140 @@ def chunk_report(
     return {**found, "up_to_date": False}
 
 
-def _look(
-    model_dir: Path, sequences: Sequence[Sequence[int]], windows: list[ChunkSpec], num_layers: int, progress: Progress
-) -> tuple[Recall, Callable[[ChunkSpec], dict[str, Any]]]:
-    """Recalls of all windows on all sequences, and a function that runs the model under one of them and compares its outputs."""
-    from trtllm_thoughtx.validate.reference import Reference
+@dataclass(frozen=True)
+class OutputError:
+    """What a window changes in the outputs: nats, a fraction of the positions, and norms of differences over norms by layer."""
 
-    reference = Reference(model_dir, "float32")
-    recall = Recall(windows, num_layers)
-    longest = max(map(len, sequences))
-    masks = masks_of(windows, longest)
-    with progress.stage("attention of whole traces", len(sequences)) as stage:
-        for ids in sequences:
-            mine = masks[:, : len(ids), : len(ids)]
-            reference.attention(ids, lambda layer, weights, mine=mine: recall.add(layer, weights, mine))  # type: ignore[misc]
-            stage.advance(1)
+    kl_mean: float
+    kl_p95: float
+    top1_agreement: float
+    relative_error_by_layer: list[float]
 
-    def outputs(window: ChunkSpec) -> dict[str, Any]:
+
+class Look:
+    """Recalls of all windows on all sequences (`recall`), and the outputs of the model under one of them."""
+
+    def __init__(
+        self, model_dir: Path, sequences: Sequence[Sequence[int]], windows: list[ChunkSpec], num_layers: int, progress: Progress
+    ) -> None:
+        from trtllm_thoughtx.validate.reference import Reference
+
+        self.sequences, self.reference, self.recall = sequences, Reference(model_dir, "float32"), Recall(windows, num_layers)
+        masks = masks_of(windows, max(map(len, sequences)))
+        with progress.stage("attention of whole traces", len(sequences)) as stage:
+            for ids in sequences:
+                mine = masks[:, : len(ids), : len(ids)]
+                self.reference.attention(ids, lambda layer, weights, mine=mine: self.recall.add(layer, weights, mine))  # type: ignore[misc]
+                stage.advance(1)
+
+    def outputs(self, window: ChunkSpec) -> OutputError:
         divergences, same, apart = [], [], []
-        for ids in sequences:
-            (full, states), (cut, cut_states) = (reference.run(ids, chunk=chunk, layers=True) for chunk in (None, window))
-            log_full, log_cut = log_softmax(full), log_softmax(cut)
-            divergences.append(kl_divergence(log_full, log_cut))
+        for ids in self.sequences:
+            (full, states), (cut, cut_states) = (self.reference.run(ids, chunk=chunk, layers=True) for chunk in (None, window))
+            divergences.append(kl_divergence(log_softmax(full), log_softmax(cut)))
             same.append(full.argmax(-1) == cut.argmax(-1))
             apart.append([float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(states[1:], cut_states[1:], strict=True)])
         kl = np.concatenate(divergences)
-        return {
-            "kl_mean": float(kl.mean()),
-            "kl_p95": float(np.percentile(kl, 95)),
-            "top1_agreement": float(np.concatenate(same).mean()),
-            "relative_error_by_layer": np.mean(apart, axis=0).tolist(),
-        }
-
-    return recall, outputs
+        agreement = float(np.concatenate(same).mean())
+        return OutputError(float(kl.mean()), float(np.percentile(kl, 95)), agreement, np.mean(apart, axis=0).tolist())
 
 
-def _ask(
-    found: dict[str, Any],
-    model_dir: Path,
-    questions: list[Question],
-    windows: list[ChunkSpec],
-    enough: list[int],
-    progress: Progress,
-    template: tuple[str | None, str | None],
-    *,
-    has_tags: bool,
-) -> None:
-    """Fill in `tasks`, `chosen` and `adaptive`: right answers under full attention, and under the windows from the smallest that
-    captures enough upwards, until one loses no more than is allowed; and under some that are smaller."""
-    max_loss, context = found["max_task_loss"], found["context"]
-    with Asker(model_dir, context, progress, template) as asker:
-        asked = asker.fits(questions)
-        if len(asked) < len(questions):
-            found["skipped"].append(f"{counted(len(questions) - len(asked), 'question')}: too long for --context {context}")
-        with progress.stage("questions under full attention", 1) as stage:
-            full = asker.ask(asked, None)
+@dataclass(frozen=True)
+class Bin:
+    """Lookups whose farthest needed fact is more than `above` and at most `up_to` words away."""
+
+    above: int
+    up_to: int
+    num_items: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers by task, and by distance; `loss` and its interval against full attention."""
+
+    accuracy: float
+    loss: float
+    loss_interval: tuple[float, float]
+    p: float
+    by_task: dict[str, float]
+    by_distance: list[Bin]
+
+
+@dataclass
+class Tasks:
+    """Of the same questions under full attention, and under windows by their index."""
+
+    num_items: int
+    full: Accuracy
+    windows: dict[int, Accuracy] = field(default_factory=dict)
+
+
+@dataclass
+class Told:
+    """What questions say: the window that is chosen, right answers, thresholds of adaptive chunks; and what was not asked."""
+
+    chosen: int | None = None
+    tasks: Tasks | None = None
+    adaptive: Adaptive | None = None
+    skipped: list[str] = field(default_factory=list)
+
+
+def _ask(asker: Asker, questions: list[Question], windows: list[ChunkSpec], enough: list[int], max_loss: float, *, has_tags: bool) -> Told:
+    """Right answers under full attention, and under the windows from the smallest that captures enough upwards, until one loses no more
+    than is allowed; and under some that are smaller."""
+    asked, progress, told = asker.fits(questions), asker.progress, Told()
+    if len(asked) < len(questions):
+        told.skipped.append(f"{counted(len(questions) - len(asked), 'question')}: too long for --context {asker.context}")
+    with progress.stage("questions under full attention", 1) as stage:
+        full = asker.ask(asked, None)
+        stage.advance(1)
+    told.tasks = tasks = Tasks(len(asked), _accuracy(full, full))
+
+    def loss(index: int) -> float:
+        if index not in tasks.windows:
+            tasks.windows[index] = _accuracy(asker.ask(asked, windows[index]), full)
+        return tasks.windows[index].loss
+
+    with progress.stage("questions under windows", None, "steps") as stage:
+        for index in enough:
+            lost = loss(index)
             stage.advance(1)
-        tasks: dict[str, Any] = {"num_items": len(asked), "full": _accuracy(full, full), "windows": {}}
-        found["tasks"] = tasks
-
-        def loss(index: int) -> float:
-            if str(index) not in tasks["windows"]:
-                tasks["windows"][str(index)] = _accuracy(asker.ask(asked, windows[index]), full)
-            return float(tasks["windows"][str(index)]["loss"])
-
-        with progress.stage("questions under windows", None, "steps") as stage:
-            for index in enough:
-                lost = loss(index)
-                stage.advance(1)
-                if lost <= max_loss:
-                    found["chosen"] = index
-                    break
-            tried = enough[0] if enough else len(windows) - 1
-            for index in np.unique(np.linspace(0, tried, NUM_SMALLER + 2).astype(int))[:-1].tolist():
-                loss(index)
-                stage.advance(1)
-        if found["chosen"] is None:
-            return
-        window = windows[found["chosen"]]
-        fitting, judging = asked[::2], asked[1::2]
-        steps = 2 * len(adaptive.grid(window.chunk_size)) + 5
-        with progress.stage("adaptive chunks", steps) as stage:
-            found["adaptive"] = adaptive.fit_and_judge(
-                asker, fitting, judging, window, max_loss, lambda: stage.advance(1), has_tags=has_tags
-            )
-        if not has_tags:
-            found["skipped"].append("single-step answers (thoughtx-build --threshold_low): the model has no thinking tags")
+            if lost <= max_loss:
+                told.chosen = index
+                break
+        tried = enough[0] if enough else len(windows) - 1
+        for index in np.unique(np.linspace(0, tried, NUM_SMALLER + 2).astype(int))[:-1].tolist():
+            loss(index)
+            stage.advance(1)
+    if told.chosen is None:
+        return told
+    window = windows[told.chosen]
+    with progress.stage("adaptive chunks", 2 * len(adaptive.grid(window.chunk_size)) + 5) as stage:
+        step = lambda: stage.advance(1)  # noqa: E731
+        told.adaptive = adaptive.fit_and_judge(asker, asked[::2], asked[1::2], window, max_loss, step, has_tags=has_tags)
+    if not has_tags:
+        told.skipped.append("single-step answers (thoughtx-build --threshold_low): the model has no thinking tags")
+    return told
 
 
-def _accuracy(records: Sequence[Record], full: Sequence[Record]) -> dict[str, Any]:
-    """Accuracy by task, and of lookups by the distance of the farthest fact needed; `loss` and its interval against `full`."""
+def _accuracy(records: Sequence[Record], full: Sequence[Record]) -> Accuracy:
     lost = [float(a.correct) - float(b.correct) for a, b in zip(full, records, strict=True)]
     tasks = {task: [one.correct for one in records if one.task == task] for task in dict.fromkeys(one.task for one in records)}
     bins, low = [], 0
     for high in DISTANCES:
         inside = [one.correct for one in records if low < one.traits.get("distance", 0) <= high]
         if inside:
-            bins.append({"above": low, "up_to": high, "num_items": len(inside), "accuracy": float(np.mean(inside))})
+            bins.append(Bin(low, high, len(inside), float(np.mean(inside))))
         low = high
-    return {
-        "accuracy": float(np.mean([one.correct for one in records])),
-        "loss": float(np.mean(lost)),
-        "loss_interval": mean_interval(lost),
-        "p": mcnemar(sum(x > 0 for x in lost), sum(x < 0 for x in lost)),
-        "by_task": {task: float(np.mean(right)) for task, right in tasks.items()},
-        "by_distance": bins,
-    }
+    return Accuracy(
+        accuracy=float(np.mean([one.correct for one in records])),
+        loss=float(np.mean(lost)),
+        loss_interval=mean_interval(lost),
+        p=mcnemar(sum(x > 0 for x in lost), sum(x < 0 for x in lost)),
+        by_task={task: float(np.mean(right)) for task, right in tasks.items()},
+        by_distance=bins,
+    )
 
 
 def _recipe(found: dict[str, Any], window: ChunkSpec) -> str:

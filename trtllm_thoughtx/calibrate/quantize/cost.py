@@ -92,16 +92,16 @@ def _answers(
             system.close()
     found = compare(*results)
     keys = ("task", "num_items", "first", "second", "difference", "interval")
-    rows = [{key: row[key] for key in keys} for row in found["rows"] if row["measure"] == PER_TASK[0]]
-    tokens = next(row for row in found["rows"] if row["measure"] == "tokens")
+    rows = [{key: getattr(row, key) for key in keys} for row in found.rows if row.measure == PER_TASK[0]]
+    tokens = next(row for row in found.rows if row.measure == "tokens")
     return {
-        "num_items": found["num_items"],
+        "num_items": found.num_items,
         "max_new_tokens": max_new_tokens,
         "accuracy_percent": rows,
-        "only_before_right": found["only_first_right"],
-        "only_after_right": found["only_second_right"],
-        "p_equal": found["p_accuracy"],
-        "mean_tokens": [tokens["first"], tokens["second"]],
+        "only_before_right": found.only_first_right,
+        "only_after_right": found.only_second_right,
+        "p_equal": found.p_accuracy,
+        "mean_tokens": [tokens.first, tokens.second],
     }
 
 
