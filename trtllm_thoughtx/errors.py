@@ -56,7 +56,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E202": (Exit.ENVIRONMENT, "no GPU that can run this engine"),
     "E203": (Exit.ENVIRONMENT, "not enough disk space"),
     "E204": (Exit.ENVIRONMENT, "not enough memory"),
-    "E205": (Exit.ENVIRONMENT, "the backend's builder failed"),
+    "E205": (Exit.ENVIRONMENT, "the backend failed, building or running"),
     "E206": (Exit.ENVIRONMENT, "the file system refused an operation"),
 }
 

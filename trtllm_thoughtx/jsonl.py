@@ -30,6 +30,7 @@ _SETTINGS = """
     max_new_tokens max_tokens max_completion_tokens temperature top_k top_p min_p seed stop stop_token_ids stop_strings ignore_eos n
     num_return_sequences logprobs top_logprobs repetition_penalty presence_penalty frequency_penalty logit_bias bad_words chunk_size
     max_reasoning_depth max_thinking_tokens exit_threshold exit_probe probe_agree probe_tokens exit_policy draft_threshold
+    prompt_lookup
     enable_thinking chat_template_kwargs reasoning_effort response_format tools tool_choice functions function_call match
 """
 SETTINGS = frozenset(_SETTINGS.split())

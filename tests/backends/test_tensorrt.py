@@ -26,6 +26,10 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.generation import Generation
+from trtllm_thoughtx.runtime.row import Request
+from trtllm_thoughtx.runtime.session import Session
+from trtllm_thoughtx.text.params import GenerationParams
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 rtx = [pytest.mark.rtx, pytest.mark.skipif(not HAS_RTX, reason="tensorrt_rtx is not installed")]
@@ -204,7 +208,7 @@ def test_messages_are_counted_by_what_they_say(tmp_path: Path) -> None:
 class FakeCuda:
     """The functions of `cuda.bindings.runtime` that the runner calls, on host memory."""
 
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaError_t = SimpleNamespace(cudaErrorMemoryAllocation=2)
 
     def __init__(self) -> None:
@@ -397,6 +401,46 @@ class TestRunner:
         assert gpu.cuda.alive.keys() == blocks.keys()
         runner.start(1)
         assert sorted(len(x) for x in gpu.cuda.alive.values()) == [1 * 2 * 64 * 16 * 2] * 4
+
+    def test_rows_are_copied_and_exchanged(self, gpu: Any) -> None:
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner.start(2)
+        blocks = list(gpu.cuda.alive.values())
+        half = len(blocks[0]) // 2
+        for number, block in enumerate(blocks):
+            block[:half], block[half:] = bytes([2 * number]) * half, bytes([2 * number + 1]) * half
+        runner.exchange(0, 1, 64)
+        assert [(block[0][0], block[half][0]) for block in blocks] == [(2 * number + 1, 2 * number) for number in range(4)]
+        runner.copy(1, 0, 5)
+        assert all(bytes(block) == bytes([2 * number]) * (2 * half) for number, block in enumerate(blocks))
+        runner.close()
+        assert gpu.cuda.alive == {}
+
+    def test_slots_run_within_the_profiles(self, gpu: Any) -> None:
+        """Prompts alone in prefill, rows together in decode; each call is bound to the rows of the cache that are its own."""
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        layers = ((0, 1, False), (1, 2, False), (2, 2, True))
+        parts = [SimpleNamespace(first_layer=first, last_layer=last, head=head) for first, last, head in layers]
+        session = Session(SimpleNamespace(config=CONFIG, build=RUN, parts=parts, root=gpu.root), runner)
+        generation = Generation(session, None, (), 2)
+        prompts = [list(range(num)) for num in (40, 5, 33, 20)]
+        for index, prompt in enumerate(prompts):
+            generation.add(Request(prompt, GenerationParams(max_new_tokens=4 + 3 * index, ignore_eos=True), index, 0))
+        ended: dict[int, Any] = {}
+        while not generation.is_idle:
+            ended |= dict(generation.tick())
+        assert [len(ended[i].output_ids) for i in range(4)] == [4, 7, 10, 13] and sum(one.num_reused_tokens for one in ended.values())
+        row_bytes = 2 * 64 * 16 * 2  # KV heads, slots, head_dim, bytes of BF16
+        seen = set()
+        for profile, shapes, addresses in gpu.engines[0].runs:
+            batch, width = shapes["positions"]
+            assert profile == (1 if width == 1 else 0) and width <= RUN.max_input_len
+            row, rest = divmod(addresses["past_key_0"] - runner.cache["key_0"], row_bytes)
+            assert rest == 0 and row >= 0 and row + batch <= 2 and addresses["past_key_0"] == addresses["present_key_0"]
+            assert batch == 1 if width > 1 else row == 0
+            seen.add((profile, row, batch))
+        assert {(0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 0, 2)} <= seen
+        runner.close()
 
     def test_plan_that_does_not_load(self, gpu: Any) -> None:
         list(gpu.plans)

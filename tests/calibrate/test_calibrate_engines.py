@@ -118,23 +118,25 @@ def test_own_answers_go_on_where_they_were_stopped_and_know_no_batch_size(tmp_pa
         **{"qformat": "int8_sq", "calib_data": lines(tmp_path / "d.jsonl", ids(20)), "self_traces": True},
         **{"calib_seq_len": 48},
     }
-    monkeypatch.setattr(traces, "BATCH", 4)
-    monkeypatch.setitem(traces.OPTIONS, "max_batch_size", 4)
     calibrate(tmp_path / "m", tmp_path / "whole", **options, batch_size=3)
-    real, calls = Engine.generate, []
+    monkeypatch.setitem(traces.OPTIONS, "max_batch_size", 3)
+    real, asked = Engine.complete, []
 
-    def until_two(self: Engine, *args: Any, **more: Any) -> Any:
-        calls.append(len(args[0]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **more)
+    def until_ten(self: Engine, requests: Any) -> Any:
+        asked.append([one.index for one in requests])
+        for num, one in enumerate(real(self, requests)):
+            if num == 10 and len(asked) == 1:
+                raise KeyboardInterrupt
+            asked[-1].remove(one[0])
+            yield one
 
-    monkeypatch.setattr(Engine, "generate", until_two)
+    monkeypatch.setattr(Engine, "complete", until_ten)
     with pytest.raises(KeyboardInterrupt):
         calibrate(tmp_path / "m", tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
+    missing = asked[0].copy()
     found = calibrate(tmp_path / "m", tmp_path / "c", **options)
-    assert calls == [4] * 6  # five batches, the third of them twice
+    assert len(missing) == 10 and asked == [missing, []]
     assert stored_bytes(tmp_path / "c") == stored_bytes(tmp_path / "whole")
     assert (tmp_path / "c" / "calibration.json").read_bytes() == (tmp_path / "whole" / "calibration.json").read_bytes()
     assert any("answers did not end within 48 tokens" in warning for warning in found["warnings"])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import TINY as SAMPLE
 
@@ -223,22 +224,21 @@ def test_stderr_does_not_grow_with_the_prompts(engine, tmp_path):
     assert len(few.splitlines()) == len(many.splitlines()) and "answering (20 steps)" in many and "60 tokens" in many
 
 
-def test_a_batch_that_fails_costs_only_the_request_that_fails(engine, tmp_path, monkeypatch):
+def test_a_request_that_fails_costs_only_itself(engine, tmp_path, monkeypatch):
     from trtllm_thoughtx.cli.run import run_requests
     from trtllm_thoughtx.errors import ThoughtxError
-    from trtllm_thoughtx.runtime.engine import Engine
+    from trtllm_thoughtx.runtime.sampling import Sampler
 
-    real = Engine.generate
+    real = Sampler.pick
 
-    def fails(self, prompts, params=None, *args, **kwargs):
-        if any(one.max_new_tokens == 7 for one in params):
-            raise ThoughtxError("E123", "logits are not finite", where="row 0", why="a test", fix="none")
-        return real(self, prompts, params, *args, **kwargs)
+    def damaged(self, logits, rows=None):
+        return real(self, logits * np.nan if self.params[0].max_new_tokens == 7 and self._steps[0] == 2 else logits, rows)
 
-    monkeypatch.setattr(Engine, "generate", fails)
+    monkeypatch.setattr(Sampler, "pick", damaged)
     path = write(tmp_path / "p.jsonl", [{"prompt": ASK.format(i), "id": f"{i}x", "max_new_tokens": 7 if i == 2 else 4} for i in range(4)])
     found = run_requests(engine_dir=engine, prompts=path, on_error="row")
     assert [row.get("error", {}).get("code") for row in found["results"]] == [None, None, "E123", None]
+    assert found["results"][2]["error"]["where"] == "row 2, new token 2"
     with pytest.raises(ThoughtxError, match="not finite"):
         run_requests(engine_dir=engine, prompts=path)
 

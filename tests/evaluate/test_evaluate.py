@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 class Scripted:
     """Writes what `reply` says to each question, in order; every token has probability `sure`."""
 
-    batch_size, max_length = 4, 4096
+    batch_size, max_length, is_grouped = 4, 4096, False
 
     def __init__(self, text, questions, reply, sure=0.9, name="scripted"):
         self.text, self.sure = text, sure
@@ -57,7 +57,7 @@ class Scripted:
             cut = ids[: own.max_new_tokens]
             reason = "eos" if len(cut) == len(ids) else "length"
             done.append(Written(cut, [math.log(self.sure)] * len(cut), reason, 0.001 * len(cut)))
-        return done
+        return enumerate(done)
 
     def close(self):
         pass

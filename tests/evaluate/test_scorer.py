@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_row_that_is_done_writes_no_more(engine):
     ends = {0: 2, 1: 6, 2: 4, 3: 3}
     params = GenerationParams(max_new_tokens=9, ignore_eos=True)
     new = opened(engine).write([[5], [6], [7], [8]], [params] * 4, range(4), lambda row, ids: len(ids) >= ends[row])
-    assert [len(one.ids) for one in new] == list(ends.values())
+    assert {row: len(one.ids) for row, one in new} == ends
 
 
 def test_long_prompts_keep_their_end(engine):
@@ -184,7 +185,7 @@ def test_what_does_not_fit_is_refused(engine):
 class Writes:
     """A source that writes given texts, character by character, whatever is asked."""
 
-    max_length, batch_size = LENGTH, 2
+    max_length, batch_size, is_grouped = LENGTH, 2, True
 
     def __init__(self, text: Any, replies: dict[str, str]) -> None:
         self.text, self.replies, self.num_written = text, replies, 0
@@ -192,7 +193,7 @@ class Writes:
     def logits(self, rows: Any, firsts: Any) -> list[np.ndarray]:
         raise AssertionError("answers are asked for")
 
-    def write(self, rows: Any, params: list[GenerationParams], streams: Any, is_done: Any) -> list[Written]:
+    def write(self, rows: Any, params: list[GenerationParams], streams: Any, is_done: Any) -> Iterable[tuple[int, Written]]:
         done = []
         for index, row in enumerate(rows):
             ids = list[int]()
@@ -202,7 +203,7 @@ class Writes:
                     break
             self.num_written += len(ids)
             done.append(Written(ids, [], "stop", 0.0))
-        return done
+        return enumerate(done)
 
 
 TAGS = ("<think>", "</think>")

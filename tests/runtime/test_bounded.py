@@ -72,23 +72,25 @@ def test_every_call_finds_exactly_what_is_visible(seed):
     batch = Batch(3, build, sizes)
     pending = [[0] * rng.randint(1, 120) for _ in range(3)]
 
-    def check(feeds):
-        for row in range(3):
-            p = feeds["positions"][row]
-            labels = feeds["kv_positions"][row]
+    def check(feeds, rows=range(3)):
+        for place, row in enumerate(rows):
+            p = feeds["positions"][place]
+            labels = feeds["kv_positions"][place]
             rule = (sizes[row], build.sink_tokens, left, build.num_anchors)
             seen = visible(p, labels, *rule)
             everything = np.arange(p.max() + 1)
             wanted = visible(p, everything, *rule)
             for i in range(len(p)):
                 assert sorted(labels[seen[i]]) == everything[wanted[i]].tolist()
-            written = np.arange(feeds["write_indices"][row], feeds["write_indices"][row] + len(p))
+            written = np.arange(feeds["write_indices"][place], feeds["write_indices"][place] + len(p))
             assert written[-1] < build.kv_capacity
 
     while any(pending):
         new = batch.cut(pending, rng.randint(1, 20))
-        for feeds in batch.upkeep(new):
-            check(feeds)
+        for row in range(3):
+            for alone, feeds in batch.upkeep(row) if new[row] else ():
+                assert alone.first == row
+                check(feeds, [row])
         check(batch.feed(new, [[max(len(x) - 1, 0)] for x in new]))
         pending = [row[len(part) :] for row, part in zip(pending, new, strict=True)]
     assert all(batch.tokens)

@@ -19,7 +19,7 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import Written
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.session import Session
+from trtllm_thoughtx.runtime.generation import Generation
 from trtllm_thoughtx.text.opening import BEFORE, BEHIND, INSIDE, closed, opened, state_of
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
@@ -146,15 +146,15 @@ def test_a_single_step_answer_is_one_too(models, kind, tmp_path, monkeypatch):
     settings = {"use_chunked_attention": True, "chunk_size": AUTO, "max_chunk_size": 64, "base_size": 16, "threshold_low": 19.0}
     build(models[kind], tmp_path / "e", OPTIONS | settings)
     engine = Engine.load(tmp_path / "e", num_threads=1)
-    fed: list[list[list[int]]] = []
-    prefill = Session.prefill
-    monkeypatch.setattr(Session, "prefill", lambda self, batch, rows: (fed.append(rows), prefill(self, batch, rows))[1])
+    fed: list[list[int]] = []
+    advance = Generation._advance
+    monkeypatch.setattr(Generation, "_advance", lambda self, row: (row.output or fed.append(row.prompt), advance(self, row))[1])
     try:
         prompts = [engine.text.chat("What is 2 + 3?"), engine.text.chat("Why? " * 30)]
         done = engine.generate(prompts, GenerationParams(max_new_tokens=8))
         assert all(one.single_step and not one.is_open for one in done)
-        assert fed == [[list(closed(engine.text, prompt)) for prompt in prompts]]
-        alone = engine.generate([list(fed[0][0])], GenerationParams(max_new_tokens=8), chunk_size=done[0].chunk_size)
+        assert fed == [list(closed(engine.text, prompt)) for prompt in prompts]
+        alone = engine.generate([list(fed[0])], GenerationParams(max_new_tokens=8), chunk_size=done[0].chunk_size)
         assert alone[0].output_ids == done[0].output_ids
     finally:
         engine.close()
@@ -186,7 +186,7 @@ def test_a_template_that_opens_the_thinking_has_a_reasoning(engines):
 class Said:
     """A system that says what it is told, behind the prompts of a real tokenizer."""
 
-    batch_size, max_length = 2, 400
+    batch_size, max_length, is_grouped = 2, 400, False
 
     def __init__(self, text, replies):
         self.text, self.replies = text, iter(replies)
@@ -197,7 +197,7 @@ class Said:
 
     def write(self, prompts, params, streams):
         rows = [self.text.encode(reply, add_special=False) for reply in itertools.islice(self.replies, len(prompts))]
-        return [Written(row, [-0.1] * len(row), "eos", 0.1) for row in rows]
+        return enumerate(Written(row, [-0.1] * len(row), "eos", 0.1) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def run(*words) -> dict:
 @pytest.mark.slow
 def test_run_tells_the_template(engines, monkeypatch, words, told, tmp_path):
     fed = []
-    generate = Engine.generate
+    complete = Engine.complete
     monkeypatch.setattr(
-        Engine, "generate", lambda self, prompts, *rest, **more: (fed.extend(prompts), generate(self, prompts, *rest, **more))[1]
+        Engine, "complete", lambda self, requests, *rest: (fed.extend(one.prompt for one in requests), complete(self, requests, *rest))[1]
     )
     asked = tmp_path / "asked.jsonl"
     lines = [

@@ -66,11 +66,20 @@ class Runner(Protocol):
         """Forget everything; room for `batch_size` sequences of kv_capacity slots."""
         ...
 
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
-        """One call through the parts `first` to `last - 1`; the KV cache is updated in place. `feeds` by input name (input_ids, positions,
-        kv_positions, write_indices, logit_indices, chunk_size), as far as these parts take them, and `hidden_states` [B, S, H] unless the
-        first part is among them. Outputs of the last of them by name: hidden_states_out [B, S, H], draft_states [B, S, H] and
-        draft_confidence [B, S] where it has an exit adapter; logits float32 [B, K, vocab], exit [B, K, 2]."""
+    def exchange(self, a: int, b: int, num_slots: int) -> None:
+        """Two rows of the KV cache change places, as far as their first `num_slots` slots, at least."""
+        ...
+
+    def copy(self, source: int, target: int, num_slots: int) -> None:
+        """The first `num_slots` slots, at least, of a row of the KV cache into another one."""
+        ...
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
+        """One call through the parts `first` to `last - 1`; the KV cache is updated in place, of its rows `row` to `row` + B - 1.
+        `feeds` by input name (input_ids, positions, kv_positions, write_indices, logit_indices, chunk_size), as far as these parts take
+        them, and `hidden_states` [B, S, H] unless the first part is among them. Outputs of the last of them by name: hidden_states_out
+        [B, S, H], draft_states [B, S, H] and draft_confidence [B, S] where it has an exit adapter; logits float32 [B, K, vocab], exit
+        [B, K, 2]."""
         ...
 
     def close(self) -> None: ...

@@ -1,13 +1,15 @@
 """The onnxruntime backend: the graph itself is the engine. Runs on any CPU, and on CUDA where that provider is installed.
 
-The KV cache is one buffer per tensor, bound as past and as present, so that TensorScatter writes in place. A bfloat16 graph runs as
+The KV cache is one buffer per tensor, of which the rows of a call are bound as past and as present, so that TensorScatter writes in place.
+A bfloat16 graph runs as
 its float32 twin (`backends.ort_bfloat16`), since onnxruntime has no bfloat16 kernels on CPU.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,6 +58,7 @@ class OnnxRuntimeRunner:
         self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
         if config.quantization is not None and config.quantization.kv_algo == "INT8":
             self.kv_dtype = np.int8
+        self._item_bytes = np.dtype(self.kv_dtype).itemsize
         self.tapped: dict[int, np.ndarray] = {}
         self.cache: dict[str, ort.OrtValue] = {}
         self.is_exact = True
@@ -114,7 +117,26 @@ class OnnxRuntimeRunner:
             return  # stale positions are masked by kv_positions; what they hold is finite
         self.cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.kv_dtype), self.device, 0) for name in names}
 
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+    def exchange(self, a: int, b: int, num_slots: int) -> None:
+        for array in self._arrays():
+            kept = array[a, :, :num_slots].copy()
+            array[a, :, :num_slots] = array[b, :, :num_slots]
+            array[b, :, :num_slots] = kept
+
+    def copy(self, source: int, target: int, num_slots: int) -> None:
+        for array in self._arrays():
+            array[target, :, :num_slots] = array[source, :, :num_slots]
+
+    def _arrays(self) -> Iterator[np.ndarray]:
+        """Each tensor of the KV cache, to be changed: on a CPU it is memory of ours, from a GPU it comes and goes."""
+        for value in self.cache.values():
+            array = value.numpy()
+            yield array
+            if self.device != "cpu":
+                value.update_inplace(array)
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
+        num_rows = len(next(iter(feeds.values())))
         hidden: ort.OrtValue | None = None
         self.tapped = {}
         results: dict[str, ort.OrtValue] = {}
@@ -123,7 +145,7 @@ class OnnxRuntimeRunner:
             binding.clear_binding_outputs()
             for value in session.get_inputs():
                 if value.name.startswith("past_"):
-                    binding.bind_ortvalue_input(value.name, self.cache[value.name[5:]])
+                    binding.bind_input(value.name, *self._rows(value.name[5:], row, num_rows))
                 elif value.name == "hidden_states" and hidden is not None:
                     binding.bind_ortvalue_input(value.name, hidden)
                 else:
@@ -131,7 +153,7 @@ class OnnxRuntimeRunner:
             names = [value.name for value in session.get_outputs()]
             for name in names:
                 if name.startswith("present_"):
-                    binding.bind_ortvalue_output(name, self.cache[name[8:]])
+                    binding.bind_output(name, *self._rows(name[8:], row, num_rows))
                 else:
                     binding.bind_output(name, self.device if name == "hidden_states_out" else "cpu")
             session.run_with_iobinding(binding)
@@ -142,6 +164,11 @@ class OnnxRuntimeRunner:
                     self.tapped[layer] = results[layer_output(layer)].numpy()
         found = {name: results[name].numpy() for name in OUTPUTS if name in results}
         return found
+
+    def _rows(self, name: str, row: int, num_rows: int) -> tuple[str, int, type, list[int], int]:
+        """Rows of a tensor of the KV cache, as a binding takes them."""
+        shape = self.cache[name].shape()[1:]
+        return self.device, 0, self.kv_dtype, [num_rows, *shape], self.cache[name].data_ptr() + row * math.prod(shape) * self._item_bytes
 
     def close(self) -> None:
         self.sessions, self.bindings, self.cache = [], [], {}

@@ -64,6 +64,9 @@ class Device:
     def download(self, array: np.ndarray, address: int) -> None:
         self.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.stream)
 
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        self.call("cudaMemcpyAsync", target, source, num_bytes, self.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self.stream)
+
     def wait(self) -> None:
         self.call("cudaStreamSynchronize", self.stream)
 
@@ -106,6 +109,7 @@ class TensorRTRunner:
         self.max_logit_rows = int(head.get_tensor_profile_shape("logit_indices", PREFILL)[2][1])
         self.tapped: dict[int, np.ndarray] = {}  # nothing: a plan has no outputs but its graph's
         self.cache: dict[str, int] = {}
+        self.row_bytes: dict[str, int] = {}  # of each tensor of the KV cache
         self.batch_size = 0
         self.buffers: dict[str, tuple[int, int]] = {}  # name -> address and size; they only grow
 
@@ -133,12 +137,23 @@ class TensorRTRunner:
         for part in self.parts:
             for name in part.inputs:
                 if name.startswith("past_"):
-                    num_bytes = int(np.prod(self._cache_shape(batch_size))) * ITEM_BYTES[part.dtypes[name]]
-                    address = self.cache[name[5:]] = self.device.allocate(num_bytes)
-                    self.device.clear(address, num_bytes)
+                    row_bytes = self.row_bytes[name[5:]] = int(np.prod(self._cache_shape(1))) * ITEM_BYTES[part.dtypes[name]]
+                    address = self.cache[name[5:]] = self.device.allocate(batch_size * row_bytes)
+                    self.device.clear(address, batch_size * row_bytes)
         self.batch_size = batch_size
 
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+    def exchange(self, a: int, b: int, num_slots: int) -> None:
+        """Whole rows, through a buffer."""
+        for name, num_bytes in self.row_bytes.items():
+            kept, first, second = self._buffer("row", num_bytes), self._row(name, a), self._row(name, b)
+            for target, source in ((kept, first), (first, second), (second, kept)):
+                self.device.copy(target, source, num_bytes)
+
+    def copy(self, source: int, target: int, num_slots: int) -> None:
+        for name, num_bytes in self.row_bytes.items():
+            self.device.copy(self._row(name, target), self._row(name, source), num_bytes)
+
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
         """One call through some parts; see `backends.Runner`. Hidden states pass through the host only where the caller holds them."""
         batch, width = (feeds["positions"] if "positions" in feeds else feeds["hidden_states"]).shape[:2]
         num_rows = feeds["logit_indices"].shape[1] if "logit_indices" in feeds else 1
@@ -158,7 +173,7 @@ class TensorRTRunner:
             for name in part.inputs:
                 if name.startswith("past_"):
                     context.set_input_shape(name, self._cache_shape(batch))
-                    context.set_tensor_address(name, self.cache[name[5:]])
+                    context.set_tensor_address(name, self._row(name[5:], row))
                 elif name == "hidden_states" and index:
                     context.set_input_shape(name, hidden_shape)
                     context.set_tensor_address(name, hidden)
@@ -173,7 +188,7 @@ class TensorRTRunner:
                     context.set_tensor_address(name, address)
             for name in part.outputs:
                 if name.startswith("present_"):
-                    context.set_tensor_address(name, self.cache[name[8:]])
+                    context.set_tensor_address(name, self._row(name[8:], row))
                     continue
                 # Two buffers take turns: a part reads the hidden states of one and writes the other.
                 key = f"{name}.{index % 2}" if name == "hidden_states_out" else name
@@ -201,6 +216,10 @@ class TensorRTRunner:
 
     def _cache_shape(self, batch_size: int) -> tuple[int, int, int, int]:
         return (batch_size, self.config.num_kv_heads, self.build.kv_capacity, self.config.head_dim)
+
+    def _row(self, name: str, row: int) -> int:
+        """The address from which on a tensor of the KV cache holds this row and those behind it."""
+        return self.cache[name] + row * self.row_bytes[name]
 
     def _free_cache(self) -> None:
         for address in self.cache.values():

@@ -120,6 +120,9 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Self-speculative decoding: verify all drafts, trust confident ones, or verify while it pays.  [default: auto]",
         ),
         click.option("--draft_threshold", type=CHANCE, help="Minimum confidence of a draft.  [default: the engine's break-even]"),
+        click.option(
+            "--prompt_lookup", type=Count(0, 64), help="Maximum tokens drafted at once from the request's own text.  [default: 0, off]"
+        ),
     )):  # fmt: skip
         function = option(function)
     return function

@@ -1,7 +1,7 @@
 """`thoughtx-run`: prompts in any form in, answers out, streamed when there is one reader and one request.
 
 The text of a single request is written as it grows and is all that stdout gets; speed and the reason for stopping go to
-stderr. Several requests are a job (`jobs`): each answer is printed under its id, or appended to a file, when its batch is done.
+stderr. Several requests are a job (`jobs`): each answer is printed under its id, or appended to a file, when it is done.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
         "num_thinking_tokens": done.num_thinking_tokens,
         "thinking_stop": done.thinking_stop,
         "num_layer_tokens": done.num_layer_tokens,
+        "num_reused_tokens": done.num_reused_tokens,
         "num_probes": done.num_probes,
         "num_probes_skipped": done.num_probes_skipped,
     }
@@ -151,7 +152,7 @@ def run_requests(
     **sampling: Any,
 ) -> dict[str, Any]:
     """Complete the requests and return one row for each; `stream` gets the text for people. Sampling flags of None keep the
-    checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine: all before the first batch."""
+    checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine: all before the first one runs."""
     assert set(sampling) <= set(SAMPLING), sampling
     progress = progress or Progress.silent()
     if resume and output is None:
@@ -218,7 +219,10 @@ def run_requests(
         "num_kept": job.num_kept,
         "output": None if output is None else str(output),
         "tokens_per_second": speed,
-        **{name: stats[name] for name in ("prefill_seconds", "decode_seconds", "num_read_again", "num_drafted", "num_accepted")},
+        **{
+            name: stats[name]
+            for name in ("prefill_seconds", "decode_seconds", "num_reused", "num_read_again", "num_drafted", "num_accepted")
+        },
         "not_applied": [*ignored, *unread],
         "sampling": {name: getattr(params, name) for name in SAMPLING},
     }

@@ -63,7 +63,7 @@ def main(path: Path, length: int, backend: str | None, exact: bool) -> dict[str,
         return {"length": length, "skipped": f"the system takes {system.max_length} tokens"}
     loaded = resident()
     ids = np.random.default_rng(0).integers(0, 16, length - NUM_NEW).tolist()
-    system.write([ids], [GenerationParams(max_new_tokens=NUM_NEW, ignore_eos=True)], [0])
+    list(system.write([ids], [GenerationParams(max_new_tokens=NUM_NEW, ignore_eos=True)], [0]))
     return {"length": length, "loaded_bytes": loaded, "peak_bytes": resident("VmHWM")}
 
 

@@ -7,7 +7,7 @@ of `thoughtx-validate`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ SUFFIXES = (".safetensors", ".json", ".jinja")  # the files that decide what a m
 
 class ModelSystem:
     """See `systems.System`. A model that is already loaded may be given instead of being read from `path`."""
+
+    is_grouped = True
 
     def __init__(self, path: Path, num_threads: int | None = None, batch_size: int | None = None, model: Any = None) -> None:
         if num_threads is not None:
@@ -53,9 +55,39 @@ class ModelSystem:
 
     def write(
         self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
-    ) -> list[Written]:
+    ) -> Iterator[tuple[int, Written | ThoughtxError]]:
         for one in params:
             self.check(one)
+        for start in range(0, len(prompts), self.batch_size):
+            yield from self._written(range(start, min(start + self.batch_size, len(prompts))), prompts, params, streams, is_done)
+
+    def _written(
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[GenerationParams],
+        streams: Sequence[int],
+        is_done: IsDone | None,
+    ) -> Iterator[tuple[int, Written | ThoughtxError]]:
+        """One batch. When it fails, each of its prompts is run alone, so that one fails alone."""
+        try:
+            done = self._batch(
+                [prompts[row] for row in rows],
+                [params[row] for row in rows],
+                [streams[row] for row in rows],
+                None if is_done is None else lambda place, ids: is_done(rows[place], ids),
+            )
+        except ThoughtxError as error:
+            if len(rows) == 1:
+                yield rows[0], error
+            for row in rows if len(rows) > 1 else ():
+                yield from self._written([row], prompts, params, streams, is_done)
+            return
+        yield from zip(rows, done, strict=True)
+
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None
+    ) -> list[Written]:
         began = time.perf_counter()
         width, num = max(map(len, prompts)), len(prompts)
         ids, mask = torch.zeros(num, width, dtype=torch.int64), torch.zeros(num, width, dtype=torch.int64)

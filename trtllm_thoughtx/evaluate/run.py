@@ -18,7 +18,7 @@ from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, stamp
-from trtllm_thoughtx.runtime.jobs import STOP, error_row, one_by_one, settings_of, together
+from trtllm_thoughtx.runtime.jobs import STOP, error_row, settings_of, together
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.text.answer import split_ids
 from trtllm_thoughtx.text.opening import INSIDE, opened, state_of
@@ -38,9 +38,9 @@ def evaluate(
     bad: Sequence[Bad] = (),
     on_error: str = STOP,
 ) -> Result:
-    """Answers in batches of questions of like length; records in the order of the questions, each written to `answers` when its batch is
-    done. All that can be refused is refused before anything runs; with `on_error` row the errors of questions, and those of lines that
-    are none (`bad`), stand in the conditions, and the others are asked."""
+    """Answers; records in the order of the questions, each written to `answers` when it is there. All that can be refused is refused
+    before anything runs; with `on_error` row the errors of questions, and those of lines that are none (`bad`), stand in the conditions,
+    and the others are asked."""
     progress, load = progress or Progress.silent(), os.getloadavg()[0]
     each = [replace(params, **asked.settings) for asked in questions]
     streams = [0 if "seed" in asked.settings else place for place, asked in enumerate(questions)]
@@ -50,31 +50,33 @@ def evaluate(
     stamps = _stamps(system, questions, prompts, each, streams) if answers is not None else {}
     records = _kept(answers, stamps, questions)
     errors = [error_row(one.line.id, one.error) for one in bad] + [error_row(questions[i].id, error) for i, error in refused.items()]
-    order = sorted(prompts, key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else list(prompts)
-    batches = [order[start : start + system.batch_size] for start in range(0, len(order), system.batch_size)]
-    batches = [batch for batch in batches if any(i not in records for i in batch)]  # as they would be undisturbed, for the same rounding
+    order = list(prompts)
+    if system.is_grouped:  # questions of like length together; as they would be undisturbed, for the same rounding
+        order = sorted(prompts, key=lambda i: (-len(prompts[i]), i)) if system.batch_size > 1 else order
+        batches = [order[start : start + system.batch_size] for start in range(0, len(order), system.batch_size)]
+        order = [i for batch in batches if any(i not in records for i in batch) for i in batch]
+    else:
+        order = [i for i in order if i not in records]
     if records:
         progress.note(f"{counted(len(records), 'answer')} found, the rest follows")
-
-    def write(batch: Sequence[int]) -> list[Written]:
-        return system.write([prompts[i] for i in batch], [each[i] for i in batch], [streams[i] for i in batch])
-
     writing = contextlib.nullcontext() if answers is None else answers.writing(progress, records)
-    with writing, progress.stage(f"asking {system.description['name']}", sum(map(len, batches))) as stage:
+    with writing, progress.stage(f"asking {system.description['name']}", len(order)) as stage:
         if answers is not None:
             answers.write(errors)
-        for batch in batches:
-            for i, one in one_by_one(batch, write, on_error):
-                if isinstance(one, ThoughtxError):
-                    errors.append(row := error_row(questions[i].id, one))
-                else:
-                    made = judged(questions[i], prompts[i], one, system.text)
-                    said = {"output_ids": one.ids, "text": system.text.decode(one.ids)[: one.text_end]}
-                    records.setdefault(i, made)
-                    row = {**vars(made), "index": 0, **said, **(stamps[made.id]._asdict() if stamps else {})}
-                if answers is not None:
-                    answers.write([row])
-            stage.advance(len(batch))
+        for place, one in system.write([prompts[i] for i in order], [each[i] for i in order], [streams[i] for i in order]):
+            i = order[place]
+            if isinstance(one, ThoughtxError):
+                if on_error == STOP:
+                    raise one
+                errors.append(row := error_row(questions[i].id, one))
+            else:
+                made = judged(questions[i], prompts[i], one, system.text)
+                said = {"output_ids": one.ids, "text": system.text.decode(one.ids)[: one.text_end]}
+                records.setdefault(i, made)
+                row = {**vars(made), "index": 0, **said, **(stamps[made.id]._asdict() if stamps else {})}
+            if answers is not None:
+                answers.write([row])
+            stage.advance(1)
     if not records:
         raise ThoughtxError(**errors[0]["error"])
     conditions: dict[str, Any] = {

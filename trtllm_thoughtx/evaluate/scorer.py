@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.systems import IsDone, System
+from trtllm_thoughtx.evaluate.systems import System
 from trtllm_thoughtx.progress import Stage
 from trtllm_thoughtx.runtime.logits import log_softmax
 from trtllm_thoughtx.text.answer import split_text
@@ -98,19 +98,16 @@ class Scorer:
         answers = [""] * len(requests)
         for (params, until), members in groups.items():
             rows = {index: self._prompt(requests[index][0], params.max_new_tokens) for index in members}
-            if params.is_greedy:
+            if params.is_greedy and self.source.is_grouped:
                 members = sorted(members, key=lambda index: -len(rows[index]))
             prompts = [requests[index][0] for index in members]
             is_done = functools.partial(self._is_done, prompts, until)
-            for start in range(0, len(members), self.source.batch_size):
-                part = members[start : start + self.source.batch_size]
-                streams = range(start, start + len(part))  # not the batch: draws must not depend on its size
-                done = self.source.write(
-                    [rows[index] for index in part], [params] * len(part), streams, functools.partial(_shifted, is_done, start)
-                )
-                for index, one in zip(part, done, strict=True):
-                    answers[index] = self.answer(requests[index][0], one.ids, until)
-                self._advance(len(part))
+            streams = range(len(members))
+            for place, one in self.source.write([rows[index] for index in members], [params] * len(members), streams, is_done):
+                if isinstance(one, ThoughtxError):
+                    raise one
+                answers[members[place]] = self.answer(prompts[place], one.ids, until)
+                self._advance(1)
         return answers
 
     def answer(self, prompt: str, ids: Sequence[int], until: Sequence[str] = ()) -> str:
@@ -158,10 +155,6 @@ class Scorer:
     def _advance(self, num: int) -> None:
         if self.stage is not None:
             self.stage.advance(num)
-
-
-def _shifted(is_done: IsDone, start: int, row: int, ids: list[int]) -> bool:
-    return is_done(start + row, ids)
 
 
 def _log_likelihood(logits: np.ndarray, ids: Sequence[int]) -> tuple[float, bool]:

@@ -6,9 +6,7 @@ models, not of the sampling.
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +16,9 @@ import numpy as np
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.answers import sha256_of
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.generation import check
+from trtllm_thoughtx.runtime.generation import CANCELLED, check
 from trtllm_thoughtx.runtime.jobs import engine_sha256
+from trtllm_thoughtx.runtime.row import Request
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
@@ -30,7 +29,8 @@ IsDone = Callable[[int, list[int]], bool]  # (row, its new ids so far)
 
 @dataclass(frozen=True)
 class Written:
-    """New tokens, the natural log-probability of each, why they end, and seconds from the start of the batch to the last.
+    """New tokens, the natural log-probability of each, why they end, and seconds to the last: of an engine from when the prompt began to be
+    read, beside whatever else ran; of a model from the start of its batch.
 
     `thinking_stop` says why the thinking ended where the system knows (`text.thinking`), `num_layer_tokens` what the answer cost.
     `is_open`: the thinking was open where `ids` begin; None: as the prompt left it."""
@@ -46,11 +46,13 @@ class Written:
 
 
 class System(Protocol):
-    """`max_length` prompt and answer together; `description` is what a result keeps of it. Prompts and rows are token ids."""
+    """`max_length` prompt and answer together; `description` is what a result keeps of it. Prompts and rows are token ids. `is_grouped`:
+    prompts share batches in the order in which they are given, and answers round as their batch does."""
 
     text: Text
     max_length: int
     batch_size: int
+    is_grouped: bool
     description: dict[str, Any]
 
     def check(self, params: GenerationParams) -> None:
@@ -59,9 +61,9 @@ class System(Protocol):
 
     def write(
         self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
-    ) -> list[Written]:
-        """Answers to at most `batch_size` prompts; `params` and `streams`: the settings and the random stream of each. A row ends early
-        once `is_done` says so."""
+    ) -> Iterable[tuple[int, Written | ThoughtxError]]:
+        """Places of prompts with their answers, each as soon as it is there; `params` and `streams`: the settings and the random stream of
+        each. An answer ends early once `is_done` says so. `batch_size` run at a time."""
         ...
 
     def sha256(self) -> str:
@@ -76,7 +78,9 @@ class System(Protocol):
 
 
 class EngineSystem:
-    """An engine; rows end one by one, and each keeps the time of its own last token."""
+    """An engine; `batch_size` answers are written at a time, and the next prompt begins when one of them ends."""
+
+    is_grouped = False
 
     def __init__(
         self,
@@ -113,42 +117,24 @@ class EngineSystem:
 
     def write(
         self, prompts: Sequence[Sequence[int]], params: Sequence[GenerationParams], streams: Sequence[int], is_done: IsDone | None = None
-    ) -> list[Written]:
-        began = time.perf_counter()
-        last = [began] * len(prompts)
+    ) -> Iterator[tuple[int, Written | ThoughtxError]]:
         new: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
 
-        def on_token(row: int, token: int) -> None:
-            if row not in running:
-                return  # it goes on because others of its batch do; what it writes now must not count
-            last[row] = time.perf_counter()
+        def on_token(row: int, token: int) -> bool:
             new[row].append(token)
-            own = params[row]
-            if is_done is not None and (token in own.stops or len(new[row]) >= own.max_new_tokens or is_done(row, new[row])):
-                running.discard(row)
-                if not running:
-                    raise _Enough
+            return is_done is not None and is_done(row, new[row])
 
-        with contextlib.suppress(_Enough):
-            done = self.engine.generate(
-                prompts, params, on_token, return_logprobs=is_done is None, streams=streams, chunk_size=self.chunk_size
-            )
-        if is_done is not None:
-            return [Written(ids, [], "stop", end - began) for ids, end in zip(new, last, strict=True)]
-        return [
-            Written(
-                one.output_ids,
-                one.logprobs or [],
-                one.stop_reason,
-                end - began,
-                one.thinking_stop,
-                one.num_layer_tokens,
-                one.is_open,
-                one.text_end,
-            )
-            for one, end in zip(done, last, strict=True)
+        requests = [
+            Request(ids, own, row, stream, keeps_logprobs=is_done is None, chunk_size=self.chunk_size)
+            for row, (ids, own, stream) in enumerate(zip(prompts, params, streams, strict=True))
         ]
+        for row, one in self.engine.complete(requests, on_token, num_slots=self.batch_size):
+            if isinstance(one, ThoughtxError):
+                yield row, one
+                continue
+            reason = "stop" if one.stop_reason == CANCELLED else one.stop_reason
+            said = one.thinking_stop, one.num_layer_tokens, one.is_open, one.text_end
+            yield row, Written(one.output_ids, one.logprobs or [], reason, one.seconds, *said)
 
     def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
         assert not isinstance(self.chunk_size, str)
@@ -159,10 +145,6 @@ class EngineSystem:
 
     def close(self) -> None:
         self.engine.close()
-
-
-class _Enough(Exception):
-    """Every row of a batch is done."""
 
 
 def need_text(text: Text | None, path: Path) -> Text:

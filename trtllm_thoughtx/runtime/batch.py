@@ -6,7 +6,10 @@ Without a bound, slots equal positions. With one (`BuildConfig.is_bounded`), slo
 
 A call feeds no row beyond the end of its chunk. So what it writes lies in one section, which holds the chunk itself and a chunk that
 no query sees any more. Before a row enters its next chunk, those tokens of this one that outlive it are fed once more into kept slots
-(`upkeep`): their queries still find all that they saw, so the values are the same, and no cache has to be copied.
+(`upkeep`), in calls of that row alone: their queries still find all that they saw, so the values are the same, and no cache has to be
+copied.
+
+Neighbouring rows are a batch of their own (`view`): their part of the cache is contiguous, so a call takes them and leaves the others.
 
 A row's tokens are right-padded to the call's width. Padding is written to the slots behind the row's last token, where it is marked
 empty until real tokens overwrite it. When a row is so near the end of its section that padding would not fit, the call starts
@@ -15,12 +18,14 @@ earlier and feeds the row's last tokens again: that writes the same values to th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from trtllm_thoughtx.config import BuildConfig
 
+COLUMNS = ("slots", "used", "layer_tokens", "offsets")  # numbers of each row
 LIVE_STEP = 16  # live slots are counted in steps, so that not every token is a new shape
 
 
@@ -29,13 +34,47 @@ class Batch:
 
     def __init__(self, num_rows: int, build: BuildConfig, chunk_size: np.ndarray | None) -> None:
         self.build = build
+        self.first = 0  # its place in the KV cache
         self.chunk_size = chunk_size  # int64 [B], None without chunked attention
         self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self.slots = np.full((num_rows, build.kv_capacity), -1, np.int64)  # the position that a slot holds, -1: none
-        self.used = 0  # slots from here on were never written
-        self.layer_tokens = [0] * num_rows  # work done for each row: tokens times layers
-        self.offsets = [0] * num_rows  # where in the last call of `feed` each row's new tokens begin
-        self.exit_probs = np.zeros((num_rows, 2), np.float32)  # what an exit head said of each row's last token
+        self.used = np.zeros(num_rows, np.int64)  # slots of a row from here on were never written
+        self.layer_tokens = np.zeros(num_rows, np.int64)  # work done for each row: tokens times layers
+        self.offsets = np.zeros(num_rows, np.int64)  # where in the last call of `feed` each row's new tokens begin
+
+    def view(self, start: int, end: int) -> Batch:
+        """The rows `start` to `end` - 1, as a batch that shares all that is known of them; until `clear`, `copy` or `exchange`."""
+        made = copy.copy(self)
+        made.first, made.tokens = self.first + start, self.tokens[start:end]
+        for name in (*COLUMNS, *(("chunk_size",) if self.chunk_size is not None else ())):
+            setattr(made, name, getattr(self, name)[start:end])
+        return made
+
+    def clear(self, row: int, chunk_size: int | None) -> None:
+        """A row for a new sequence."""
+        self.tokens[row] = []
+        self.slots[row], self.used[row], self.layer_tokens[row] = -1, 0, 0
+        if self.chunk_size is not None:
+            self.chunk_size[row] = chunk_size or self.build.chunk_size
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Into a row that was cleared for it: the first `length` tokens of another one, whose KV is copied beside this."""
+        self.tokens[target], self.slots[target], self.used[target] = self.tokens[source][:], self.slots[source], self.used[source]
+        self.forget(target, length)
+
+    def exchange(self, a: int, b: int) -> None:
+        """Rows change places, as their KV does."""
+        self.tokens[a], self.tokens[b] = self.tokens[b], self.tokens[a]
+        for column in (*(getattr(self, name) for name in COLUMNS), *([] if self.chunk_size is None else [self.chunk_size])):
+            column[[a, b]] = column[[b, a]]
+
+    def can_forget(self, row: int, length: int) -> bool:
+        """Whether the first `length` tokens of a row are all there, with what they need of the cache to go on."""
+        if not self.build.is_bounded or length == len(self.tokens[row]):
+            return True
+        assert self.chunk_size is not None
+        last, kept = (len(self.tokens[row]) - 1) // int(self.chunk_size[row]), (length - 1) // int(self.chunk_size[row])
+        return last <= max(self.build.left_chunks, kept)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -80,29 +119,29 @@ class Batch:
         del self.tokens[row][length:]
         self.slots[row, self.slots[row] >= length] = -1
 
-    def upkeep(self, new: Sequence[Sequence[int]]) -> Iterator[dict[str, np.ndarray]]:
-        """Calls that must run before `new` tokens are fed: of rows at the end of a chunk, the tokens that outlive it."""
-        build = self.build
-        if not build.is_bounded or not build.num_kept:
+    def piece(self, num_tokens: int, most: int) -> int:
+        """How many of `num_tokens` that wait one call of this row takes: in its section, at most `most`, and a single one only where it
+        must be. (A call of one token may round otherwise than one of several: pieces that begin elsewhere give the same bits.)"""
+        length = len(self.tokens[0])
+        room = min(num_tokens, self.section(0, length)[1] - length)
+        num = min(room, most)
+        return num - 1 if room - num == 1 and num > 2 else num
+
+    def upkeep(self, row: int) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """Calls that must run before a row is fed: when it is at the end of a chunk, those of the tokens that outlive it."""
+        build, length = self.build, len(self.tokens[row])
+        if not build.is_bounded or not build.num_kept or not length:
             return
         assert self.chunk_size is not None
-        keep: dict[int, list[tuple[int, int, int]]] = {}  # width -> (row, first position, slot)
-        most = min(np.subtract(*self.section(row, max(len(tokens) - 1, 0))[::-1]) for row, tokens in enumerate(self.tokens))
-        for row, tokens in enumerate(new):
-            length, size = len(self.tokens[row]), int(self.chunk_size[row])
-            if not tokens or not length or length % size:
-                continue
-            first = length - size
-            for start in range(first, min(build.sink_tokens, length), most):
-                keep.setdefault(min(most, build.sink_tokens - start, length - start), []).append((row, start, start))
-            if build.num_anchors and length > build.sink_tokens:  # a sink is kept already
-                turn = first // size % (build.num_kept - build.sink_tokens)
-                keep.setdefault(1, []).append((row, length - 1, build.sink_tokens + turn))
-        for width, jobs in keep.items():
-            while jobs:  # a row may have two
-                now = {row: (position, slot) for row, position, slot in reversed(jobs)}
-                jobs = [job for job in jobs if now[job[0]] != job[1:]]
-                yield self._again(width, now)
+        size = int(self.chunk_size[row])
+        if length % size:
+            return
+        first, most, alone = length - size, min(size, build.max_segment), self.view(row, row + 1)
+        for start in range(first, min(build.sink_tokens, length), most):
+            yield alone, alone._again(start, min(most, build.sink_tokens - start, length - start), start)
+        if build.num_anchors and length > build.sink_tokens:  # a sink is kept already
+            turn = first // size % (build.num_kept - build.sink_tokens)
+            yield alone, alone._again(length - 1, 1, build.sink_tokens + turn)
 
     def feed(self, new: list[list[int]], logit_rows: list[list[int]]) -> dict[str, np.ndarray]:
         """Append `new` tokens to the rows (`cut` says how many fit) and return the inputs of one call.
@@ -132,32 +171,15 @@ class Batch:
         assert end - begin >= width, (begin, end, width)
         return min(first, end - width)
 
-    def refeed(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
-        """Inputs of a call that takes the last `counts` tokens of each row again, right-padded, all of them projected to logits.
+    def refeed(self, num: int) -> dict[str, np.ndarray]:
+        """Inputs of a call that takes the last `num` tokens of the one row again, all of them projected to logits."""
+        start = len(self.tokens[0]) - num
+        return self._feeds(num, [start], [self.slot(0, start)], [list(range(num))])
 
-        `logit_indices` is [B, widest]; past a row's count it repeats. A row of count 0 has ended: it gets any of its tokens.
-        """
-        width, starts, slots = max(counts), [], []
-        for row, (history, count) in enumerate(zip(self.tokens, counts, strict=True)):
-            starts.append(len(history) - count if count else self._start(row, width, len(history) - 1))
-            slots.append(self.slot(row, starts[-1]))
-            if count:
-                self.slots[row, slots[-1] + count : slots[-1] + width] = -1  # padding is written there
-        return self._feeds(width, starts, slots, [[min(i, max(count - 1, 0)) for i in range(width)] for count in counts])
-
-    def _again(self, width: int, kept: dict[int, tuple[int, int]]) -> dict[str, np.ndarray]:
-        """Feed `width` tokens of each row of `kept` again, into other slots; the last ones of all other rows, into their own."""
-        starts, slots = [], []
-        for row, history in enumerate(self.tokens):
-            if row in kept:
-                start, slot = kept[row]
-                self.slots[row, slot : slot + width] = np.arange(start, start + width)
-            else:
-                start = self._start(row, width, len(history) - 1)
-                slot = self.slot(row, start)
-            starts.append(start)
-            slots.append(slot)
-        return self._feeds(width, starts, slots, [[0]] * len(starts))
+    def _again(self, start: int, width: int, slot: int) -> dict[str, np.ndarray]:
+        """Feed `width` tokens of the one row again, into another slot."""
+        self.slots[0, slot : slot + width] = np.arange(start, start + width)
+        return self._feeds(width, [start], [slot], [[0]])
 
     def _feeds(self, width: int, starts: list[int], slots: list[int], logit_rows: list[list[int]]) -> dict[str, np.ndarray]:
         ids, positions = [], []
@@ -165,8 +187,8 @@ class Batch:
             window = history[start : start + width]
             ids.append(window + [window[-1]] * (width - len(window)))
             positions.append([min(start + i, start + len(window) - 1) for i in range(width)])
-        self.used = max(self.used, max(slots) + width)
-        live = min(self.build.kv_capacity, -(-self.used // LIVE_STEP) * LIVE_STEP)
+        np.maximum(self.used, np.add(slots, width), out=self.used)
+        live = min(self.build.kv_capacity, -(-int(self.used.max()) // LIVE_STEP) * LIVE_STEP)
         feeds = {
             "input_ids": np.array(ids, np.int64),
             "positions": np.array(positions, np.int64),

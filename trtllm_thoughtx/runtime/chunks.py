@@ -11,10 +11,8 @@ call are projected to logits, evenly spaced, and each call counts by its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
@@ -34,49 +32,60 @@ class Choice:
     single_step: bool = False
 
 
-def start(session: Session, prompts: Sequence[Sequence[int]], chunk_size: int | str | None) -> tuple[Batch, Sequence[Choice | None]]:
-    """A batch, and the chunks of each of its rows (None: full attention). Rows whose chunks were chosen are fed in part."""
-    build = session.build
-    if chunk_size != AUTO and (chunk_size is not None or not build.adaptive_chunks):
-        assert not isinstance(chunk_size, str)
-        batch = session.start(prompts, chunk_size)
-        return batch, [None] * len(prompts) if batch.chunk_size is None else [Choice(int(size)) for size in batch.chunk_size]
-    if not build.base_size:
+def check(session: Session, chunk_size: int | str | None) -> None:
+    """E122 for one that this engine cannot follow, or choose."""
+    if is_chosen(session.build, chunk_size) and not session.build.base_size:
         why = "the engine was built without tokens of chunk per nat (thoughtx-build --base_size), so it cannot choose"
         fix = "name a chunk size, or build with the settings that thoughtx-calibrate --chunk_report writes (build.yaml)"
         raise ThoughtxError("E122", "no chunk size can be chosen", where=str(session.directory.root), why=why, fix=fix)
-    batch = session.start(prompts, build.max_chunk_size)
+    session.check_chunk_size(chunk_size)
+
+
+def is_chosen(build: BuildConfig, chunk_size: int | str | None) -> bool:
+    """Whether it comes from the prompt."""
+    return chunk_size == AUTO or (chunk_size is None and build.adaptive_chunks)
+
+
+def read(session: Session, batch: Batch, prompt: Sequence[int], most: int) -> Generator[None, None, Choice]:
+    """Choose the chunks of the one row, which is empty. It holds the beginning of the prompt then, as far as that is of use, and at
+    least one token is left to be fed. Stops between two calls of the model; a call takes at most `most` tokens."""
+    nats = yield from _first_chunk_entropy(session, batch, prompt, most)
+    choice, num_fed = choose(nats, session.build), len(batch.tokens[0])
     assert batch.chunk_size is not None
-    choices = [choose(nats, build) for nats in _first_chunk_entropy(session, batch, prompts)]
-    for row, choice in enumerate(choices):
-        num_fed = len(batch.tokens[row])
-        kept = min(len(prompts[row]) - 1, choice.chunk_size, num_fed)
-        session.stats.num_read_again += num_fed - kept
-        batch.chunk_size[row] = choice.chunk_size
-        batch.forget(row, kept)
-    return batch, choices
+    batch.chunk_size[0] = choice.chunk_size
+    kept = min(len(prompt) - 1, choice.chunk_size, num_fed)
+    session.stats.num_read_again += num_fed - kept
+    batch.forget(0, kept)
+    yield
+    return choice
 
 
 def prompt_entropies(session: Session, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Of any number of prompts, in nats."""
-    size, found = session.build.max_batch_size, []
-    for first in range(0, len(prompts), size):
-        rows = prompts[first : first + size]
-        found += _first_chunk_entropy(session, session.start(rows, session.build.max_chunk_size or None), rows)
+    found = []
+    for prompt in prompts:
+        steps = _first_chunk_entropy(session, session.start([prompt], None), prompt, session.build.max_input_len)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found.append(end.value)
+                break
     return found
 
 
-def _first_chunk_entropy(session: Session, batch: Batch, rows: Sequence[Sequence[int]]) -> list[float]:
-    """Feed the first chunk of each row at most; the mean entropy, in nats, of what the model expects after its tokens."""
-    heads = [list(row[: session.build.max_chunk_size or None]) for row in rows]
-    most, sums = min(NUM_ROWS, session.runner.max_logit_rows), [0.0] * len(rows)
-    for new in batch.segments(heads, session.build.max_input_len):
-        places = [spread(max(1, len(extra)), min(most, max(map(len, new)))) for extra in new]
-        nats = entropy(session.step(batch, new, places))
-        for row, extra in enumerate(new):
-            if extra:
-                sums[row] += len(extra) * float(nats[row, np.unique(places[row], return_index=True)[1]].mean())
-    return [total / len(head) for total, head in zip(sums, heads, strict=True)]
+def _first_chunk_entropy(session: Session, batch: Batch, prompt: Sequence[int], most: int) -> Generator[None, None, float]:
+    """Feed the largest chunk that the engine takes, at most; the mean entropy, in nats, of what the model expects after its tokens."""
+    head, total = list(prompt[: session.build.max_chunk_size or None]), 0.0
+    if batch.chunk_size is not None:
+        batch.chunk_size[0] = session.build.max_chunk_size
+    rows = min(NUM_ROWS, session.runner.max_logit_rows)
+    while rest := head[len(batch.tokens[0]) :]:
+        if batch.tokens[0]:
+            yield
+        num = batch.piece(len(rest), most)
+        total += num * float(entropy(session.step(batch, [rest[:num]], [spread(num, min(rows, num))])[0]).mean())
+    return total / len(head)
 
 
 def choose(prompt_entropy: float, build: BuildConfig) -> Choice:

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len);
+    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len) | cancelled;
     `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
     `top_logprobs` are the likeliest tokens at each place, as `GenerationParams.logprobs` asks for them. `text_end`: only so many characters
     of the decoded ids are the text, because `stop_string`, or a stop token, follows; None: all of them. `index`: which of the prompt's
@@ -37,16 +37,18 @@ class Completion:
     num_thinking_tokens: int = 0
     thinking_stop: str | None = None
     num_layer_tokens: int = 0
+    num_reused_tokens: int = 0  # of the prompt, whose KV was copied from another sequence
     num_probes: int = 0
     num_probes_skipped: int = 0  # they could not have been taken back from a bounded cache
+    seconds: float = field(default=0.0, compare=False)  # from when its prompt began to be read
 
 
 @dataclass
 class Work:
     """Work that was done, whatever it was good for: tokens times layers, rows of logits, and bytes of weights read.
 
-    A call reads the weights of the parts that it runs once, whatever its batch; embeddings are looked up and not counted. Padding and
-    rows of a batch that wait are not counted as tokens.
+    A call reads the weights of the parts that it runs once, whatever its batch; embeddings are looked up and not counted. Padding is
+    not counted as tokens.
     """
 
     num_layer_tokens: int = 0
@@ -63,13 +65,14 @@ class Work:
 
 @dataclass
 class Stats:
-    """Wall-clock and counts of the last `generate`, summed over its batches, and all work since it began, forward passes included."""
+    """Wall-clock and counts of the last `generate`, and all work since it began, forward passes included."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_prefilled: int = 0
+    num_reused: int = 0  # of them, those whose KV was copied from another sequence
     num_read_again: int = 0  # prompt tokens that were fed twice because the engine chose the chunk size
-    num_decoded: int = 0  # tokens that came from decode steps: all but each row's first
+    num_decoded: int = 0  # tokens that came from decode steps: all but each answer's first
     num_cycles: int = 0  # of drafts and their verification
     num_drafted: int = 0
     num_accepted: int = 0  # drafts

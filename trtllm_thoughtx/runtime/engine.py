@@ -4,15 +4,15 @@
     for completion in engine.generate([engine.text.chat("x1 = 3 x2 = 5 ?")]):
         print(engine.text.decode(completion.output_ids))
 
-Prompts are prefilled in segments of at most max_input_len tokens (scheduling: it changes no result), then decoded one token a step through
-the KV cache. Rows of a batch may have any lengths. What runs underneath is a `Session`.
+Prompts come and go through the rows of one KV cache (`Generation`): each is fed in pieces, then decoded one token a step together with the
+others that run. What runs underneath is a `Session`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,17 @@ from trtllm_thoughtx.backends import Runner, open_runner
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.completion import Completion, Stats, Work
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.pace import Pace
-from trtllm_thoughtx.runtime.row import Request
+from trtllm_thoughtx.runtime.row import STREAMS_APART, Request
 from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.text.params import GenerationParams, token_ids
 from trtllm_thoughtx.text.text import Text
 
 __all__ = ["Completion", "Engine", "Stats", "Work"]
-STREAMS_APART = 1 << 40  # the random streams of a prompt's several answers: no request has so many prompts
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Engine:
         return self.session.stats
 
     @property
-    def paces(self) -> dict[int, Pace]:
+    def paces(self) -> dict[str, Pace]:
         return self.session.paces
 
     @property
@@ -169,13 +169,12 @@ class Engine:
         chunk_size: int | str | None = None,
         streams: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Complete every prompt, at most max_batch_size at a time. `params`: for all, or one for each prompt; None: the checkpoint's
-        generation_config, or greedy.
+        """Complete every prompt. `params`: for all, or one for each prompt; None: the checkpoint's generation_config, or greedy.
         `chunk_size`: tokens, "auto" (each prompt gets one from its entropy), or None: as the engine was built.
 
-        Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on how prompts share
-        a batch. A prompt with num_return_sequences above 1 gives so many completions, one behind the other, the first of them the one
-        that it gives alone; `on_token` counts completions.
+        Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on what runs beside it.
+        A prompt with num_return_sequences above 1 gives so many completions, one behind the other, the first of them the one that it
+        gives alone; `on_token` counts completions, and ends one by a true result.
         """
         if params is None:
             params = self.default_params()
@@ -185,13 +184,31 @@ class Engine:
         numbers = range(len(prompts)) if streams is None else streams
         places = [(i, k) for i, one in enumerate(each) for k in range(one.num_return_sequences)]
         requests = [
-            Request(prompts[i], each[i], index, numbers[i] + k * STREAMS_APART, return_logits, return_logprobs)
+            Request(prompts[i], each[i], index, numbers[i] + k * STREAMS_APART, return_logits, return_logprobs, chunk_size)
             for index, (i, k) in enumerate(places)
         ]
+        done: dict[int, Completion] = {}
+        for index, outcome in self.complete(requests, on_token):
+            if isinstance(outcome, ThoughtxError):
+                raise outcome
+            done[index] = dataclasses.replace(outcome, index=places[index][1])
+        return [done[index] for index in range(len(places))]
+
+    def complete(
+        self, requests: Sequence[Request], on_token: OnToken | None = None, *, num_slots: int | None = None
+    ) -> Iterator[tuple[int, Completion | ThoughtxError]]:
+        """The requests, whose `index` tells them apart, with what became of them, each as soon as it has ended: at most `num_slots` run at
+        a time (None: as many as the engine takes). A request that does not fit is named before anything runs (E122), one whose logits are
+        not finite ends with its error (E123); the others go on."""
         self.session.stats = Stats()
-        size = self.build.max_batch_size
-        done: list[Completion] = []
-        for first in range(0, len(requests), size):
-            batch = requests[first : first + size]
-            done += Generation(self.session, self.text, self.eos_ids, batch, chunk_size, on_token).run()
-        return [one if k == 0 else dataclasses.replace(one, index=k) for one, (_, k) in zip(done, places, strict=True)]
+        if not requests:
+            return
+        size = min(num_slots or self.build.max_batch_size, self.build.max_batch_size, len(requests))
+        generation = Generation(self.session, self.text, self.eos_ids, size, on_token, fills_first=True)
+        for request in requests:
+            try:
+                generation.add(request)
+            except ThoughtxError as error:
+                yield request.index, error
+        while not generation.is_idle:
+            yield from generation.tick()

@@ -1,87 +1,117 @@
-"""The loop of `Engine.generate` over one batch: probe, write a token of each row (more where drafts are accepted), feed, until all rows
-have ended. What a row writes next is its own affair (`row`)."""
+"""Requests on their way to completions, over the slots of one engine: they come and go between ticks, and every request gets the tokens
+that it gets alone.
+
+A tick (`scheduler`) feeds each running row the token that it wrote last, all rows in one call, and each row writes the next one (more where
+drafts are accepted; what a row writes is its own affair, see `row`). Then one piece of one prompt is fed, in a call of its own.
+Upkeep of bounded caches, probes and drafts are calls of one row. So no call has padding, and none holds tokens of a row whose sums could
+depend on its neighbours.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-
-import numpy as np
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from trtllm_thoughtx.checkpoint.exits import READY
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime import chunks, probe
+from trtllm_thoughtx.runtime import chunks, drafts, probe
+from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
-from trtllm_thoughtx.runtime.drafts import OFF, TRUST, TRUSTED, Drafter, check_policy
-from trtllm_thoughtx.runtime.pace import Pace, Timer
+from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, check_policy
 from trtllm_thoughtx.runtime.row import Request, Row
-from trtllm_thoughtx.runtime.sampling import Sampler
+from trtllm_thoughtx.runtime.scheduler import Scheduler
 from trtllm_thoughtx.runtime.session import Session
+from trtllm_thoughtx.runtime.slots import Slots
 from trtllm_thoughtx.text import opening, thinking
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.text.thinking import Thinking
 
-OnToken = Callable[[int, int], None]  # (index of the completion, token id)
+PREFILL_SEGMENT = 512  # tokens of a prompt that one tick takes
+CANCELLED, DONE = "cancelled", object()
+OnToken = Callable[[int, int], object]  # (number of the request, token id); a true result cancels it
+Outcome = Completion | ThoughtxError
 
 
 class Generation:
-    """One batch of requests on its way to completions."""
+    """Holds the KV cache of its session. `add` and `cancel` at any time between ticks; `tick` returns who has ended."""
 
     def __init__(
         self,
         session: Session,
         text: Text | None,
         eos_ids: Iterable[int],
-        requests: Sequence[Request],
-        chunk_size: int | str | None,
-        on_token: OnToken | None,
+        num_slots: int,
+        on_token: OnToken | None = None,
+        *,
+        prefill_segment: int = PREFILL_SEGMENT,
+        fills_first: bool = False,
+        reuses: bool = True,
     ) -> None:
         self.session, self.text, self.eos_ids, self.on_token = session, text, frozenset(eos_ids), on_token
-        for params in dict.fromkeys(request.params for request in requests):
-            check(session, text, params)
-        self.began = time.perf_counter()
-        self.batch, choices = chunks.start(session, [request.prompt for request in requests], chunk_size)
-        self.rows = [self._row(index, *asked) for index, asked in enumerate(zip(requests, choices, strict=True))]
-        self.sampler = Sampler(
-            [request.params for request in requests],
-            len(requests),
-            streams=[request.stream for request in requests],
-            prompts=[row.prompt for row in self.rows],
-        )
-        self.drafter, self.timer = self._drafter()
+        self.segment = min(prefill_segment, session.build.max_input_len)
+        self.slots = Slots(session, num_slots, self.segment, reuses=reuses)
+        self.scheduler = Scheduler(num_slots, fills_first=fills_first, choose_slot=self._choose_slot)
+        self.rows: dict[int, Row] = {}
+        self.drafter = Drafter(session) if session.build.draft_layers else None
+        self._filling: Generator[None, None, None] | None = None
+        self._ended: list[tuple[int, Outcome]] = []
 
-    def run(self) -> list[Completion]:
-        stats = self.session.stats
-        self._offer(self.session.prefill(self.batch, [row.prompt for row in self.rows])[:, None])
-        prefilled = time.perf_counter()
-        while True:
-            self._probe(self.rows)
-            new = [self._write(row) for row in self.rows]
-            while held := [row for row in self.rows if row.is_held]:  # a step ended among drafts, and probes come first
-                self._probe(held)
-                for row in held:
-                    new[row.index] = self._write(row)
-            if not any(row.is_live for row in self.rows):
-                break
-            self._feed(new)
-        stats.prefill_seconds += prefilled - self.began
-        stats.decode_seconds += time.perf_counter() - prefilled
-        stats.num_prefilled += sum(len(row.request.prompt) for row in self.rows)
-        stats.num_decoded += sum(max(0, len(row.output) - 1) for row in self.rows)
-        return [row.completion(self.batch.layer_tokens[row.index]) for row in self.rows]
+    @property
+    def is_idle(self) -> bool:
+        return self.scheduler.is_idle
 
-    def _row(self, index: int, request: Request, choice: Choice | None) -> Row:
+    def add(self, request: Request) -> None:
+        """E122 for one that the engine cannot follow."""
+        check_request(self.session, self.text, request)
+        assert request.index not in self.rows, request.index
+        self.rows[request.index] = self._row(request)
+        self.scheduler.add(request.index, request.priority)
+
+    def has_begun(self, index: int) -> bool:
+        """It has a slot."""
+        return self.scheduler.slot_of(index) is not None
+
+    def cancel(self, index: int) -> Completion | None:
+        """What there is of a request, whose slot is free now; None when there is no such request any more."""
+        row = self.rows.get(index)
+        if row is None:
+            return None
+        row.reason = row.reason or CANCELLED
+        done = self._completion(index)
+        self._leave(index)
+        return done
+
+    def tick(self) -> list[tuple[int, Outcome]]:
+        """One step of each running row, and a piece of a prompt; the requests that ended by it."""
+        plan, stats, self._ended = self.scheduler.plan(), self.session.stats, []
+        began = time.perf_counter()
+        if plan.decode:
+            self._decode([self.rows[index] for index in plan.decode])
+        decoded = time.perf_counter()
+        if plan.fill is not None:
+            self._fill(self.rows[plan.fill])
+        stats.decode_seconds += decoded - began
+        stats.prefill_seconds += time.perf_counter() - decoded
+        return self._ended
+
+    def _row(self, request: Request) -> Row:
         build, params = self.session.build, request.params
-        row = Row(index, request, list(request.prompt), choice, self.eos_ids, build.max_seq_len)
-        row.reason = None if params.max_new_tokens else "length"
-        row.thought = self._thought(row)
+        row = Row(request, list(request.prompt), self.eos_ids, build.max_seq_len)
         row.exit_threshold = build.exit_threshold if isinstance(params.exit_threshold, str) else params.exit_threshold
         if self.text is not None and (params.stop or params.stop_token_ids):
             row.stream = self.text.stop_stream(params)
+        if build.use_chunked_attention and not self._is_chosen(request):
+            assert not isinstance(request.chunk_size, str)
+            row.choice = Choice(request.chunk_size or build.chunk_size)
+        if not self._is_chosen(request):
+            row.thought = self._thought(row)
         return row
+
+    def _is_chosen(self, request: Request) -> bool:
+        return chunks.is_chosen(self.session.build, request.chunk_size)
 
     def _thought(self, row: Row) -> Thinking | None:
         """Follows the row's thinking. A thinking that must not begin is closed in the prompt."""
@@ -97,10 +127,6 @@ class Generation:
             closed = opening.closed(text, prompt)
             if len(closed) < self.session.build.max_seq_len:
                 prompt, row.prompt = closed, list(closed)
-                fed = self.batch.tokens[row.index]
-                same = next((i for i, pair in enumerate(zip(fed, closed, strict=False)) if pair[0] != pair[1]), len(fed))
-                self.session.stats.num_read_again += len(fed) - same
-                self.batch.forget(row.index, same)
             elif params.thinks_nothing:
                 row.reason = "capacity"
         thought = Thinking(text, prompt, params)
@@ -108,88 +134,197 @@ class Generation:
             thought.stop = stop
         return thought
 
-    def _drafter(self) -> tuple[Drafter | None, Timer]:
-        build, policies = self.session.build, {row.params.exit_policy for row in self.rows}
-        if policies == {OFF} or not build.draft_layers:
-            return None, Timer(None)
-        calibrated = build.draft_thresholds[0]
-        usual = [max(TRUSTED, calibrated) if row.params.exit_policy == TRUST else calibrated for row in self.rows]
-        given = [row.params.draft_threshold for row in self.rows]
-        thresholds = [default if value is None else value for default, value in zip(usual, given, strict=True)]
-        pace = self.session.paces.setdefault(len(self.rows), Pace()) if policies <= {AUTO, OFF} else None
-        return Drafter(self.session, self.batch, thresholds), Timer(pace)
+    # prompts
 
-    def _feed(self, new: list[list[int]]) -> None:
-        """Feed the tokens just written, with drafts behind them where these pay."""
-        if self.drafter is None or not self.timer.start(sum(len(row.output) for row in self.rows), sum(map(bool, new))):
-            for row in self.rows:
-                row.drafts = []
-            self._offer(self.session.step(self.batch, new, [[0]] * len(new)))
+    def _choose_slot(self, index: int, free: list[int]) -> int:
+        row = self.rows[index]
+        return self.slots.choose(() if self._is_chosen(row.request) else row.prompt, row.chunk_size, free)
+
+    def _fill(self, row: Row) -> None:
+        """Feed the next piece of a prompt. When all of it is in, the row runs, and writes its first token."""
+        index = row.request.index
+        if self._filling is None:
+            row.began = time.perf_counter()
+            self._filling = self._pieces(row, self._slot(index))
+        if next(self._filling, DONE) is not DONE:
             return
-        most = [row.max_drafts if fed else 0 for row, fed in zip(self.rows, new, strict=True)]
-        drafts, logits, exit_probs = self.drafter.cycle(new, most, self.sampler.guess)
-        for row, drafted in zip(self.rows, drafts, strict=True):
-            row.drafts = drafted
-        self._offer(logits, exit_probs)
+        self._filling = None
+        self.slots.exchange(*self.scheduler.filled())
+        self.session.stats.num_prefilled += len(row.request.prompt)
+        self._advance(row)
 
-    def _offer(self, logits: np.ndarray, exit_probs: np.ndarray | None = None) -> None:
-        """What each row may be written from next: logits [B, W, V], behind the last token fed and each draft, and what the exit head says
-        there (copied: the tokens of probes change what the batch holds)."""
-        self.logits = logits
-        self.exit_probs = self.batch.exit_probs[:, None].copy() if exit_probs is None else exit_probs
-        for row in self.rows:
-            row.num_used = 0
+    def _pieces(self, row: Row, slot: int) -> Generator[None, None, None]:
+        """Feeds a prompt; stops between two calls. The slot stays the row's all the time."""
+        slots, request = self.slots, row.request
+        if self._is_chosen(request):
+            slots.empty(slot, None)
+            batch = slots.view(slot, slot + 1)
+            row.choice = yield from chunks.read(self.session, batch, row.prompt, self.segment)
+            row.thought = self._thought(row)
+            fed = batch.tokens[0]
+            same = next((i for i, pair in enumerate(zip(fed, row.prompt, strict=False)) if pair[0] != pair[1]), len(fed))
+            self.session.stats.num_read_again += len(fed) - same
+            batch.forget(0, same)
+        elif row.is_live:
+            row.num_reused = slots.begin(slot, row.prompt, row.chunk_size)
+        else:
+            slots.empty(slot, None)
+        batch = slots.view(slot, slot + 1)
+        while row.is_live and (rest := row.prompt[len(batch.tokens[0]) :]):
+            num = batch.piece(len(rest), self.segment)
+            logits, exit_probs = self.session.call(batch, [rest[:num]], [[num - 1]])
+            if not self._is_chosen(request):
+                slots.num_filled[slot] = len(batch.tokens[0])
+            if num < len(rest):
+                yield
+            else:
+                row.offer([], logits[0], exit_probs[0])
 
-    def _write(self, row: Row) -> list[int]:
-        """Write tokens of a row as far as its logits reach; the one that is to be fed, none when the row has ended or is held."""
-        row.is_held = False
-        while row.is_live:
-            place, drafts = row.num_used, row.drafts
-            logits = self.logits[row.index, place]
-            picked = int(self.sampler.pick(logits[None], [row.index])[0])
-            if place < len(drafts) and row.params.exit_policy == TRUST:
-                picked = drafts[place]
-            token = row.next_token(picked, self.exit_probs[row.index, place, READY])
-            row.append(token, logits)
-            row.num_used += 1
-            self.sampler.note(row.index, token)
-            if self.on_token:
-                self.on_token(row.request.index, token)
-            is_accepted = row.is_live and place < len(drafts) and token == drafts[place]
-            self.session.stats.num_accepted += is_accepted
-            if not is_accepted:
-                self._take_back(row, len(drafts) - place)
-                return [token] if row.is_live else []
-            if row.awaits_probe:
-                self._take_back(row, len(drafts) - place - 1)
-                row.is_held = True
-                return []
-        return []
+    # decoding
+
+    def _decode(self, rows: Sequence[Row]) -> None:
+        """Feed each row the token that it wrote last, and let it go on."""
+        if len(rows) == 1 or any(self._trusts(row) for row in rows):
+            for row in rows:
+                self._decode_alone(row)
+            return
+        logits, exit_probs = self.session.call(self.slots.view(0, len(rows)), [[row.output[-1]] for row in rows], [[0]] * len(rows))
+        for place, row in enumerate(rows):
+            row.offer([], logits[place], exit_probs[place])
+        for row in rows:
+            self._advance(row)
+
+    def _trusts(self, row: Row) -> bool:
+        """Its answer depends on what is drafted, which must not depend on the other rows."""
+        return self.drafter is not None and row.params.exit_policy == TRUST
+
+    def _decode_alone(self, row: Row) -> None:
+        """The same for one row, with drafts where there are any and they pay."""
+        began, num_before, paces = time.perf_counter(), len(row.output), self.session.paces
+        batch = self._view(row)
+        most = min(row.max_drafts, drafts.room(self.session, batch) - 1)
+        looks = row.params.prompt_lookup > 0 and not self._trusts(row)
+        found = row.lookup.drafts(min(most, row.params.prompt_lookup)) if looks and paces["lookup"].pays() else []
+        is_timed = row.params.exit_policy == AUTO
+        is_drafted = not found and self._may_draft(row) and (not is_timed or paces["drafts"].pays())
+        if found:
+            row.offer(*drafts.verified(self.session, batch, row.output[-1], found))
+        elif is_drafted and self.drafter is not None:
+            guess = lambda ahead, logits: row.sampler.guess(0, ahead, logits)  # noqa: E731
+            row.offer(*self.drafter.cycle(batch, row.output[-1], min(most, MAX_DRAFTS), self._threshold(row), guess))
+        else:
+            row.offer([], *(values[0] for values in self.session.call(batch, [[row.output[-1]]], [[0]])))
+        fed = time.perf_counter() - began
+        self._advance(row)
+        num_new = len(row.output) - num_before
+        if looks and not is_drafted:
+            paces["lookup"].note(bool(found), fed, num_new)
+        if self._may_draft(row) and is_timed and not found:
+            paces["drafts"].note(is_drafted, fed, num_new)
+
+    def _may_draft(self, row: Row) -> bool:
+        return self.drafter is not None and row.params.exit_policy != OFF
+
+    def _threshold(self, row: Row) -> float:
+        """How confident drafts must be."""
+        if row.params.draft_threshold is not None:
+            return row.params.draft_threshold
+        calibrated = self.session.build.draft_thresholds[0]
+        return max(TRUSTED, calibrated) if row.params.exit_policy == TRUST else calibrated
+
+    def _advance(self, row: Row) -> None:
+        """Let a row write as far as its logits reach: at its end it has written a token that is not fed yet, or it has ended."""
+        index = row.request.index
+        try:
+            self._probe(row)
+            while row.is_live and self._write(row):
+                self._probe(row)
+        except ThoughtxError as error:
+            if error.code != "E123":
+                raise
+            self._leave(index)
+            self._ended.append((index, error))
+            return
+        if not row.is_live:
+            self.session.stats.num_decoded += max(0, len(row.output) - 1)
+            done = self._completion(index)
+            self._leave(index)
+            self._ended.append((index, done))
+
+    def _write(self, row: Row) -> bool:
+        """Write one token; whether there are logits for another one: it was drafted."""
+        place = row.num_used
+        logits = row.offered[place]
+        picked = int(row.sampler.pick(logits[None])[0])
+        if place < len(row.drafts) and row.params.exit_policy == TRUST and self.drafter is not None:
+            picked = row.drafts[place]
+        token = row.next_token(picked, row.exit_probs[place, READY])
+        row.append(token, logits)
+        row.num_used += 1
+        if self.on_token is not None and self.on_token(row.request.index, token):
+            row.reason = row.reason or CANCELLED
+        is_accepted = row.is_live and place < len(row.drafts) and token == row.drafts[place]
+        self.session.stats.num_accepted += is_accepted
+        if not is_accepted:
+            self._take_back(row, len(row.drafts) - place)
+        elif row.awaits_probe:
+            self._take_back(row, len(row.drafts) - place - 1)
+        return is_accepted
 
     def _take_back(self, row: Row, num_drafts: int) -> None:
         """The last drafts of a row will not be written."""
         if num_drafts:
-            self.batch.forget(row.index, len(self.batch.tokens[row.index]) - num_drafts)
-        row.drafts = row.drafts[: len(row.drafts) - num_drafts]
+            batch = self._view(row)
+            batch.forget(0, len(batch.tokens[0]) - num_drafts)
+            row.drafts = row.drafts[: len(row.drafts) - num_drafts]
 
-    def _probe(self, rows: Sequence[Row]) -> None:
-        """Ask those of the rows that ended a step for their answers. Rows that ask alike are probed together."""
-        asked: dict[tuple[int, frozenset[int]], dict[int, list[int]]] = {}  # tokens of a probe and what ends it -> closings by row
-        for row in self.rows:
-            row.is_settled = False
-        for row in rows:
-            if row.thought is None or not row.can_probe:
-                continue
-            closing, num_tokens = row.thought.closing(), row.params.probe_tokens
-            if len(closing) + num_tokens <= probe.room(self.batch, row.index):
-                asked.setdefault((num_tokens, row.stop_ids), {})[row.index] = closing
-            else:
-                row.probes.num_skipped += 1
-        for (num_tokens, ends), closings in asked.items():
-            for index, (answer, confidence) in probe.ask(self.session, self.batch, closings, num_tokens, ends).items():
-                row, said = self.rows[index], self.text.decode(answer) if self.text else ""
-                threshold, agree = row.params.exit_probe or 0.0, row.params.probe_agree
-                row.is_settled = row.probes.settles(answer, confidence, said, threshold=threshold, num_agreeing=agree)
+    def _probe(self, row: Row) -> None:
+        """Ask a row that ended a step for its answer."""
+        row.is_settled = False
+        if row.thought is None or not row.can_probe:
+            return
+        batch, closing = self._view(row), row.thought.closing()
+        if len(closing) + row.params.probe_tokens > probe.room(batch):
+            row.probes.num_skipped += 1
+            return
+        answer, confidence = probe.ask(self.session, batch, closing, row.params.probe_tokens, row.stop_ids)
+        said, params = self.text.decode(answer) if self.text else "", row.params
+        row.is_settled = row.probes.settles(answer, confidence, said, threshold=params.exit_probe or 0.0, num_agreeing=params.probe_agree)
+
+    # slots
+
+    def _slot(self, index: int) -> int:
+        slot = self.scheduler.slot_of(index)
+        assert slot is not None
+        return slot
+
+    def _view(self, row: Row) -> Batch:
+        slot = self._slot(row.request.index)
+        return self.slots.view(slot, slot + 1)
+
+    def _completion(self, index: int) -> Completion:
+        slot = self.scheduler.slot_of(index)
+        has_begun = slot is not None and (self._filling is not None or index in self.scheduler.running)
+        if not has_begun:
+            return self.rows[index].completion(0, 0.0)
+        return self.rows[index].completion(int(self.slots.batch.layer_tokens[slot]), time.perf_counter() - self.rows[index].began)
+
+    def _leave(self, index: int) -> None:
+        """Its slot is free."""
+        slot = self.scheduler.slot_of(index)
+        if slot is not None:
+            self.slots.touch(slot)
+            if index not in self.scheduler.running:
+                self._filling = None
+        self.slots.exchange(*self.scheduler.end(index))
+        del self.rows[index]
+
+
+def check_request(session: Session, text: Text | None, request: Request) -> None:
+    """E122 for one that this engine cannot follow, before any work."""
+    check(session, text, request.params)
+    chunks.check(session, request.chunk_size)
+    session.check_prompt(request.index, request.prompt)
 
 
 def check(session: Session, text: Text | None, params: GenerationParams) -> None:

@@ -1,7 +1,7 @@
-"""Many requests as one job: all are checked before the first batch, each answer is written when its batch is done, one bad request costs
+"""Many requests as one job: all are checked before the first one runs, each answer is written when it is done, one bad request costs
 nothing but itself.
 
-An answer does not depend on what shares its batch, nor on where a stopped job went on: a request draws from the random stream of its line
+An answer does not depend on what runs beside it, nor on where a stopped job went on: a request draws from the random stream of its line
 number, and one with a seed of its own draws as if it were alone.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, counted, listed
@@ -23,13 +22,12 @@ from trtllm_thoughtx.runtime.answers import Answers, Stamp, sha256_of, stamp
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.generation import OnToken, check
+from trtllm_thoughtx.runtime.row import STREAMS_APART, Request
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.prompts import Prompt
 
 STOP, ROW = ON_ERROR = ("stop", "row")
-T = TypeVar("T")
-U = TypeVar("U")
-COUNTED = ("prefill_seconds", "decode_seconds", "num_decoded", "num_read_again", "num_drafted", "num_accepted")
+COUNTED = ("prefill_seconds", "decode_seconds", "num_decoded", "num_reused", "num_read_again", "num_drafted", "num_accepted")
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,16 @@ class Job:
         stage = self.progress.stage("answering", len(left)) if self.is_file else contextlib.nullcontext()
         with self.answers.writing(self.progress, rows) if self.answers else contextlib.nullcontext(), stage as running:
             self._write([*unread, *(row for made in list(rows.values())[:num_errors] for row in made)])
-            for batch in batches(left, self.engine.build.max_batch_size):
-                for one, answered in one_by_one(batch, lambda some: self._completed(some, on_token, return_logits), self.on_error):
-                    if isinstance(answered, ThoughtxError):
-                        made = [error_row(one.request.id, answered)]
-                    else:
-                        self.last, extra = answered, stamps[one.request.id]._asdict() if stamps else {}
-                        made = [{**row, **extra} for row in done(one, answered)]
-                    rows[one.request.id] = made
-                    self._write(made)
+            for one, answered in self._answered(left, on_token, return_logits):
+                if isinstance(answered, ThoughtxError):
+                    made = [error_row(one.request.id, answered)]
+                else:
+                    self.last, extra = answered, stamps[one.request.id]._asdict() if stamps else {}
+                    made = [{**row, **extra} for row in done(one, answered)]
+                rows[one.request.id] = made
+                self._write(made)
                 if running is not None:
-                    running.advance(len(batch))
+                    running.advance(1)
         return [*unread, *(row for request in requests for row in rows[request.id])]
 
     def _checked(self, requests: Sequence[Prompt], todo: Callable[[Prompt], Todo]) -> tuple[list[Todo], dict[str, list[dict[str, Any]]]]:
@@ -120,39 +117,36 @@ class Job:
         settings = [{**settings_of(one.params, one.stream), "chunk_size": one.chunk_size} for one in ready]
         return {one.request.id: stamp(engine, one.ids, own) for one, own in zip(ready, settings, strict=True)}
 
-    def _completed(self, batch: Sequence[Todo], on_token: OnToken | None, return_logits: bool) -> list[Sequence[Completion]]:
-        """The completions of each request."""
-        found = self.engine.generate(
-            [one.ids for one in batch],
-            [one.params for one in batch],
-            on_token,
-            return_logits=return_logits,
-            chunk_size=batch[0].chunk_size,
-            streams=[one.stream for one in batch],
-        )
-        for name in COUNTED:
-            self.stats[name] += getattr(self.engine.stats, name)
-        rest = iter(found)
-        return [list(itertools.islice(rest, one.num_answers)) for one in batch]
+    def _answered(
+        self, todo: Sequence[Todo], on_token: OnToken | None, return_logits: bool
+    ) -> Iterator[tuple[Todo, Sequence[Completion] | ThoughtxError]]:
+        """Each request with its completions, or why it has none, as soon as it is done. An error stops the job where it is to."""
+        places = [(i, k) for i, one in enumerate(todo) for k in range(one.num_answers)]
+        requests = [
+            Request(one.ids, one.params, index, one.stream + k * STREAMS_APART, return_logits, chunk_size=one.chunk_size)
+            for index, (one, k) in enumerate((todo[i], k) for i, k in places)
+        ]
+        found: dict[int, dict[int, Completion]] = {}
+        failed = set[int]()
+        for index, outcome in self.engine.complete(requests, on_token):
+            i, k = places[index]
+            if isinstance(outcome, ThoughtxError):
+                if self.on_error == STOP:
+                    raise outcome
+                if i not in failed:
+                    yield todo[i], outcome
+                failed.add(i)
+                continue
+            answers = found.setdefault(i, {})
+            answers[k] = dataclasses.replace(outcome, index=k)
+            if len(answers) == todo[i].num_answers:
+                yield todo[i], [found[i][k] for k in range(todo[i].num_answers)]
+                del found[i]
+        self.stats = {name: getattr(self.engine.stats, name) for name in COUNTED}
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         if self.answers is not None:
             self.answers.write(rows)
-
-
-def batches(todo: Sequence[Todo], size: int) -> Iterator[list[Todo]]:
-    """At most `size` answers at a time, of requests with the same chunk size; a request that wants more stands alone."""
-    for chunk_size in dict.fromkeys(one.chunk_size for one in todo):
-        batch: list[Todo] = []
-        for one in todo:
-            if one.chunk_size != chunk_size:
-                continue
-            if batch and sum(other.num_answers for other in batch) + one.num_answers > size:
-                yield batch
-                batch = []
-            batch.append(one)
-        if batch:
-            yield batch
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -194,27 +188,13 @@ def together(refused: Sequence[ThoughtxError]) -> ThoughtxError:
     return ThoughtxError(first.code, what, where=f"{first.where} and {len(others)} more", why=f"line {why}", fix=first.fix)
 
 
-def one_by_one(batch: Sequence[T], run: Callable[[Sequence[T]], Sequence[U]], on_error: str) -> Iterator[tuple[T, U | ThoughtxError]]:
-    """Each of a batch with what `run` makes of it. A batch that fails is run one by one, so that one request fails alone."""
-    try:
-        found = run(batch)
-    except ThoughtxError as error:
-        if on_error == STOP:
-            raise
-        if len(batch) == 1:
-            yield batch[0], error
-        else:
-            for one in batch:
-                yield from one_by_one([one], run, on_error)
-        return
-    yield from zip(batch, found, strict=True)
-
-
 def engine_sha256(engine: Engine) -> str:
     """Of what an engine's answers depend on."""
     return sha256_of([report.read_manifest(engine.directory.root)["outputs"], engine.backend, engine.is_exact])
 
 
 def settings_of(params: GenerationParams, stream: int) -> dict[str, Any]:
-    """What a stamp keeps of them: greedy answers draw from no stream."""
-    return {**dataclasses.asdict(params), "stream": None if params.is_greedy else stream}
+    """What a stamp keeps of them: greedy answers draw from no stream, and what is looked up changes none."""
+    kept = dataclasses.asdict(params)
+    del kept["prompt_lookup"]
+    return {**kept, "stream": None if params.is_greedy else stream}

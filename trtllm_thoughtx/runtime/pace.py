@@ -1,8 +1,7 @@
-"""Whether drafts pay: `Pace` holds what cycles with and without drafts took, `Timer` measures them. Policy `auto` goes by it."""
+"""Whether drafts pay: what steps with and without them took, and what they wrote. Policy `auto` and prompt lookup go by it."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 NUM_TRIED = 12  # cycles of each kind that `auto` times before it decides, and then now and again ...
@@ -12,10 +11,7 @@ TRY_AGAIN = 400  # cycles
 
 @dataclass
 class Pace:
-    """Seconds and tokens of cycles with and without drafts, for one batch size.
-
-    Tokens are those of a row that goes on, since a cycle takes about as long however many rows have ended.
-    """
+    """Seconds and tokens of cycles with and without drafts."""
 
     seconds: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
     num_tokens: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})
@@ -36,20 +32,3 @@ class Pace:
         self.seconds[drafts] += seconds
         self.num_tokens[drafts] += num_tokens
         self.num_cycles[drafts] += 1
-
-
-class Timer:
-    """Times the cycles of one batch; without a `pace` every cycle drafts."""
-
-    def __init__(self, pace: Pace | None) -> None:
-        self.pace, self.drafts, self.began, self.before, self.num_rows = pace, True, 0.0, 0, 1
-
-    def start(self, num_tokens: int, num_rows: int) -> bool:
-        """A cycle of `num_rows` rows begins, with so many tokens written; whether it is to draft."""
-        now = time.perf_counter()
-        if self.pace is None:
-            return True
-        if self.began:
-            self.pace.note(self.drafts, now - self.began, (num_tokens - self.before) / self.num_rows)
-        self.drafts, self.began, self.before, self.num_rows = self.pace.pays(), now, num_tokens, num_rows
-        return self.drafts

@@ -10,7 +10,7 @@ out and counted. All tokens of probes are work (`Work`, `Completion.num_layer_to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,36 +48,26 @@ def check_room(session: Session, num_tokens: int) -> None:
         raise ThoughtxError("E122", "--exit_probe cannot be used", where=str(session.directory.root), why=why, fix=fix)
 
 
-def room(batch: Batch, row: int) -> int:
-    """How many tokens can be fed to a row and taken back again."""
-    length = len(batch.tokens[row])
-    return batch.section(row, length - 1)[1] - length
+def room(batch: Batch) -> int:
+    """How many tokens can be fed to the one row and taken back again."""
+    length = len(batch.tokens[0])
+    return batch.section(0, length - 1)[1] - length
 
 
-def ask(
-    session: Session, batch: Batch, closings: Mapping[int, Sequence[int]], num_tokens: int, stops: frozenset[int]
-) -> dict[int, tuple[tuple[int, ...], float]]:
-    """Row -> its likeliest answer, at most `num_tokens` ids, and the geometric mean of their probabilities, in [0, 1].
-
-    `closings`: the ids that end the thinking of the rows that are probed; there must be `room` for them and the answer.
-    """
-    lengths = {row: len(batch.tokens[row]) for row in closings}
-    pending = [list(closings.get(row, ())) for row in range(len(batch.tokens))]
-    answers: dict[int, list[int]] = {row: [] for row in closings}
-    logs: dict[int, list[float]] = {row: [] for row in closings}
-    going = set(closings)
-    while going:
-        logits = session.extend(batch, pending)
-        pending = [[] for _ in batch.tokens]
-        for row in sorted(going):
-            token = int(logits[row].argmax())
-            logs[row].append(log_probability(logits[row], token))
-            if token not in stops:
-                answers[row].append(token)
-            if token in stops or len(answers[row]) == num_tokens:
-                going.discard(row)
-            else:
-                pending[row] = [token]
-    for row, length in lengths.items():
-        batch.forget(row, length)
-    return {row: (tuple(answers[row]), float(np.exp(np.mean(logs[row])))) for row in closings}
+def ask(session: Session, batch: Batch, closing: Sequence[int], num_tokens: int, stops: frozenset[int]) -> tuple[tuple[int, ...], float]:
+    """The likeliest answer of the one row behind `closing`, the ids that end its thinking: at most `num_tokens` ids, and the geometric
+    mean of their probabilities, in [0, 1]. There must be `room` for both."""
+    length, pending = len(batch.tokens[0]), list(closing)
+    answer: list[int] = []
+    logs: list[float] = []
+    while True:
+        logits = session.extend(batch, [pending])[0]
+        token = int(logits.argmax())
+        logs.append(log_probability(logits, token))
+        if token not in stops:
+            answer.append(token)
+        if token in stops or len(answer) == num_tokens:
+            break
+        pending = [token]
+    batch.forget(0, length)
+    return tuple(answer), float(np.exp(np.mean(logs)))

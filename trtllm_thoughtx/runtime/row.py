@@ -1,7 +1,7 @@
-"""One row of a batch on its way from a prompt to a `Completion`: what it was asked, what it wrote, and what it writes next.
+"""One request on its way from a prompt to a `Completion`: what it was asked, what it wrote, and what it writes next.
 
 The next token is the sampler's choice unless the thinking must end there (`thinking`): then the end tag is written instead, token by
-token like any other, so that rows of a batch, streams and logits see nothing special.
+token like any other, so that other rows, streams and logits see nothing special.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ import numpy as np
 
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
-from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF
 from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
+from trtllm_thoughtx.runtime.lookup import Lookup
 from trtllm_thoughtx.runtime.probe import ProbeAnswers
+from trtllm_thoughtx.runtime.sampling import Sampler
 from trtllm_thoughtx.text import thinking
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.stream import StopStream
 from trtllm_thoughtx.text.thinking import Thinking
 
+STREAMS_APART = 1 << 40  # the random streams of a prompt's several answers: no request has so many prompts
+
 
 @dataclass(frozen=True)
 class Request:
-    """What one row is asked for. `index`: its place among the completions; `stream`: of its random numbers."""
+    """What one row is asked for. `index`: its number among the requests; `stream`: of its random numbers; `chunk_size`: tokens, "auto", or
+    None: as the engine was built. One of higher `priority` waits less (see `scheduler`)."""
 
     prompt: Sequence[int]
     params: GenerationParams
@@ -33,18 +37,19 @@ class Request:
     stream: int
     keeps_logits: bool = False
     keeps_logprobs: bool = False
+    chunk_size: int | str | None = None
+    priority: int = 0
 
 
 @dataclass
 class Row:
-    """`index` is its place in the batch, `prompt` what is fed before its first token (a thinking closed at once included)."""
+    """`prompt` is what is fed before its first token (a thinking closed at once included)."""
 
-    index: int
     request: Request
     prompt: list[int]
-    choice: Choice | None  # the chunk size, where there is one
     eos_ids: frozenset[int]
     max_seq_len: int
+    choice: Choice | None = None  # the chunk size, where there is one
     exit_threshold: float | None = None
     thought: Thinking | None = None
     stream: StopStream | None = None  # looks for what stops the text
@@ -57,13 +62,31 @@ class Row:
     why: str = ""  # ... and why the thinking ends by it
     probes: ProbeAnswers = field(default_factory=ProbeAnswers)
     is_settled: bool = False  # by a probe, behind the step that just ended
-    is_held: bool = False  # a probe comes before the next token
-    drafts: list[int] = field(default_factory=list)
-    num_used: int = 0  # of the logits that the last call gave
+    began: float = 0.0  # when its prompt was begun, by the caller's clock
+    num_reused: int = 0  # tokens of the prompt whose KV was copied
+    offered: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # [W, V], what it may be written from next ...
+    exit_probs: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 2), np.float32)
+    )  # ... with what an exit head says there, [W, 2] ...
+    drafts: list[int] = field(default_factory=list)  # ... behind the last token fed and each of these
+    num_used: int = 0  # of `offered`
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """Of this row alone; the prompt must be there."""
+        return Sampler(self.params, 1, streams=[self.request.stream], prompts=[self.prompt], first=self.request.index)
+
+    @functools.cached_property
+    def lookup(self) -> Lookup:
+        return Lookup([*self.prompt, *self.output])
 
     @property
     def params(self) -> GenerationParams:
         return self.request.params
+
+    @property
+    def chunk_size(self) -> int | None:
+        return self.choice.chunk_size if self.choice else None
 
     @property
     def is_live(self) -> bool:
@@ -86,9 +109,11 @@ class Row:
 
     @property
     def max_drafts(self) -> int:
-        if self.awaits_probe or self.params.exit_policy == OFF:
-            return 0
-        return min(MAX_DRAFTS, self.params.max_new_tokens - len(self.output) - 1)
+        return 0 if self.awaits_probe else self.params.max_new_tokens - len(self.output) - 1
+
+    def offer(self, drafts: list[int], logits: np.ndarray, exit_probs: np.ndarray) -> None:
+        """What the next tokens may be written from, and what an exit head says there: behind the last token fed, and behind each draft."""
+        self.drafts, self.offered, self.exit_probs, self.num_used = drafts, logits, exit_probs, 0
 
     def next_token(self, picked: int, readiness: float) -> int:
         """`picked` by the sampler, or a token that ends the thinking; `readiness`: what the exit head says of the last token."""
@@ -120,6 +145,9 @@ class Row:
         """Write `token`, which was picked from `logits` [V]."""
         num_top = self.params.logprobs
         self.output.append(token)
+        self.sampler.note(0, token)
+        if self.params.prompt_lookup:
+            self.lookup.push(token)
         if self.request.keeps_logits:
             self.logits.append(logits.copy())
         if self.request.keeps_logprobs or num_top is not None:
@@ -139,7 +167,8 @@ class Row:
             return "length"
         return "capacity" if len(self.prompt) + len(self.output) >= self.max_seq_len else None
 
-    def completion(self, num_layer_tokens: int) -> Completion:
+    def completion(self, num_layer_tokens: int, seconds: float) -> Completion:
+        """What there is of it, which is all unless it was cancelled."""
         choice, thought, stream, num_top = self.choice, self.thought, self.stream, self.params.logprobs
         if thought is not None:
             thought.finish()
@@ -147,7 +176,8 @@ class Row:
             output_ids=self.output,
             stop_reason=str(self.reason),
             num_prompt_tokens=len(self.request.prompt),
-            chunk_size=choice.chunk_size if choice else None,
+            num_reused_tokens=self.num_reused,
+            chunk_size=self.chunk_size,
             logits=np.stack(self.logits) if self.logits else None,
             logprobs=self.logprobs if self.request.keeps_logprobs or num_top is not None else None,
             top_logprobs=self.top_logprobs if num_top is not None else None,
@@ -160,6 +190,7 @@ class Row:
             num_thinking_tokens=thought.num_tokens if thought else 0,
             thinking_stop=thought.stop if thought else None,
             num_layer_tokens=num_layer_tokens,
+            seconds=seconds,
             num_probes=self.probes.num_done,
             num_probes_skipped=self.probes.num_skipped,
         )

@@ -25,8 +25,8 @@ from trtllm_thoughtx.text.params import GenerationParams
 class Sampler:
     """Picks the next token of each row and counts the steps of each.
 
-    `params`: for all rows, or one for each. `streams` names each row's random stream (default 0 .. num_rows - 1). When a request is
-    cut into several batches, give each row its number in the request: then the cutting does not change the answer. Penalties need the
+    `params`: for all rows, or one for each. `streams` names each row's random stream (default 0 .. num_rows - 1): with its number in the
+    request, how a request is cut into batches does not change the answer. Errors number the rows from `first` on. Penalties need the
     `prompts`, and to be told of each token that is written (`note`).
     """
 
@@ -36,7 +36,9 @@ class Sampler:
         num_rows: int,
         streams: Sequence[int] | None = None,
         prompts: Sequence[Sequence[int]] | None = None,
+        first: int = 0,
     ) -> None:
+        self.first = first
         self.params = [params] * num_rows if isinstance(params, GenerationParams) else list(params)
         self.streams = tuple(range(num_rows) if streams is None else streams)
         assert len(self.streams) == num_rows, (len(self.streams), num_rows)
@@ -60,7 +62,7 @@ class Sampler:
         logits = np.asarray(logits, dtype=np.float32)
         for row, values in zip(rows, logits, strict=True):
             if not np.isfinite(values).all():
-                raise _nonfinite(row, self._steps[row], values)
+                raise _nonfinite(self.first + row, self._steps[row], values)
         chosen = np.array([self._choose(row, values) for row, values in zip(rows, logits, strict=True)], np.int64)
         for row in rows:
             self._steps[row] += 1

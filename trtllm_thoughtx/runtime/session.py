@@ -24,12 +24,12 @@ from trtllm_thoughtx.runtime.pace import Pace
 
 @dataclass
 class Session:
-    """Holds one batch at a time, in one KV cache: not for several threads at once."""
+    """Has one KV cache, whose rows are those of the last batch: not for several threads at once."""
 
     directory: EngineDir
     runner: Runner
     stats: Stats = field(default_factory=Stats)
-    paces: dict[int, Pace] = field(default_factory=dict)  # by batch size
+    paces: dict[str, Pace] = field(default_factory=lambda: {"drafts": Pace(), "lookup": Pace()})
 
     @property
     def config(self) -> ModelConfig:
@@ -54,20 +54,23 @@ class Session:
 
     def start(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> Batch:
         """An empty batch for these rows, once they are found to fit (else E122)."""
-        self._check(rows, chunk_size)
-        chunk = None
-        if self.build.use_chunked_attention:
-            chunk = np.full(len(rows), chunk_size or self.build.chunk_size, np.int64)
-        self.runner.start(len(rows))
-        return Batch(len(rows), self.build, chunk)
-
-    def _check(self, rows: Sequence[Sequence[int]], chunk_size: int | None) -> None:
-        if not 1 <= len(rows) <= self.build.max_batch_size:
-            raise self._unfit(f"a batch of {len(rows)}; the engine takes 1 to {self.build.max_batch_size}")
         self.check_chunk_size(chunk_size)
-        found = (f"prompt {index} {what}" for index, row in enumerate(rows) if (what := self.problem(row)))
-        if (problem := next(found, None)) is not None:
-            raise self._unfit(problem)
+        for index, row in enumerate(rows):
+            self.check_prompt(index, row)
+        return self.begin(len(rows), chunk_size)
+
+    def begin(self, num_rows: int, chunk_size: int | None = None) -> Batch:
+        """A batch of empty rows. E122 for more than the engine takes."""
+        if not 1 <= num_rows <= self.build.max_batch_size:
+            raise self._unfit(f"a batch of {num_rows}; the engine takes 1 to {self.build.max_batch_size}")
+        chunk = np.full(num_rows, chunk_size or self.build.chunk_size, np.int64) if self.build.use_chunked_attention else None
+        self.runner.start(num_rows)
+        return Batch(num_rows, self.build, chunk)
+
+    def check_prompt(self, index: int, ids: Sequence[int]) -> None:
+        """E122 for one that does not fit."""
+        if (what := self.problem(ids)) is not None:
+            raise self._unfit(f"prompt {index} {what}")
 
     def problem(self, ids: Sequence[int]) -> str | None:
         """Why a prompt does not fit this engine, None when it does."""
@@ -102,22 +105,25 @@ class Session:
         return ThoughtxError("E122", what, where=str(self.directory.root), why=why, fix=fix)
 
     def step(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> np.ndarray:
-        """One call of all parts, after those that keep what the next chunk still needs; logits [B, K, vocab]."""
+        """Logits [B, K, vocab] of `call`."""
+        return self.call(batch, new, logit_rows)[0]
+
+    def call(self, batch: Batch, new: list[list[int]], logit_rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """One call of all parts, after those that keep what the next chunk still needs; logits [B, K, vocab], and what an exit head says
+        there, [B, K, 2], zeros without one."""
         self.upkeep(batch, new)
         counts = list(map(len, new))
         rows = [len(wanted) if extra else 0 for wanted, extra in zip(logit_rows, new, strict=True)]
         out = self.run_parts(batch, batch.feed(new, logit_rows), 0, len(self.directory.parts), counts, rows)
-        if "exit" in out:
-            is_new = [bool(extra) for extra in new]
-            batch.exit_probs[is_new] = out["exit"][is_new, -1]
-        return out["logits"]
+        logits = out["logits"]
+        return logits, out["exit"] if "exit" in out else np.zeros((*logits.shape[:2], 2), np.float32)
 
     def upkeep(self, batch: Batch, new: Sequence[Sequence[int]]) -> None:
         """The calls that must come before `new` is fed: see `Batch.upkeep`."""
-        for feeds in batch.upkeep(new):
-            none = [0] * len(new)
-            self.run_parts(batch, feeds, 0, len(self.directory.parts), none, none)
-            self.stats.work.num_layer_tokens += feeds["positions"].shape[1] * self.config.num_layers  # at least one row's
+        for row, tokens in enumerate(new):
+            for alone, feeds in batch.upkeep(row) if tokens else ():
+                self.run_parts(alone, feeds, 0, len(self.directory.parts), [0], [0])
+                self.stats.work.num_layer_tokens += feeds["positions"].shape[1] * self.config.num_layers
 
     def run_parts(
         self, batch: Batch, feeds: Mapping[str, np.ndarray], first: int, last: int, num_tokens: Sequence[int], num_rows: Sequence[int]
@@ -128,7 +134,7 @@ class Session:
         for row, number in enumerate(num_tokens):
             batch.layer_tokens[row] += number * num_layers
         self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), sum(self.part_bytes[first:last]))
-        return self.runner.run(feeds, first, last)
+        return self.runner.run(feeds, first, last, batch.first)
 
     def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
         """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""

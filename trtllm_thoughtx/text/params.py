@@ -18,7 +18,7 @@ MAX_IDS = 1024  # stop ids
 MAX_STOPS = 256  # stop strings, of so many characters at most
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 THINKING = ("max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe", "probe_agree", "probe_tokens")
-DRAFTS = ("exit_policy", "draft_threshold")
+DRAFTS = ("exit_policy", "draft_threshold", "prompt_lookup")
 # What transformers assumes where a generation_config.json is silent.
 DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Settings of a generation_config.json that would change the tokens and are not applied here, with their neutral values.
@@ -68,7 +68,8 @@ class GenerationParams:
     stand between the thinking tags (None: as many as the model likes). The thinking also ends behind a step where the engine's exit head
     says `exit_threshold` ("auto": as calibrated), or where the last `probe_agree` probe answers of up to `probe_tokens` tokens agree
     with a confidence of `exit_probe`. `exit_policy` says what becomes of drafted tokens, `draft_threshold` how confident a draft must
-    be (None: the engine's): see `drafts`. Wrong values raise E001 naming the flag.
+    be (None: the engine's): see `drafts`. `prompt_lookup`: at most so many tokens are drafted from what stands in the request already
+    (0: none). Wrong values raise E001 naming the flag.
     """
 
     max_new_tokens: int = 256
@@ -94,6 +95,7 @@ class GenerationParams:
     probe_tokens: int = 16
     exit_policy: str = "auto"
     draft_threshold: float | None = None
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         for name, kind, is_good, wanted in _RULES:
@@ -132,7 +134,8 @@ class GenerationParams:
     @property
     def engine_flags(self) -> dict[str, Any]:
         """The settings that only an engine can follow, those that are set."""
-        drafts = {"exit_policy": self.exit_policy} if self.exit_policy != AUTO else {}
+        drafts: dict[str, Any] = {"exit_policy": self.exit_policy} if self.exit_policy != AUTO else {}
+        drafts |= {"prompt_lookup": self.prompt_lookup} if self.prompt_lookup else {}
         return {**self.thinking_flags, **drafts, **({} if self.draft_threshold is None else {"draft_threshold": self.draft_threshold})}
 
     @property
@@ -240,6 +243,7 @@ _RULES: tuple[tuple[str, Any, Any, str], ...] = (
     ("probe_tokens", int, lambda v: 1 <= v <= 4096, "a whole number from 1 to 4096"),
     ("exit_policy", str, lambda v: v in EXIT_POLICIES, f"one of {', '.join(EXIT_POLICIES)}"),
     ("draft_threshold", (int, float), lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    ("prompt_lookup", int, lambda v: 0 <= v <= 64, "a whole number from 0 (off) to 64"),
 )
 _RULE = {name: (kind, is_good) for name, kind, is_good, _ in _RULES}
 _OPTIONAL = ("logprobs", "max_reasoning_depth", "max_thinking_tokens", "exit_threshold", "exit_probe", "draft_threshold")

@@ -7,7 +7,7 @@ rule for stopping can be priced from its traces without running the model again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from trtllm_thoughtx.evaluate.systems import need_text
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.runtime.row import Request
 from trtllm_thoughtx.text.answer import split_ids
 from trtllm_thoughtx.text.opening import INSIDE
 from trtllm_thoughtx.text.params import GenerationParams
@@ -83,23 +84,30 @@ def collect(
     """The traces of `questions`, without hidden states. E112 for a model without a tokenizer; `with_stops`, without thinking tags."""
     text = text_for(engine.text, engine.directory.root, needs_tags=with_stops)
     params = GenerationParams(max_new_tokens=max_new_tokens, stop_ids=text.eos_ids)
+    prompts = [prompt_of(asked, text) for asked in questions]
     traces: list[Trace] = []
-    questions = sorted(questions, key=lambda asked: (len(asked.prompt), asked.id))  # rows of a batch end together
-    size = engine.build.max_batch_size
     with progress.stage("tracing", len(questions)) as stage:
-        for start in range(0, len(questions), size):
-            part = questions[start : start + size]
-            prompts = [prompt_of(asked, text) for asked in part]
-            for asked, prompt, one in zip(part, prompts, engine.generate(prompts, params), strict=True):
-                traces.append(
-                    _trace(text, asked, prompt, one)
-                    if with_stops
-                    else Trace(asked, [*prompt, *one.output_ids], len(prompt), 0, None, 0, [])
-                )
-            if with_stops:
-                _force(engine, text, traces[start:], GenerationParams(max_new_tokens=64, stop_ids=text.eos_ids))
-            stage.advance(len(part))
+        done = _completed(engine, prompts, params, lambda: stage.advance(1))
+    for asked, prompt, one in sorted(zip(questions, prompts, done, strict=True), key=lambda found: (len(found[0].prompt), found[0].id)):
+        traces.append(
+            _trace(text, asked, prompt, one) if with_stops else Trace(asked, [*prompt, *one.output_ids], len(prompt), 0, None, 0, [])
+        )
+    if with_stops:
+        num_stops = sum(len(trace.stops) for trace in traces)
+        with progress.stage("stopping at each step", num_stops) as stage:
+            _force(engine, text, traces, GenerationParams(max_new_tokens=64, stop_ids=text.eos_ids), lambda: stage.advance(1))
     return traces
+
+
+def _completed(engine: Engine, prompts: Sequence[Sequence[int]], params: GenerationParams, advance: Callable[[], None]) -> list[Completion]:
+    """Of each prompt. E123 of the first one whose logits are not finite."""
+    found = dict[int, Completion]()
+    for index, one in engine.complete([Request(prompt, params, i, i) for i, prompt in enumerate(prompts)]):
+        if isinstance(one, ThoughtxError):
+            raise one
+        found[index] = one
+        advance()
+    return [found[i] for i in range(len(prompts))]
 
 
 def _trace(text: Text, asked: Question, prompt: list[int], one: Completion) -> Trace:
@@ -119,13 +127,13 @@ def _trace(text: Text, asked: Question, prompt: list[int], one: Completion) -> T
     return Trace(asked, [*prompt, *one.output_ids], len(prompt), num_thinking, answer, len(reply.answer_ids or ()), stops)
 
 
-def _force(engine: Engine, text: Text, traces: Sequence[Trace], params: GenerationParams) -> None:
+def _force(engine: Engine, text: Text, traces: Sequence[Trace], params: GenerationParams, advance: Callable[[], None]) -> None:
     """Fill in what each trace says when it is stopped at each of its steps."""
     assert text.think_ids is not None
-    stops = sorted(((trace, stop) for trace in traces for stop in trace.stops), key=lambda pair: pair[0].num_prompt + pair[1].place)
+    stops = [(trace, stop) for trace in traces for stop in trace.stops]
     rows = [[*trace.ids[: trace.num_prompt + stop.place + 1], *text.think_ids[1]] for trace, stop in stops]
     longest = engine.build.max_seq_len
-    for (_, stop), one in zip(stops, engine.generate([row[:longest] for row in rows], params), strict=True):
+    for (_, stop), one in zip(stops, _completed(engine, [row[:longest] for row in rows], params, advance), strict=True):
         stop.answer, stop.num_answer_tokens = plain(text.decode(one.output_ids)), len(one.output_ids)
 
 
