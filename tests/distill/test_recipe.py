@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from chat_models import write_chat_model
 from places import LONGCOT
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -22,6 +23,8 @@ from trtllm_thoughtx.distill import ablation, loop, models, plan, preference, re
 from trtllm_thoughtx.distill.settings import Settings  # noqa: E402
 from trtllm_thoughtx.errors import CODES, ThoughtxError  # noqa: E402
 from trtllm_thoughtx.tasks import draw, item  # noqa: E402
+from trtllm_thoughtx.text.answer import Reply, split_ids, split_text  # noqa: E402
+from trtllm_thoughtx.text.tokens import THINK_TAGS  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 TINY = ("--dtype", "float32", "--no_gradient_checkpointing", "--lr", "3e-3", "--tokens_a_batch", "384", "--warmup_steps", "5", "-q")
@@ -203,12 +206,12 @@ def test_a_plan_that_cannot_be(shapes, capsys):
 
 
 def test_a_pair_differs_in_one_step_alone(start):
-    tokenizer, rng = models.load_tokenizer(start), random.Random(0)
+    text, rng = models.load_text(start), random.Random(0)
     for seed in range(60):
         asked = draw(("chain", "lookup", "story", "loan")[seed % 4], "train", size=3, seed=seed)
-        made = preference.pair(asked, tokenizer, rng)
-        sound, unsound = (tokenizer.decode(made[key]) for key in ("chosen_ids", "rejected_ids"))
-        begun = item.steps_of(tokenizer.decode(made["prompt_ids"]).partition("<think>")[2])
+        made = preference.pair(asked, text, rng)
+        sound, unsound = (text.decode(made[key]) for key in ("chosen_ids", "rejected_ids"))
+        begun = item.steps_of(text.decode(made["prompt_ids"]).partition("<think>")[2])
         assert all(item.judge(asked, [*begun, *item.steps_of(sound)]))
         assert not item.judge(asked, [*begun, *item.steps_of(unsound)])[-1]
 
@@ -216,20 +219,41 @@ def test_a_pair_differs_in_one_step_alone(start):
 def test_the_tokenizer_is_that_of_the_file(start):
     """AutoTokenizer would split words as Qwen2 does."""
     made = draw("lookup", "train", size=2, seed=0)
-    ids = rows.encoder(models.load_tokenizer(start))(f"Q {made.prompt} <think> {item.thought(made.steps)} </think> {made.answer} <eos>")
-    assert ids == rows.encoder(models.tokenizer())(f"Q {made.prompt} <think> {item.thought(made.steps)} </think> {made.answer} <eos>")
+    ids = rows.encoder(models.load_text(start))(f"Q {made.prompt} <think> {item.thought(made.steps)} </think> {made.answer} <eos>")
+    told = f"Q {made.prompt} <think> {item.thought(made.steps)} </think> {made.answer} <eos>"
+    assert ids == models.tokenizer()(told, add_special_tokens=False).input_ids == models.load_tokenizer(start)(told).input_ids
     assert 0 not in ids
+
+
+@pytest.mark.parametrize("tags", THINK_TAGS, ids=["think", "thought"])
+def test_rows_and_scores_follow_the_tags_of_the_student(tmp_path, tags):
+    """Its template opens the thinking with one pair of tags or the other; they are special tokens or several tokens."""
+    root = write_chat_model(tmp_path / "m", "opens", tags=False)
+    template = (root / "chat_template.jinja").read_text().replace("<think>", tags[0])
+    (root / "chat_template.jinja").write_text(template)
+    text = models.load_text(root)
+    row = rows.from_text(text, "2 + 3?", ["2 + 3 = 5"], "5")
+    said = text.decode(row.ids, skip_special=False)
+    assert (said.count(tags[0]), said.count(tags[1])) == (1, 1) and said.endswith(f"{tags[1]}\n\n5<|im_end|>")
+    prompt = sum(part == rows.GIVEN for part in row.parts)
+    asked = traces.Trace("1", "2 + 3?", ("2 + 3 = 5",), "5")
+    found = reward.score(asked, split_ids(text, row.ids[prompt:], is_open=True), 10, 40, (0.4, 0.3, 0.3))
+    assert found.correct and found.coherence == 1 and found.num_steps == 1
 
 
 def test_the_score_of_a_path():
     asked = draw("chain", "train", size=2, seed=0)
     weights, budget = (0.4, 0.3, 0.3), 40
+
+    def said(text):
+        return Reply(*split_text(text, THINK_TAGS[0], is_open=True), None)
+
     good = f"{item.thought(asked.steps)} </think> {asked.answer}"
-    assert reward.score(asked, good, 10, budget, weights).reward == pytest.approx(0.4 + 0.3 + 0.3 * 0.75)
-    assert reward.score(asked, good, 400, budget, weights).reward == pytest.approx(0.7)
-    assert reward.score(asked, f"{item.thought(asked.steps)} </think> x1", 10, budget, weights).reward == 0.0
-    assert reward.score(asked, item.thought(asked.steps), 10, budget, weights).reward == 0.0
-    lucky = reward.score(asked, f"no sense {item.BOUNDARY} </think> {asked.answer}", 10, budget, weights)
+    assert reward.score(asked, said(good), 10, budget, weights).reward == pytest.approx(0.4 + 0.3 + 0.3 * 0.75)
+    assert reward.score(asked, said(good), 400, budget, weights).reward == pytest.approx(0.7)
+    assert reward.score(asked, said(f"{item.thought(asked.steps)} </think> x1"), 10, budget, weights).reward == 0.0
+    assert reward.score(asked, said(item.thought(asked.steps)), 10, budget, weights).reward == 0.0
+    lucky = reward.score(asked, said(f"no sense {item.BOUNDARY} </think> {asked.answer}"), 10, budget, weights)
     assert lucky.correct and lucky.coherence == 0 and lucky.reward == pytest.approx(0.4 + 0.3 * 0.75)
     assert reward.budget_of(asked, lambda text: len(text.split())) == 2 * sum(len(step.split()) for step in asked.steps) + 1 + 2
 

@@ -16,6 +16,7 @@ from trtllm_thoughtx.checkpoint.members import CALIBRATION, CARRIED, CARRIED_LIM
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_dir, read_inside
+from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.reference import load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,19 +32,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def load_text(path: Path) -> Text:
+    """The tokenizer and chat template of a Hugging Face directory; E112 without them."""
+    kind_of(path, HUGGING_FACE)
+    text = Text.load(path)
+    if text is None:
+        fix = "copy the model's tokenizer.json there; of an older model, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
+        raise ThoughtxError("E112", "no tokenizer.json", where=str(path), why="traces are texts", fix=fix)
+    if not text.has_template:
+        fix = "add its chat_template.jinja, or chat_template in tokenizer_config.json"
+        raise ThoughtxError("E112", "no chat template", where=str(path), why="prompts are written with it", fix=fix)
+    return text
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer.json of a Hugging Face directory as it stands, with a pad token (its EOS where it has none).
+    """The same for TRL, with a pad token (its EOS where it has none).
 
     Not AutoTokenizer: for a Qwen2 model transformers 5 puts Qwen2's own splitting in the place of the file's.
     """
-    kind_of(path, HUGGING_FACE)
-    if not (path / "tokenizer.json").is_file():
-        fix = "copy the model's tokenizer.json there; of an older model, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes it"
-        raise ThoughtxError("E112", "no tokenizer.json", where=str(path), why="traces are texts", fix=fix)
     loaded: Any = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
-    if loaded.chat_template is None:
-        fix = "add its chat_template.jinja, or chat_template in tokenizer_config.json"
-        raise ThoughtxError("E112", "no chat template", where=str(path), why="prompts are written with it", fix=fix)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     loaded.padding_side = "left"

@@ -13,12 +13,13 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from trtllm_thoughtx.distill import loop, rows, supervised
+from trtllm_thoughtx.distill import loop, models, rows, supervised
 from trtllm_thoughtx.distill.mixture import CHAIN_SIZES, SIZES, TASK_SHARES
 from trtllm_thoughtx.distill.settings import Settings
 from trtllm_thoughtx.distill.traces import Trace, corrupt
 from trtllm_thoughtx.tasks import draw, item
 from trtllm_thoughtx.tasks.item import Item
+from trtllm_thoughtx.text.text import Text
 
 SFT_WEIGHT = 0.2
 
@@ -31,13 +32,13 @@ def draw_items(num: int, seed: int) -> list[Item]:
     return [draw(task, "train", size=size, seed=rng.getrandbits(48)) for task, size in zip(tasks, sizes, strict=True)]
 
 
-def pair(asked: Item | Trace, tokenizer: Any, rng: random.Random) -> dict[str, list[int]]:
+def pair(asked: Item | Trace, text: Text, rng: random.Random) -> dict[str, list[int]]:
     """Ids of the sound beginning, of the sound next step and of an unsound one."""
     at = rng.randrange(len(asked.steps))
-    encode = rows.encoder(tokenizer)
+    encode = rows.encoder(text)
     unsound = corrupt(asked.steps, at, rng, tuple(asked.prompt.split()))
     begun = "".join(f"{step}{item.BOUNDARY}" for step in asked.steps[:at])
-    begin = encode(rows.prompt_text(tokenizer, asked.prompt)) + (encode(begun) if begun else [])
+    begin = encode(rows.prompt_text(text, asked.prompt)) + (encode(begun) if begun else [])
     chosen, rejected = (encode(f"{step}{item.BOUNDARY}") for step in (asked.steps[at], unsound))
     return {"prompt_ids": begin, "chosen_ids": chosen, "rejected_ids": rejected}
 
@@ -49,7 +50,7 @@ class Preference(loop.Guarded, DPOTrainer):
         return dataset
 
 
-def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
+def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
     """Train `model` in place; the trainer. The reference is the model as it comes."""
     num_steps = settings.preference_steps
     rng = random.Random(f"pairs {settings.seed}")
@@ -58,7 +59,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
         asked = list(draw_items(num_steps * settings.batch_size, settings.seed))
     while len(asked) < num_steps * settings.batch_size and written:
         asked += rng.sample(written, len(written))
-    dataset = Dataset.from_list([pair(one, tokenizer, rng) for one in asked])
+    dataset = Dataset.from_list([pair(one, text, rng) for one in asked])
     common = supervised.arguments(settings, "preference", num_steps, settings.preference_lr or settings.lr, settings.rows_a_device)
     args = DPOConfig(
         **common,
@@ -68,6 +69,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
         loss_weights=[1.0, SFT_WEIGHT],
         max_length=settings.max_seq_len,
     )
+    tokenizer = models.load_tokenizer(settings.student_dir)
     trainer = Preference(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])
     loop.train(trainer, watch, resume=resume)
     return trainer

@@ -25,6 +25,7 @@ from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.text.text import Text
 
 MODEL = "model"
 NOT_IDENTITY = frozenset({"output_dir", "num_gpus", "gpu_memory_gib", "save_every", "per_device_batch_size", "eval_items", "eval_data"})
@@ -130,7 +131,7 @@ def _run(
         why = f"{stage} compares with the model that it starts from, which has all its layers"
         fix = "run the supervised stage first, or leave --layers out"
         raise ThoughtxError("E163", "--layers belongs to the supervised stage", where=str(start), why=why, fix=fix)
-    tokenizer = models.load_tokenizer(settings.student_dir)
+    text = models.load_text(settings.student_dir)
     models.torch.manual_seed(settings.seed)
     model = models.load_student(start, "float32", layers, gradient_checkpointing=settings.gradient_checkpointing)
     if stage == "supervised":
@@ -140,9 +141,8 @@ def _run(
         data: Mixture | list[rows.Row]
         if written is None:
             pace: dict[str, Any] = {} if settings.curriculum else {"easy_until": 0.0, "short_until": 0.0, "full_from": 0.0}
-            encode = rows.encoder(tokenizer)
             data = Mixture(
-                encode,
+                rows.encoder(text),
                 settings.seed,
                 settings.supervised_steps * process.num_processes,
                 settings.tokens_a_batch,
@@ -150,13 +150,13 @@ def _run(
                 **pace,
             )
         else:
-            data = _rows(settings, written, tokenizer, watch.progress)
+            data = _rows(settings, written, text, watch.progress)
         begin(settings, stage, process, force=force)
-        trainer: Any = supervised.run(settings, model, teacher, data, tokenizer.pad_token_id or 0, watch, resume=True)
+        trainer: Any = supervised.run(settings, model, teacher, data, text.pad_id or 0, watch, resume=True)
     else:
         begin(settings, stage, process, force=force)
         module = preference if stage == "preference" else scored
-        trainer = module.run(settings, model, tokenizer, written, watch, resume=True)
+        trainer = module.run(settings, model, text, written, watch, resume=True)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if process.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -164,12 +164,12 @@ def _run(
     process.wait_for_everyone()
 
 
-def _rows(settings: Settings, written: list[traces.Trace], tokenizer: Any, progress: Progress) -> list[rows.Row]:
+def _rows(settings: Settings, written: list[traces.Trace], text: Text, progress: Progress) -> list[rows.Row]:
     """Rows of the traces, as long as `reasoning_steps` wants them; those that do not fit are counted aloud. E161 if none is left."""
     made, num_unusable = [], 0
     for trace in written:
         steps = trace.steps if settings.reasoning_steps == "full" else traces.shortest_sufficient(trace, settings.reasoning_steps)
-        row = None if steps is None else rows.from_text(tokenizer, trace.prompt, steps, trace.answer)
+        row = None if steps is None else rows.from_text(text, trace.prompt, steps, trace.answer)
         if row is None or len(row.ids) > settings.max_seq_len:
             num_unusable += 1
         else:

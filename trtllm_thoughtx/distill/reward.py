@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from trtllm_thoughtx.distill.traces import Trace
 from trtllm_thoughtx.tasks import item
 from trtllm_thoughtx.tasks.item import Item
-from trtllm_thoughtx.text.answer import split_text
-from trtllm_thoughtx.text.tokens import THINK_TAGS
+from trtllm_thoughtx.text.answer import Reply
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,6 @@ class Score:
     num_steps: int
 
 
-def split_answer(text: str, tags: tuple[str, str] = THINK_TAGS[0]) -> tuple[str, str | None]:
-    """(thought, answer) of what a model wrote behind an opened thought; no answer when it was never closed."""
-    thought, answer = split_text(text, tags, is_open=True)
-    return thought or "", None if answer is None else " ".join(answer.replace("<eos>", " ").split())
-
-
 def coherence_of(asked: Item | Trace, steps: list[str]) -> float:
     """Share of sound steps. Of a trace: of steps that stand in one of its chains, in any order, blanks aside."""
     if isinstance(asked, Item):
@@ -39,12 +32,11 @@ def coherence_of(asked: Item | Trace, steps: list[str]) -> float:
     return sum(step in known for step in steps) / len(steps) if steps else 0.0
 
 
-def score(asked: Item | Trace, text: str, length: int, budget: int, weights: Sequence[float]) -> Score:
-    """Judge `text`, which took `length` tokens. A path longer than its budget earns no brevity, and loses none."""
-    thought, answer = split_answer(text)
-    steps = item.steps_of(thought)
+def score(asked: Item | Trace, reply: Reply, length: int, budget: int, weights: Sequence[float]) -> Score:
+    """Judge a path of `length` tokens. One that is longer than its budget earns no brevity, and loses none."""
+    steps = item.steps_of(reply.reasoning or "")
     coherence = coherence_of(asked, steps)
-    correct = answer == " ".join(asked.answer.split())
+    correct = reply.answer is not None and reply.answer.split() == asked.answer.split()
     brevity = min(1.0, max(0.0, 1 - length / budget))
     reward = weights[0] + weights[1] * coherence + weights[2] * brevity if correct else 0.0
     return Score(reward, correct, coherence, len(steps))

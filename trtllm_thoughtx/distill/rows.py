@@ -6,13 +6,16 @@ the answer, the chain of thought, and efficiency: the token behind each step, wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from trtllm_thoughtx.tasks.item import BOUNDARY
+from trtllm_thoughtx.text.text import Text
+from trtllm_thoughtx.text.tokens import THINK_TAGS
 
 GIVEN, ANSWER, THOUGHT, EFFICIENCY = range(4)  # parts; GIVEN has no loss
 
@@ -42,28 +45,28 @@ class Row:
                 self.add(piece, THOUGHT)
 
 
-def encoder(tokenizer: Any) -> Encoder:
+def encoder(text: Text) -> Encoder:
     """Text to ids with nothing put around them."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
-    return encode
+    return functools.partial(text.encode, add_special=False)
 
 
-def prompt_text(tokenizer: Any, prompt: str, think: str = "<think>") -> str:
+def tags_of(text: Text) -> tuple[str, str]:
+    """The tags around the student's thinking; R1's where its tokenizer and template have none."""
+    return text.think_tags or THINK_TAGS[0]
+
+
+def prompt_text(text: Text, prompt: str) -> str:
     """The rendered chat up to where the thought begins."""
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return text if text.rstrip().endswith(think) else f"{text}{think}\n"
+    rendered, begin = text.render(prompt), tags_of(text)[0]
+    return rendered if rendered.rstrip().endswith(begin) else f"{rendered}{begin}\n"
 
 
-def from_text(tokenizer: Any, prompt: str, steps: Sequence[str], answer: str, end: str = "</think>") -> Row:
+def from_text(text: Text, prompt: str, steps: Sequence[str], answer: str) -> Row:
     """A row of a real model's text: blank lines between the steps, the answer behind the closed thought."""
-    encode, row = encoder(tokenizer), Row([], [])
-    row.add(encode(prompt_text(tokenizer, prompt)), GIVEN)
-    row.add_thought([encode(f"{step}{BOUNDARY}") for step in steps], encode(f"{end}{BOUNDARY}"))
-    row.add([*encode(answer), tokenizer.eos_token_id], ANSWER)
+    encode, row = encoder(text), Row([], [])
+    row.add(encode(prompt_text(text, prompt)), GIVEN)
+    row.add_thought([encode(f"{step}{BOUNDARY}") for step in steps], encode(f"{tags_of(text)[1]}{BOUNDARY}"))
+    row.add([*encode(answer), *encode(text.special.get("eos_token", ""))], ANSWER)
     return row
 
 

@@ -11,10 +11,12 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from trtllm_thoughtx.distill import loop, reward, rows, supervised
+from trtllm_thoughtx.distill import loop, models, reward, rows, supervised
 from trtllm_thoughtx.distill.preference import draw_items
 from trtllm_thoughtx.distill.settings import Settings
 from trtllm_thoughtx.distill.traces import Trace
+from trtllm_thoughtx.text.answer import split_ids
+from trtllm_thoughtx.text.text import Text
 
 MARGIN = 1.25  # room for completions beyond the largest budget, which then are cut and score nothing
 
@@ -23,23 +25,22 @@ class Scored(loop.Guarded, GRPOTrainer):
     """GRPO with whole checkpoints."""
 
 
-def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
+def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
     """Train `model` in place; the trainer. `batch_size` counts completions: that many, in groups of `num_generations`, a step."""
     num_steps = settings.scored_steps
     num_prompts = num_steps * settings.batch_size // settings.num_generations
     asked: list[Any] = []
     while len(asked) < num_prompts:
         asked += written or draw_items(num_prompts, settings.seed + 1)
-    encode = rows.encoder(tokenizer)
-    budgets = [reward.budget_of(one, lambda text: len(encode(text))) for one in asked]
+    encode = rows.encoder(text)
+    budgets = [reward.budget_of(one, lambda said: len(encode(said))) for one in asked]
     longest = round(MARGIN * max(budgets))
-    prompts = [{"prompt": rows.prompt_text(tokenizer, one.prompt), "place": place} for place, one in enumerate(asked)]
+    prompts = [{"prompt": rows.prompt_text(text, one.prompt), "place": place} for place, one in enumerate(asked)]
 
     def path_score(completion_ids: list[list[int]], place: list[int], log_metric: Any = None, **_: Any) -> list[float | None]:
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         scores = [
-            reward.score(asked[where], text, len(ids), budgets[where], settings.reward_weights)
-            for text, ids, where in zip(texts, completion_ids, place, strict=True)
+            reward.score(asked[where], split_ids(text, ids, is_open=True), len(ids), budgets[where], settings.reward_weights)
+            for ids, where in zip(completion_ids, place, strict=True)
         ]
         if log_metric is not None:
             log_metric("correct", sum(one.correct for one in scores) / len(scores))
@@ -62,7 +63,7 @@ def run(settings: Settings, model: Any, tokenizer: Any, written: list[Trace] | N
         reward_funcs=path_score,
         args=args,
         train_dataset=Dataset.from_list(prompts),
-        processing_class=tokenizer,
+        processing_class=models.load_tokenizer(settings.student_dir),
         callbacks=[watch],
     )
     loop.train(trainer, watch, resume=resume)
