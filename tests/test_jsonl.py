@@ -16,7 +16,7 @@ from trtllm_thoughtx.distill.traces import read_traces
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.benchmarks import read_rows as benchmark_rows
 from trtllm_thoughtx.evaluate.questions import from_file
-from trtllm_thoughtx.text.prompts import read_prompts
+from trtllm_thoughtx.text.prompts import prompt_rows
 
 
 def _calibration(path: Path, note: Any) -> list[Any]:
@@ -27,7 +27,7 @@ def _calibration(path: Path, note: Any) -> list[Any]:
 
 # command's reader, a good row, its error
 READERS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "prompts": (read_prompts, {"prompt": "q"}, "E140"),
+    "prompts": (lambda path, note: prompt_rows(path).all(note), {"prompt": "q"}, "E140"),
     "questions": (lambda path, note: from_file(path, note=note), {"prompt": "q", "answer": "a"}, "E140"),
     "benchmarks": (lambda path, note: benchmark_rows(path.parent, path.name, "gsm8k", note), {"question": "q", "answer": "#### 1"}, "E140"),
     "calibration": (_calibration, {"input_ids": [1, 2]}, "E164"),
@@ -83,16 +83,16 @@ def test_empty_files_and_long_lines(name, tmp_path, monkeypatch):
 
 def test_null_is_absent_and_ids_are_kept_apart(tmp_path):
     path = write(tmp_path / "d.jsonl", {"prompt": "a", "messages": None, "id": None}, {"prompt": "b", "custom_id": "x"})
-    assert [(one.id, one.prompt) for one in read_prompts(path)] == [("1", "a"), ("x", "b")]
+    assert [(one.id, one.prompt) for one in prompt_rows(path).all()] == [("1", "a"), ("x", "b")]
     with pytest.raises(ThoughtxError) as caught:
-        read_prompts(write(path, {"prompt": "a", "id": "x"}, {"prompt": "b", "custom_id": "x"}))
+        prompt_rows(write(path, {"prompt": "a", "id": "x"}, {"prompt": "b", "custom_id": "x"})).all()
     assert "appears twice: line 1 has it too" in caught.value.why
 
 
 def test_a_dash_is_stdin_as_often_as_it_is_read():
     code = (
-        "import sys; from pathlib import Path; from trtllm_thoughtx.text.prompts import read_prompts\n"
-        "print([one.prompt for _ in range(2) for one in read_prompts(Path('-'))])\n"
+        "import sys; from pathlib import Path; from trtllm_thoughtx.text.prompts import prompt_rows\n"
+        "print([one.prompt for _ in range(2) for one in prompt_rows(Path('-')).all()])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], input=b'{"prompt": "a"}\n{"prompt": "b"}', capture_output=True, check=True)
     assert done.stdout.decode().strip() == "['a', 'b', 'a', 'b']"

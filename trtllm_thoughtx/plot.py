@@ -30,12 +30,12 @@ def need_matplotlib() -> None:
         raise ThoughtxError("E201", "pictures need matplotlib", where="import matplotlib", why="it is not installed", fix=fix)
 
 
-def _figure(num_columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Sequence[Any]]:
+def _figure(num_columns: int) -> tuple[Any, Sequence[Any]]:
     need_matplotlib()
     own_caches()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * num_columns, height), layout="constrained")
+    figure = Figure(figsize=(4.2 * num_columns, 3.4), layout="constrained")
     return figure, figure.subplots(1, num_columns, squeeze=False)[0]
 
 

@@ -17,7 +17,7 @@ from tokenizer_kinds import CONFIG, TOKENIZERS, byte_level
 from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.text.chat import ChatTemplate
-from trtllm_thoughtx.text.prompts import Prompt, read_prompts
+from trtllm_thoughtx.text.prompts import Prompt, prompt_rows
 from trtllm_thoughtx.text.text import Text, prompt_ids
 
 QWEN25 = """\
@@ -549,12 +549,12 @@ def test_prompts_of_all_forms(tmp_path: Path) -> None:
     path.write_bytes(
         b'{"prompt": "Q ok"}\r\n\n' + json.dumps({"messages": [message], "id": "m"}).encode() + b'\n{"input_ids": [4, 5], "id": 9}'
     )
-    prompts = read_prompts(path)
+    prompts = prompt_rows(path).all()
     assert prompts == [Prompt(id="1", prompt="Q ok"), Prompt(id="m", messages=(message,)), Prompt(id="9", input_ids=(4, 5))]
     text = loaded(SAMPLE)
     assert [prompt_ids(p, text) for p in prompts] == [[4, 4, 7, 2], [4, 24, 6, 2], [4, 5]]
     (tmp_path / "link.jsonl").symlink_to(path)
-    assert read_prompts(tmp_path / "link.jsonl") == prompts
+    assert prompt_rows(tmp_path / "link.jsonl").all() == prompts
 
 
 @pytest.mark.parametrize(
@@ -571,15 +571,15 @@ def test_prompts_of_all_forms(tmp_path: Path) -> None:
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a", "id": "first"}\n\n' + line + "\n")
-    assert "line 3" in refused(lambda: read_prompts(path), "E140").where
+    assert "line 3" in refused(lambda: prompt_rows(path).all(), "E140").where
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b'{"prompt": "\xff"}\n'])
 def test_files_without_prompts_or_utf8_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
-    refused(lambda: read_prompts(tmp_path / "p.jsonl"), "E140")
+    refused(lambda: prompt_rows(tmp_path / "p.jsonl").all(), "E140")
 
 
 def test_a_missing_prompts_file(tmp_path: Path) -> None:
-    refused(lambda: read_prompts(tmp_path / "none.jsonl"), "E101")
-    refused(lambda: read_prompts(tmp_path), "E104")
+    refused(lambda: prompt_rows(tmp_path / "none.jsonl").all(), "E101")
+    refused(lambda: prompt_rows(tmp_path).all(), "E104")

@@ -7,9 +7,8 @@ the answer, the chain of thought, and efficiency: the token behind each step, wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -20,8 +19,7 @@ from trtllm_thoughtx.text.tokens import THINK_TAGS
 GIVEN, ANSWER, THOUGHT, EFFICIENCY = range(4)  # parts; GIVEN has no loss
 
 
-class Encoder(Protocol):
-    def __call__(self, text: str) -> list[int]: ...
+Encoder = Callable[[str], list[int]]
 
 
 @dataclass

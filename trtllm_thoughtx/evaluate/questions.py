@@ -102,7 +102,7 @@ def generated(
         num_cut = round(num_items * cut_share)
         for place in range(num_items + num_cut):
             size, words = grid[place % len(grid)]
-            one = draw(task, split, size=size, seed=item_seed(seed, place), num_words=words)
+            one = draw(task, split, size=size, seed=seed * 1_000_003 + place, num_words=words)
             name = f"{task}/{split}/size{size}/words{words}/seed{seed}/{place}"
             thought = None
             if place >= num_items:
@@ -113,11 +113,6 @@ def generated(
             asked = Question(id=name, task=task, prompt=one.prompt, expected=expected, size=size, thought=thought, item=one, traits=traits)
             made.append(asked)
     return made
-
-
-def item_seed(seed: int, place: int) -> int:
-    """A seed for one item; no two of one evaluation are equal."""
-    return seed * 1_000_003 + place
 
 
 def from_file(

@@ -14,25 +14,26 @@ import numpy as np
 
 Z95 = 1.959963984540054
 NUM_RESAMPLES = 10_000
+NUM_BINS = 10
 
 
-def wilson(num_right: int, num: int, z: float = Z95) -> tuple[float, float]:
+def wilson(num_right: int, num: int) -> tuple[float, float]:
     """Interval of a share (Wilson, JASA 22, 1927); right even at 0 and 1. (0, 1) for no items."""
     if num == 0:
         return 0.0, 1.0
-    share, extra = num_right / num, z * z / num
+    share, extra = num_right / num, Z95 * Z95 / num
     middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / num + extra / (4 * num))
+    half = Z95 / (1 + extra) * math.sqrt(share * (1 - share) / num + extra / (4 * num))
     low, high = middle - half, middle + half
     return (0.0 if num_right == 0 else low), (1.0 if num_right == num else high)
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean of `values` (Efron & Tibshirani 1993, chapter 13)."""
     given = np.asarray(values, np.float64)
     if len(given) < 2 or not given.std():
         return (float(given.mean()),) * 2 if len(given) else (math.nan, math.nan)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     block = max(1, (1 << 22) // len(given))  # resamples at a time, so that memory stays bounded
     means = np.concatenate([
         given[rng.integers(0, len(given), (min(block, NUM_RESAMPLES - start), len(given)))].mean(axis=1)
@@ -51,12 +52,12 @@ def mcnemar(num_only_first: int, num_only_second: int) -> float:
     return min(1.0, 2 * sum(math.exp(value) for value in logs))
 
 
-def calibration_error(confidences: Sequence[float], correct: Sequence[bool], num_bins: int = 10) -> float:
+def calibration_error(confidences: Sequence[float], correct: Sequence[bool]) -> float:
     """Expected calibration error over bins of equal width (Guo et al., arXiv 1706.04599, section 2), in [0, 1]."""
     if not confidences:
         return math.nan
     sure, right = np.asarray(confidences, np.float64), np.asarray(correct, np.float64)
-    bins = np.minimum((sure * num_bins).astype(int), num_bins - 1)
+    bins = np.minimum((sure * NUM_BINS).astype(int), NUM_BINS - 1)
     gaps = [abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
     return float(sum(gaps))
 

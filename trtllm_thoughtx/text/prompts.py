@@ -7,7 +7,6 @@ Every problem is E140 with the line and its id.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,8 @@ class Prompt:
     place: int = field(default=0, compare=False)  # in its file, from 0: its random stream
 
 
-def read_prompts(path: Path, note: Callable[[str], object] | None = None) -> list[Prompt]:
-    """All prompts of a JSONL file, in order; E140 for malformed lines, for two equal ids and for a file without prompts."""
-    return prompt_rows(path).all(note)
-
-
 def prompt_rows(path: Path) -> Rows[Prompt]:
-    """The same, bad lines kept apart."""
+    """The prompts of a JSONL file, in order, bad lines kept apart (E140): malformed, equal ids, or a file without prompts."""
     return read_rows(path, prompt_of_row, code="E140", columns=COLUMNS, fix=FIX)
 
 

@@ -22,9 +22,10 @@ from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.files import read_json
+from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.validate.divergence import Divergence, spread
 from trtllm_thoughtx.validate.golden import ChunkSpec, Expected, Prompt
-from trtllm_thoughtx.validate.runs import Run, Subject, decoded, longest, prefilled
+from trtllm_thoughtx.validate.runs import Run, decoded, longest, prefilled
 
 FILE = "calibration.json"
 # Ways to run a quantized engine: its graph as it stands, as plans do; or onnxruntime's operators on a CPU, where they round more.
@@ -113,7 +114,7 @@ def prompts_of(rows: Sequence[Sequence[int]], build: BuildConfig, vocab_size: in
     return tuple(Prompt(f"held_out_{i}", ids, tuple(spread(len(ids), vocab_size)), size, mask) for i, ids in enumerate(cut))
 
 
-def checks(engine: Subject, backend: str, expected: Expected, limits: Limits) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def checks(engine: Engine, backend: str, expected: Expected, limits: Limits) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(name, what is wrong or nothing, evidence) of each check on an engine that is loaded."""
     alone: dict[str, np.ndarray] = {}
     seen = Divergence()
@@ -133,7 +134,7 @@ def checks(engine: Subject, backend: str, expected: Expected, limits: Limits) ->
         yield f"{backend}: {name}", wrong, {"kl": found["kl"], "worst_kl": found["worst_kl"], "num_positions": found["num_positions"]}
 
 
-def _other_runs(engine: Subject, prompts: Sequence[Prompt]) -> Iterator[tuple[str, Run]]:
+def _other_runs(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[tuple[str, Run]]:
     """Other ways to run the prompts, whose logits must agree with those of each alone."""
     prompts = [p for p in prompts if p.chunk_size == prompts[0].chunk_size]
     some = [p for p in prompts if len(p.ids) > 1][: engine.build.max_batch_size]

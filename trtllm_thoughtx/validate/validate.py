@@ -33,10 +33,11 @@ from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
-from trtllm_thoughtx.validate.runs import SEGMENTS, Run, Subject, decoded, longest, prefilled
+from trtllm_thoughtx.validate.runs import SEGMENTS, Run, decoded, longest, prefilled
 
 WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
 MAX_RAGGED_LENGTH = 512
@@ -209,8 +210,6 @@ def _files_check(directory: EngineDir) -> Check:
 
 
 def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
-    from trtllm_thoughtx.runtime.engine import Engine
-
     checks = [_plan_check(directory, backend)] if BACKENDS[backend].builds_plans else []
     if any(check.status == "failed" for check in checks):
         return [*checks, Check(f"{backend}: runs", "skipped", "the plan belongs to another graph")]
@@ -252,7 +251,7 @@ def _plan_check(directory: EngineDir, backend: str) -> Check:
     return Check(name, "failed" if wrong else "passed", listed(wrong), {"num_hashes": num, "num_parts": len(directory.parts)})
 
 
-def logits_checks(engine: Subject, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
+def logits_checks(engine: Engine, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
     """Prefill, decode, ragged and pieces, on an engine that is loaded."""
     judge = _Judge(backend, expected)
     alone: dict[str, np.ndarray] = {}
@@ -308,7 +307,7 @@ class _Judge:
         self.add(name, [self.verdict(prompt, got, rows)], num_tokens=len(prompt.ids), num_rows=len(rows), top1_agreement=agree)
 
 
-def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
+def _decoded(engine: Engine, judge: _Judge, name: str, prompts: Sequence[Prompt], num_prompt: Sequence[int]) -> None:
     """Teacher-forced decoding of `prompts` in one batch, from `num_prompt[b]` tokens on."""
     run = decoded(engine, prompts, num_prompt)
     num_rows = sum(position >= first for prompt, first, _ in run for position in prompt.rows)
@@ -316,7 +315,7 @@ def _decoded(engine: Subject, judge: _Judge, name: str, prompts: Sequence[Prompt
     judge.add(name, judge.verdicts(run), num_steps=max(steps), num_rows=num_rows)
 
 
-def _ragged(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _ragged(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompts = _batch(judge.expected.prompts, engine.build.max_batch_size)
     if len(prompts) < 2:
         judge.skip("ragged prefill", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
@@ -335,7 +334,7 @@ def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     return list({p.name: p for p in ends}.values())[:size]
 
 
-def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _pieces(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompt, sizes = longest(engine, [p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH])
     for size in SEGMENTS:
         if size in sizes:
@@ -346,7 +345,7 @@ def _pieces(engine: Subject, judge: _Judge, alone: dict[str, np.ndarray]) -> Non
             judge.skip(f"pieces of {size}", why)
 
 
-def layers_checks(engine: Subject, backend: str, expected: Expected, bisect: bool) -> list[Check]:
+def layers_checks(engine: Engine, backend: str, expected: Expected, bisect: bool) -> list[Check]:
     """Every hidden state of the prompts that have them; with `bisect` also the first layer out of its band, over all of them."""
     judge = _Judge(backend, expected)
     out: list[tuple[int, str, parity.Verdict]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtllm_thoughtx.distill.traces import Trace, read_traces
+from trtllm_thoughtx.distill.traces import read_traces
 from trtllm_thoughtx.evaluate.questions import Question, generated
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.tasks import TASKS
@@ -18,11 +18,8 @@ def questions_of(data: Path | None, num_items: int, seed: int, progress: Progres
     """`num_items` of each generated task, or as many rows of a file of traces (E161 for rows that cannot be used)."""
     if data is None:
         return generated(tuple(TASKS), SPLIT, num_items=num_items, seed=seed, lengths=LENGTHS) if num_items else []
-    return [_question(trace) for trace in read_traces(data, progress.note)[:num_items]]
-
-
-def _question(trace: Trace) -> Question:
-    return Question(id=trace.id, task="file", prompt=trace.prompt, expected=trace.answer)
+    traces = read_traces(data, progress.note)[:num_items]
+    return [Question(id=trace.id, task="file", prompt=trace.prompt, expected=trace.answer) for trace in traces]
 
 
 def sequences_of(text: Text, data: Path | None, num_samples: int, context: int, seed: int) -> list[list[int]]:
