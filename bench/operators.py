@@ -23,20 +23,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 256
 
 
-def use(ort_fused: Any, level: int, block: int) -> None:
+def use(ort_blocks: Any, ort_fused: Any, level: int, block: int) -> None:
     """Have engines that are loaded from now on use `MatMulNBits` at this level, with blocks of at most `block` inputs."""
-    ort_fused.LEVEL, ort_fused.BLOCKS = level, tuple(size for size in ort_fused.BLOCKS if size <= block)
+    ort_blocks.LEVEL, ort_blocks.BLOCKS = level, tuple(size for size in ort_blocks.BLOCKS if size <= block)
 
     def rows(node: Any, matrix: Any, tensors: Any, data: Any, done: Any) -> Any:
         weight, names = tensors[matrix.input[0]], (f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks")
         num_out, num_in = weight.dims
-        size = ort_fused.block_of(num_in)
+        size = ort_blocks.block_of(num_in)
         raw = ort_fused.read_initializer(weight, data) ^ np.uint8(ort_fused.INT8.sign)
         scales = ort_fused.read_initializer(tensors[matrix.input[1]], data).view(np.float32).reshape(-1, 1)
         arrays = raw.reshape(num_out, num_in // size, size), np.repeat(scales, num_in // size, 1)
         said = {"K": num_in, "N": num_out, "bits": 8, "block_size": size, "accuracy_level": level}
         inputs = [node.input[0], *names]
-        made = helper.make_node("MatMulNBits", inputs, [ort_fused._output(node)], domain=ort_fused.DOMAIN, **said)
+        made = helper.make_node("MatMulNBits", inputs, [ort_fused._output(node)], domain=ort_blocks.DOMAIN, **said)
         return [made], dict(zip(names, arrays, strict=True))
 
     ort_fused._rows_product = rows
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from trtllm_thoughtx import Engine
-    from trtllm_thoughtx.backends import ort_fused
+    from trtllm_thoughtx.backends import ort_blocks, ort_fused
     from trtllm_thoughtx.validate.divergence import Divergence
 
     def logits(path: Path, rows: list[list[int]], *, exact: bool) -> list[np.ndarray]:
@@ -68,7 +68,7 @@ def main() -> None:
         ids = first.text.encode(path.read_text(encoding="utf-8"))
         rows += [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(args.pieces) if len(ids) >= (i + 1) * LENGTH]
     first.close()
-    kept = ort_fused.LEVEL, ort_fused.BLOCKS, ort_fused._rows_product
+    kept = ort_blocks.LEVEL, ort_blocks.BLOCKS, ort_fused._rows_product
     wanted = logits(args.engines[0], rows, exact=False)
     table = []
     for path in args.engines[1:]:
@@ -78,9 +78,9 @@ def main() -> None:
                 got = whole
             else:
                 if setting != "engine":
-                    use(ort_fused, *map(int, setting.split(":")))
+                    use(ort_blocks, ort_fused, *map(int, setting.split(":")))
                 got = logits(path, rows, exact=False)
-                ort_fused.LEVEL, ort_fused.BLOCKS, ort_fused._rows_product = kept
+                ort_blocks.LEVEL, ort_blocks.BLOCKS, ort_fused._rows_product = kept
             seen, beyond = Divergence(), Divergence()
             for row, a, b, c in zip(rows, wanted, got, whole, strict=True):
                 seen.add(a, b, [*row[1:], -1])

@@ -53,9 +53,11 @@ class QuantConfig:
     algo: str | None  # a key of `families.formats.FORMATS`; None: the cache alone is quantized
     kv_algo: str | None = None  # FP8 | INT8
     group_size: int = 128  # input channels that share a scale, 4-bit formats only
+    scale_dtype: str = "float32"  # that scales are stored in: float32 | float16
     prequant: bool = False  # inputs are multiplied by a factor per channel
     zero_point: bool = False  # 4-bit groups have a zero of their own
     input_order: bool = False  # inputs are put in the order of their 4-bit groups first (GPTQ's activation order)
+    embedding: bool = False  # the embedding, and the head that is tied to it, are stored as the linear layers are
     exclude: tuple[str, ...] = ("lm_head",)
 
     def covers(self, module: str) -> bool:
@@ -126,7 +128,8 @@ class ModelConfig:
     @property
     def has_head(self) -> bool:
         """The checkpoint holds `lm_head.weight`: the model is not tied, or its head is quantized and the embedding is not."""
-        return not self.tied or (self.quantization is not None and self.quantization.covers("lm_head"))
+        quant = self.quantization
+        return not self.tied or (quant is not None and not quant.embedding and quant.covers("lm_head"))
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes of K and V of all layers for one position, in an engine of `dtype`."""

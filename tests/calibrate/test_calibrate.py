@@ -23,10 +23,11 @@ from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.calibrate.data import read_data  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize import grid, page  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
-from trtllm_thoughtx.calibrate.quantize.layers import Walk, _Judge, picks_of  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.layers import Walk  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.model import Head, Layer, Rotary, read  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.result import limits_of  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.watch import Judge, picks_of  # noqa: E402
 from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QuantConfig  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
@@ -332,7 +333,7 @@ def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
 
 def test_clipping_on_held_out_rows_is_counted():
     found = Found(torch.ones(1, 4), torch.ones(1), grid.input_scale(1.0, "FP8"), torch.tensor([1.0, 1.0, 1.0, 2.0]), None, 0.0, 0.0)
-    judge = _Judge(found, "FP8")
+    judge = Judge(found, "FP8")
     judge.add(torch.tensor([[0.5, -0.9, 1.5, 0.4], [0.1, 0.2, -3.0, 0.9]]), torch.ones(2, 1), torch.full((2, 1), 1.1))
     facts = judge.facts()
     assert facts["clipped_share"] == 3 / 8  # 1.5, -3, and 0.9 times its factor
@@ -468,8 +469,11 @@ def test_excluded_layers_stay_as_they_are(tmp_path):
     )
     with open_weights(tmp_path / "c") as source, open_weights(tmp_path / "m") as original:
         kinds = {name: source.read(name).dtype for name in source.names() if name.endswith("weight") and "norm" not in name}
+        layers = {f"transformer.layers.1.{module}.weight" for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")}
         assert {name for name, kind in kinds.items() if kind == np.int8} == {
-            f"transformer.layers.1.{module}.weight" for module in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj")
+            *layers,
+            "transformer.vocab_embedding.weight",
+            "lm_head.weight",
         }
         name = "transformer.layers.1.mlp.gate.weight"
         assert np.array_equal(source.read(name), original.read(name))
@@ -546,13 +550,12 @@ def test_nothing_is_left_behind_by_a_refusal(tmp_path):
 
 def test_sequences_are_counted_where_the_sample_has_no_row_of_them(tmp_path, monkeypatch):
     """Short sequences beside a long one, which takes nearly the whole sample: each of them counts."""
-    from trtllm_thoughtx.calibrate.quantize import estimate, layers
+    from trtllm_thoughtx.calibrate.quantize import estimate, layers, watch
 
     seen = []
     monkeypatch.setattr(estimate, "seconds", lambda walk: 1.0)  # it searches as well, with one sequence of noise
-    real = layers.search
-    monkeypatch.setattr(estimate, "seconds", lambda walk: 1.0)  # it searches with one row of noise
-    monkeypatch.setattr(layers, "search", lambda weight, inputs, quant: (seen.append(inputs), real(weight, inputs, quant))[1])
+    real = watch.search
+    monkeypatch.setattr(watch, "search", lambda weight, inputs, quant: (seen.append(inputs), real(weight, inputs, quant))[1])
     monkeypatch.setattr(layers, "picks_of", lambda lengths: picks_of(lengths, 16))
     write_tiny(tmp_path / "m", **SIZES)
     data = lines(tmp_path / "d.jsonl", [*ids(46, low=2, high=4), {"input_ids": list(range(1, 91)) * 2}])
@@ -584,11 +587,13 @@ def test_data_that_stand_for_the_users_are_named_before_the_walk(tmp_path, capsy
 @pytest.mark.parametrize(
     ("options", "num", "held", "length"),
     [
-        ({"qformat": "int4_wo"}, 8, 8, 256),
+        ({"qformat": "int4_wo", "plain_rounding": True}, 8, 8, 256),
+        ({"qformat": "int4_wo", "calib_seq_len": 16}, 56, 8, 16),
+        ({"qformat": "int4_wo", "rounding": "nearest", "calib_seq_len": 16}, 112, 16, 16),
         ({"qformat": "int8_wo", "calib_seq_len": 32}, 8, 8, 32),
         ({"qformat": "int8_wo", "calib_size": 24}, 21, 3, 512),
         ({"qformat": "int8_wo", "kv_cache_dtype": "int8", "calib_seq_len": 32}, 112, 16, 32),
-        ({"qformat": "int4_awq", "calib_seq_len": 16}, 112, 16, 16),
+        ({"qformat": "int4_awq", "calib_seq_len": 16}, 56, 8, 16),
     ],
 )
 def test_what_fits_nothing_measures_on_few_sequences(tmp_path, options, num, held, length):

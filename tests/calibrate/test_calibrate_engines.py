@@ -296,7 +296,7 @@ def test_weight_bytes_are_those_of_the_stored_matrices(tmp_path, qformat, bits):
     config = engine.config
     numbers = config.num_layers * layer_parameters(config) + config.vocab_size * config.hidden_size
     assert read[0] == 4 * numbers
-    names = ("weight", "scaling_factor", "per_channel_scale")
+    names = ("weight", "scaling_factor", "per_channel_scale", "zero")
     from trtllm_thoughtx.checkpoint.weights import open_weights
 
     with open_weights(tmp_path / "c") as kept:

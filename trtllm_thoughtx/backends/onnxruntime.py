@@ -7,6 +7,7 @@ its float32 twin (`backends.ort_bfloat16`), since onnxruntime has no bfloat16 ke
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from trtllm_thoughtx.backends.ort_experts import fuse_experts
 from trtllm_thoughtx.backends.ort_fused import Fused, fuse
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.graph.decoder import layer_output
 
 MAX_GRAPH_BYTES = 256 << 20  # a graph without its weights takes kilobytes per layer
@@ -101,8 +103,13 @@ class OnnxRuntimeRunner:
         """What replaces nodes of the graph by this runtime's own operators."""
         if self.exact or self.device != "cpu":
             return []
-        products = self.config.quantization is not None and self.build.dtype == "float32"
-        return [*([fuse] if products else []), *([fuse_experts] if self.config.experts is not None else [])]
+        quant = self.config.quantization
+        products = quant is not None and self.build.dtype == "float32"
+        few_bits = quant is not None and quant.algo is not None and FORMATS[quant.algo].number.bits < 8
+        return [
+            *([functools.partial(fuse, rounds_rows=few_bits)] if products else []),
+            *([fuse_experts] if self.config.experts is not None else []),
+        ]
 
     def _tap(self, model: onnx.ModelProto, part: PartFiles) -> None:
         layers = [*([-1] if part.embeds else []), *range(part.first_layer, part.last_layer)]

@@ -15,6 +15,7 @@ ROUNDED = (
     "DequantizeLinear",
     "ReduceSum",
     "Add",
+    "Sub",
     "Mul",
     "Div",
     "Swish",

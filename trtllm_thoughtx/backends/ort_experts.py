@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.backends.ort_fused import DOMAIN, Fused, read_initializer, rewrite
+from trtllm_thoughtx.backends.ort_blocks import DOMAIN
+from trtllm_thoughtx.backends.ort_fused import Fused, read_initializer, rewrite
 from trtllm_thoughtx.checkpoint.weights import NUMPY_DTYPES
 from trtllm_thoughtx.graph import experts
 
@@ -40,7 +41,7 @@ def fuse_experts(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         inputs = [x, logits, f"{fc}/in_turn", "", proj]
         nodes.append(helper.make_node("MoE", inputs, list(node.output), name=node.name, domain=DOMAIN, **swiglu))
     if arrays:
-        rewrite(model, nodes, arrays, unused=("Cast",))
+        rewrite(model, nodes, arrays)
     return Fused(arrays, len(arrays), num_rounding=0)
 
 

@@ -4,7 +4,8 @@ The graph's Q/DQ form is what every engine shares; onnxruntime fuses it only in 
 So the float32 graph is rewritten while it is read, with the same stored numbers:
 
     INT4 weights           `MatMulNBits`, which rounds its inputs to 8 bits, group by group (accuracy level 4). Its other levels are not
-                           faster than float32, and beside 4-bit weights the loss cannot be seen.
+                           faster than float32, and beside 4-bit weights the loss cannot be seen. It takes zero points on the grid.
+    INT8 embedding         rows are looked up, and multiplied by their scales. Beside 4-bit layers the head is a `MatMulNBits` as well.
     INT8 weights           `QGemm`, twice: inputs are rounded to 16 bits, 8 of them in each product. `MatMulNBits` would double the loss.
     INT8 by INT8           `QGemm`, the graph's own integers. Signed by signed has no kernel on x86; unsigned by unsigned is as exact.
     FP8, odd group sizes   widened to float32 once, where memory has room: no CPU computes with them.
@@ -18,22 +19,20 @@ import functools
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from trtllm_thoughtx.backends.ort_blocks import DOMAIN, LONGEST, block_of, blocked, blocked_bytes, blocks_node, session_of, takes_bytes
 from trtllm_thoughtx.checkpoint.tensor_file import unpack_four
-from trtllm_thoughtx.families.formats import INT4, INT8
+from trtllm_thoughtx.families.formats import INT8
 from trtllm_thoughtx.process.machine import available_bytes
 
-DOMAIN = "com.microsoft"
-BLOCKS = (16, 32, 64, 128, 256)  # that `MatMulNBits` knows
-LEVEL = 4
 MIDDLE, ZERO = "zero/unsigned", "zero/signed"
 HIGH, LOW, ONE, AXIS, SMALLEST = "split/high", "split/low", "split/one", "split/axis", "split/smallest"
+LAST = "lookup/axis"
 CONSTANTS: dict[str, np.ndarray] = {
     MIDDLE: np.asarray(np.uint8(128)),
     ZERO: np.asarray(np.int8(0)),
@@ -41,6 +40,7 @@ CONSTANTS: dict[str, np.ndarray] = {
     LOW: np.asarray(np.float32(1 / 127 / 254)),
     ONE: np.asarray(np.float32(1)),
     AXIS: np.asarray([1], np.int64),
+    LAST: np.asarray([-1], np.int64),
     SMALLEST: np.asarray(np.float32(2.0**-100)),  # the length of a token of zeros
 }
 ROOM = 2.2  # memory that widened matrices need while a session packs them, in units of their size
@@ -56,10 +56,12 @@ class Fused:
     num_rounding: int = 0  # of them, those that round their inputs, which the graph does not
     num_wide: int = 0
     num_left: int = 0
+    num_lookups: int = 0  # in quantized matrices
 
 
-def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
-    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers."""
+def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_rows: bool = False) -> Fused:
+    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers. `rounds_rows`: inputs of
+    INT8 matrices are rounded to 8 bits, as those of 4-bit layers are."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
@@ -67,8 +69,14 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
     wide = [m for node in graph.node if (m := _matrix(node, made)) and _kind(node, m, made, tensors) == "wide"]
     room = available_bytes()
     has_room = room is None or room > ROOM * 4 * sum(math.prod(tensors[m.input[0]].dims) for m in wide)
+    points = _points(graph, made, tensors)
     for node in graph.node:
         matrix = _matrix(node, made)
+        lookup = _looked_up(node, made)
+        if lookup is not None:
+            nodes += lookup
+            found.num_lookups += 1
+            continue
         if matrix is None:
             nodes.append(node)
             continue
@@ -76,17 +84,27 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         if kind == "wide":
             if has_room:
                 name = f"{matrix.output[0]}/wide"
-                found.arrays[name] = _widened(matrix, tensors, data)
+                found.arrays[name] = _widened(matrix, made, tensors, data)
                 node.input[1] = name
             found.num_wide, found.num_left = found.num_wide + has_room, found.num_left + (not has_room)
             nodes.append(node)
             continue
         if kind == "static":
             products, arrays = _static_product(node, matrix, made, tensors, data)
+        elif kind == "rows" and rounds_rows and (size := block_of(tensors[matrix.input[0]].dims[1], LONGEST)) and takes_bytes():
+            raw, scales = read_initializer(tensors[matrix.input[0]], data), _scales(matrix, made, tensors, data)
+            names = (f"{matrix.input[0]}/blocks", f"{matrix.input[1]}/blocks")
+            num_out, num_in = tensors[matrix.input[0]].dims
+            arrays = dict(zip(names, blocked_bytes(raw.reshape(num_out, num_in), scales, size), strict=True))
+            products = [blocks_node(node.input[0], names, _output(node), num_out, num_in, size, bits=8)]
         elif kind == "rows":
             products, arrays = _rows_product(node, matrix, tensors, data, set(done))
         else:
-            products, arrays = _blocks_product(node, matrix, tensors, data)
+            sub, zero = points.get(node.output[0], (None, None))
+            products, arrays = _blocks_product(node, matrix, made, tensors, data, zero)
+            if sub is not None:  # the operator subtracts what the graph subtracts behind the product
+                node.output[0], sub.output[0] = sub.output[0], f"{sub.output[0]}/unused"
+                products[0].output[0] = products[0].name = _output(node)
         found.arrays |= arrays
         found.num_products += 1
         found.num_rounding += kind != "static"
@@ -94,11 +112,44 @@ def fuse(model: onnx.ModelProto, data: BinaryIO) -> Fused:
         done |= dict.fromkeys(name for product in products for name in product.output)
         if len(node.input) > 2:
             nodes.append(helper.make_node("Add", [_output(node), node.input[2]], [node.output[0]], name=f"{node.output[0]}/bias"))
-    if found.num_products or found.num_wide:
+    if found.num_products or found.num_wide or found.num_lookups:
         used = {name for node in nodes for name in node.input}
         graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in CONSTANTS.items() if name in used)
-        rewrite(model, nodes, found.arrays, unused=("DequantizeLinear",))
+        rewrite(model, nodes, found.arrays)
     return found
+
+
+def _points(
+    graph: onnx.GraphProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto]
+) -> dict[str, tuple[onnx.NodeProto, onnx.TensorProto]]:
+    """Products of 4-bit matrices with zero points on their grid, by their names: the node that subtracts the zeros, and the points."""
+    found = {}
+    for node in graph.node:
+        pair = [made.get(name) for name in node.input] if node.op_type == "Sub" else []
+        if len(pair) != 2 or any(one is None or one.op_type != "Gemm" for one in pair):
+            continue
+        product, zeros = (one for one in pair if one is not None)
+        matrix, scaled = _matrix(product, made), made.get(zeros.input[1])
+        points = made.get(scaled.input[0]) if scaled is not None and scaled.op_type == "Mul" else None
+        if matrix is not None and points is not None and points.op_type == "DequantizeLinear" and block_of(_group(matrix)):
+            found[product.output[0]] = (node, tensors[points.input[0]])
+    return found
+
+
+def _looked_up(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto] | None:
+    """A lookup in a quantized matrix, by the stored numbers: it would be widened whole for a few rows otherwise."""
+    matrix = made.get(node.input[0]) if node.op_type == "Gather" else None
+    if matrix is None or matrix.op_type != "DequantizeLinear":
+        return None
+    (weight, scale), ids, output = matrix.input[:2], node.input[1], node.output[0]
+    rows, wide, scales = f"{output}/rows", f"{output}/wide", f"{output}/scales"
+    return [
+        helper.make_node("Gather", [weight, ids], [rows], name=rows),
+        helper.make_node("Cast", [rows], [wide], name=wide, to=TensorProto.FLOAT),
+        helper.make_node("Gather", [scale, ids], [f"{scales}/flat"], name=f"{scales}/flat"),
+        helper.make_node("Unsqueeze", [f"{scales}/flat", LAST], [scales], name=scales),
+        helper.make_node("Mul", [wide, scales], [output], name=output),
+    ]
 
 
 def _matrix(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto | None:
@@ -121,20 +172,17 @@ def _group(matrix: onnx.NodeProto) -> int:
     return next((a.i for a in matrix.attribute if a.name == "block_size"), 0)
 
 
-def block_of(group: int) -> int:
-    """Inputs of a block of `MatMulNBits`: the largest that a group of the format's scales can be cut into; 0 for none."""
-    return max((size for size in BLOCKS if group and group % size == 0), default=0)
-
-
-def rewrite(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, np.ndarray], *, unused: Sequence[str]) -> None:
-    """Give the graph these nodes, less those of the types `unused` that nothing reads any more, and `arrays` as initializers that the
-    session gets from memory; initializers that nothing reads go."""
+def rewrite(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, np.ndarray]) -> None:
+    """Give the graph these nodes, in their order, less those that nothing reads any more, and `arrays` as initializers that the session
+    gets from memory; initializers that nothing reads go."""
     graph = model.graph
-    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
-    kept = [node for node in nodes if node.op_type not in unused or used & set(node.output)]
+    used, kept = {value.name for value in graph.output}, list[onnx.NodeProto]()
+    for node in reversed(nodes):
+        if used & set(node.output):
+            kept.insert(0, node)
+            used |= set(node.input)
     del graph.node[:]
     graph.node.extend(kept)
-    used = {name for node in kept for name in node.input} | {value.name for value in graph.output}
     rest = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(rest)
@@ -168,17 +216,6 @@ def takes_signed_weights() -> bool:
         if not np.array_equal(session.run(None, {"x": x})[0], wanted.astype(np.float32)):
             return False
     return True
-
-
-def session_of(nodes: list[onnx.NodeProto], inputs: list[Any], outputs: list[Any], tensors: list[onnx.TensorProto]) -> ort.InferenceSession:
-    """A session of a few operators on the CPU."""
-    graph = helper.make_graph(nodes, "products", inputs, outputs, tensors)
-    imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch's threads have the CPU between two calls
-    made = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    return ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _static_product(
@@ -237,16 +274,29 @@ def rows_nodes(x: str, weight: str, scale: str, zero: str, output: str, done: Co
     return nodes
 
 
-def _widened(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO) -> np.ndarray:
+def _scales(
+    matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto], data: BinaryIO
+) -> np.ndarray:
+    """The scales of a matrix in float32; the file may hold them in float16."""
+    cast = made.get(matrix.input[1])
+    scale = tensors[matrix.input[1] if cast is None else cast.input[0]]
+    if not scale.external_data:
+        return onnx.numpy_helper.to_array(scale)
+    return read_initializer(scale, data).view(helper.tensor_dtype_to_np_dtype(scale.data_type)).astype(np.float32)
+
+
+def _widened(
+    matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto], data: BinaryIO
+) -> np.ndarray:
     """What DequantizeLinear makes of a stored matrix: [out, in] float32."""
-    weight, scale = tensors[matrix.input[0]], tensors[matrix.input[1]]
+    weight = tensors[matrix.input[0]]
     num_out, num_in = weight.dims
     raw = read_initializer(weight, data)
     if weight.data_type == TensorProto.INT4:
         values = unpack_four(raw).astype(np.float32)
     else:
         values = raw.view(helper.tensor_dtype_to_np_dtype(weight.data_type)).astype(np.float32)
-    scales = read_initializer(scale, data).view(np.float32) if scale.external_data else onnx.numpy_helper.to_array(scale)
+    scales = _scales(matrix, made, tensors, data)
     rows = num_out if scales.size > 1 else 1
     wide = values.reshape(rows, scales.size // rows, -1)
     wide *= scales.reshape(rows, -1, 1)
@@ -254,27 +304,18 @@ def _widened(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], da
 
 
 def _blocks_product(
-    node: onnx.NodeProto, matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], data: BinaryIO
+    node: onnx.NodeProto,
+    matrix: onnx.NodeProto,
+    made: Mapping[str, onnx.NodeProto],
+    tensors: Mapping[str, onnx.TensorProto],
+    data: BinaryIO,
+    zero: onnx.TensorProto | None,
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     weight, group = tensors[matrix.input[0]], _group(matrix)
-    scales = read_initializer(tensors[matrix.input[1]], data).view(np.float32).reshape(weight.dims[0], -1)
-    names = (f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks")
-    arrays = blocked(read_initializer(weight, data), scales, group)
+    scales = _scales(matrix, made, tensors, data).reshape(weight.dims[0], -1)
+    arrays = blocked(read_initializer(weight, data), scales, group, None if zero is None else read_initializer(zero, data))
+    names = [f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks", *([] if zero is None else [f"{zero.name}/blocks"])]
     return [blocks_node(node.input[0], names, _output(node), weight.dims[0], weight.dims[1], group)], dict(zip(names, arrays, strict=True))
-
-
-def blocked(raw: np.ndarray, scales: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and scales as `MatMulNBits` takes them, from a stored 4-bit matrix's bytes and its scales [out, in / group]. A scale is
-    repeated for each block of its group."""
-    size = block_of(group)
-    scales = np.repeat(scales, group // size, 1)
-    return (raw ^ np.uint8(INT4.sign)).reshape(*scales.shape, size // 2), scales
-
-
-def blocks_node(x: str, names: tuple[str, str], output: str, num_out: int, num_in: int, group: int) -> onnx.NodeProto:
-    """Float inputs by a 4-bit matrix with a scale for each block of inputs; `names` are those of numbers and scales."""
-    attributes: dict[str, Any] = {"K": num_in, "N": num_out, "bits": 4, "block_size": block_of(group), "accuracy_level": LEVEL}
-    return helper.make_node("MatMulNBits", [x, *names], [output], name=output, domain=DOMAIN, **attributes)
 
 
 def read_initializer(tensor: onnx.TensorProto, data: BinaryIO) -> np.ndarray:

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.backends import ort_fused
+from trtllm_thoughtx.backends import ort_blocks, ort_fused
 from trtllm_thoughtx.families.formats import INT4, INT8, Format
 
 OPERATORS = {
     "rows": "QGemm twice, inputs rounded to 16 bits",
-    "blocks": f"MatMulNBits at accuracy level {ort_fused.LEVEL}, inputs rounded to 8 bits by blocks",
+    "blocks": f"MatMulNBits at accuracy level {ort_blocks.LEVEL}, inputs rounded to 8 bits by blocks",
 }
 
 
@@ -19,23 +19,29 @@ class FusedProduct:
     """Callable: float32 [tokens, in] -> [tokens, out], without bias. `stored` is int8 [out, in] or uint8 [out, in / 2], `scale` [out] or
     [out, in / group]."""
 
-    def __init__(self, stored: np.ndarray, scale: np.ndarray) -> None:
+    def __init__(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, rounds_rows: bool = False) -> None:
+        """`zero` are the stored zero points of a 4-bit matrix; `rounds_rows`: as `ort_fused.fuse` has it."""
         num_out = len(stored)
+        size = ort_blocks.block_of(stored.shape[1], ort_blocks.LONGEST) if rounds_rows and stored.dtype == np.int8 else 0
         if stored.dtype == np.uint8:
             num_in = 2 * stored.shape[1]
             group = num_in // scale.shape[1]
-            arrays = dict(zip("ws", ort_fused.blocked(stored, scale, group), strict=True))
-            nodes = [ort_fused.blocks_node("x", ("w", "s"), "y", num_out, num_in, group)]
+            arrays = dict(zip("wsz", ort_blocks.blocked(stored, scale, group, zero), strict=False))
+            nodes = [ort_blocks.blocks_node("x", [*arrays], "y", num_out, num_in, group)]
+        elif size and ort_blocks.takes_bytes():
+            num_in = stored.shape[1]
+            arrays = dict(zip("ws", ort_blocks.blocked_bytes(stored, scale, size), strict=True))
+            nodes = [ort_blocks.blocks_node("x", [*arrays], "y", num_out, num_in, size, bits=8)]
         else:
             num_in, arrays = stored.shape[1], {"w": stored, "s": scale, **ort_fused.CONSTANTS}
             if not ort_fused.takes_signed_weights():
                 arrays["w"] = stored.view(np.uint8) ^ np.uint8(INT8.sign)
-            zero = ort_fused.ZERO if arrays["w"].dtype == np.int8 else ort_fused.MIDDLE
-            nodes = ort_fused.rows_nodes("x", "w", "s", zero, "y")
+            middle = ort_fused.ZERO if arrays["w"].dtype == np.int8 else ort_fused.MIDDLE
+            nodes = ort_fused.rows_nodes("x", "w", "s", middle, "y")
         tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in arrays.items()]
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", num_in])]
         outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", num_out])]
-        self.session = ort_fused.session_of(nodes, inputs, outputs, tensors)
+        self.session = ort_blocks.session_of(nodes, inputs, outputs, tensors)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         out: np.ndarray = self.session.run(None, {"x": x})[0]
@@ -48,4 +54,4 @@ def kind_of(form: Format, group_size: int) -> str | None:
         return None
     if (form.number, form.scales) == (INT8, "row"):
         return "rows"
-    return "blocks" if form.number == INT4 and ort_fused.block_of(group_size) else None
+    return "blocks" if form.number == INT4 and ort_blocks.block_of(group_size) else None

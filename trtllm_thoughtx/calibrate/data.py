@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trtllm_thoughtx.calibrate import prose
 from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.files import read_named, sha256_of
 from trtllm_thoughtx.jsonl import FILE_BYTES, STDIN, Line, Rows, collect, read_rows
@@ -34,6 +35,8 @@ MAX_HELD = 16
 NUM_STORED = 8  # held-out sequences that travel
 CONTEXTS = (0, 64, 128, 256)  # words
 BUILT_IN = "generated tasks"
+WITH_PROSE = "documentation and sources of Python, and generated tasks"
+OF_PROSE = 4  # one row in so many is a generated task, where the tokenizer was made for prose
 Make = Callable[[dict[str, Any], Line], list[int]]
 
 
@@ -99,8 +102,10 @@ def read_data(
         return kept[:max_len]
 
     if path is None:
-        found = _checked("--calib_data", _own_rows(num_samples, vocab_size, seed, text), sequence)
+        own = _own_rows(num_samples, vocab_size, seed, text, 0 if only_prompts else max_len)
+        found = _checked("--calib_data", own, sequence)
         what = BUILT_IN if text is not None else "random tokens: the checkpoint has no tokenizer"
+        what = WITH_PROSE if any(name.startswith("text ") for name, _ in own) else what
         use = ("measured", "tells what your prompts lose") if only_measures else ("calibrated", "makes better scales")
         warnings.append(f"{use[0]} on {what}, not on prompts of yours; data of your own (--calib_data) {use[1]}")
     else:
@@ -142,8 +147,13 @@ def read_data(
     return data
 
 
-def _own_rows(num: int, vocab_size: int, seed: int, text: Text | None) -> list[tuple[str, Any]]:
-    return list(_generated(num, seed)) if text is not None else list(_random(num, vocab_size, seed))
+def _own_rows(num: int, vocab_size: int, seed: int, text: Text | None, prose_len: int = 0) -> list[tuple[str, Any]]:
+    """`prose_len`: most tokens of a piece of prose; 0: tasks alone."""
+    if text is None:
+        return list(_random(num, vocab_size, seed))
+    pieces = prose.rows(text, num - -(-num // OF_PROSE), prose_len, seed) if prose_len and prose.reads(text) else []
+    told = [(f"text {place}", {"input_ids": ids}) for place, ids in enumerate(pieces)]
+    return [*told, *_generated(num - len(told), seed)]
 
 
 def _generated(num: int, seed: int) -> Iterator[tuple[str, Any]]:

@@ -151,9 +151,9 @@ class WeightSource:
         assert tensor.stored
         out = np.empty(tensor.shape, DTYPES[tensor.stored])
         self.checkpoint.pread(self._stored[tensor.name], 0, out)
-        if tensor.stored in ("F32", FP8.stored):
+        if tensor.stored in STORED_DTYPES or tensor.stored == FP8.stored:
             wide = out.astype(np.float32)
-            good = np.isfinite(wide) & ((wide > 0) | (tensor.stored != "F32") | tensor.name.endswith(".zero"))
+            good = np.isfinite(wide) & ((wide > 0) | (tensor.stored == FP8.stored) | tensor.name.endswith(".zero"))
             if not good.all():
                 raise ThoughtxError(
                     "E108",

@@ -6,6 +6,7 @@ A `Number` is a grid that values are rounded to, a `Format` how a linear layer i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -31,6 +32,12 @@ class Number:
         """Numbers in one stored item, the earlier in the lower bits."""
         return 8 // self.bits
 
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`shape` in items: rows that do not fill their last item are stored as one run of numbers."""
+        if not shape or shape[-1] % self.per_item == 0:
+            return (*shape[:-1], shape[-1] // self.per_item) if shape else shape
+        return (-(-math.prod(shape) // self.per_item),)
+
     @property
     def sign(self) -> int:
         """A byte that turns two's complement into an offset of half the range, by exclusive or."""
@@ -49,7 +56,8 @@ class Format:
     scale_name: str = "weights_scaling_factor"
     qformat: str | None = None  # thoughtx-calibrate's name; None: only imported
     search: str | None = None  # smoothquant | awq: factors per input channel
-    has_zeros: bool = False  # groups may have zero points, and inputs an order
+    zeros: str | None = None  # that groups may have: `points` on the number's grid, or numbers that are `added`
+    has_order: bool = False  # inputs may be put in the order of their groups
 
     @property
     def is_weight_only(self) -> bool:
@@ -58,9 +66,10 @@ class Format:
     def scale_shape(self, num_out: int, num_in: int, group_size: int) -> tuple[int, ...]:
         return {"tensor": (1,), "row": (num_out,), "group": (num_out, num_in // group_size)}[self.scales]
 
-    def bits(self, group_size: int) -> float:
-        """Bits of a weight, with its share of a group's 16-bit scale."""
-        return self.number.bits + (16 / group_size if self.scales == "group" else 0.0)
+    def bits(self, group_size: int, zero_point: bool = False) -> float:
+        """Bits of a weight, with its share of a group's 16-bit scale and zero point."""
+        of_zero = 0 if not zero_point else self.number.bits if self.zeros == "points" else 16
+        return self.number.bits + ((16 + of_zero) / group_size if self.scales == "group" else 0.0)
 
 
 FP8 = Number(
@@ -78,13 +87,14 @@ FORMATS = {
         Format(algo="W8A8_SQ_PER_CHANNEL", number=INT8, inputs="static", qformat="int8_sq", search="smoothquant"),
         Format(algo="W8A16", number=INT8, scale_name="per_channel_scale", qformat="int8_wo"),
         Format(algo="W4A16_AWQ", number=INT4, scales="group", qformat="int4_awq", search="awq"),
-        Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo"),
+        Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo", zeros="points"),
         Format(algo="FP8_PER_CHANNEL", number=FP8, inputs="static"),  # ours
         Format(algo="FP8_PER_CHANNEL_PER_TOKEN", number=FP8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W8A16_FP8", number=FP8),  # ours
-        Format(algo="W4A16_GPTQ", number=INT4, scales="group", has_zeros=True),
+        Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
     )
 }
+OF_EMBEDDING = "W8A16"  # embeddings are stored so, beside layers of any format
 QUANT_ALGOS = {row.qformat: row.algo for row in FORMATS.values() if row.qformat}  # --qformat -> quant_algo
 KV_ALGOS = {number.name.lower(): number.name for number in (FP8, INT8)}  # --kv_cache_dtype -> kv_cache_quant_algo
 

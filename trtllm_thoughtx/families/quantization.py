@@ -5,15 +5,17 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     FP8                   weight F8_E4M3, weights_scaling_factor [1], activation_scaling_factor [1]
     W8A8_SQ_PER_CHANNEL   weight I8, weights_scaling_factor [out], activation_scaling_factor [1], prequant_scaling_factor [in]
     W8A16                 weight I8, per_channel_scale [out]
-    W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]
-    W4A16_AWQ             the same, and prequant_scaling_factor [in]
+    W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]; with zero points zero U8, of as many
+    W4A16_AWQ             as W4A16 without zero points, and prequant_scaling_factor [in]
     W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size], with activation order input_order I32 [in]
     FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
     W8A16_FP8             weight F8_E4M3, weights_scaling_factor [out]; not TensorRT-LLM's
     FP8_PER_CHANNEL_PER_TOKEN   weight F8_E4M3, per_channel_scale [out]; the input's scale is each token's largest input over 448
 
-value = stored * scale (+ zero, of its group); an input is multiplied by the prequant factor first. Column j of a matrix with an order
-belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low half. Weight-only matrices keep
+value = stored * scale (+ zero, of its group), in W4A16 (stored - zero) * scale; an input is multiplied by the prequant factor first.
+Column j of a matrix with an order belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low
+half. Scales are F32, or F16 where the section says `scale_dtype`. With `has_quantized_embedding` the embedding and the head are stored as
+W8A16. Both keys are ours. Weight-only matrices keep
 this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only unquantized and FP8 checkpoints go to `trtllm-build` as
 they are. Zero points and orders are keys and tensors that it does not know.
 """
@@ -25,11 +27,13 @@ from typing import Any
 
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import shown
-from trtllm_thoughtx.families.family import ALL, Part, Tensor
+from trtllm_thoughtx.families.family import ALL, EMBEDDING, Part, Tensor
 from trtllm_thoughtx.families.fields import Fields
-from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS
+from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS, OF_EMBEDDING
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
+TABLE = EMBEDDING.name.removesuffix(".weight")
+SCALE_TYPES = {"float32": "F32", "float16": "F16"}  # scale_dtype -> safetensors type
 MAX_EXCLUDED = 1 << 14
 
 
@@ -38,16 +42,29 @@ def linear_modules(config: ModelConfig) -> list[str]:
     return [*(f"transformer.layers.{i}.{name}" for i in range(config.num_layers) for name in LINEARS), "lm_head"]
 
 
+def stored_as(quant: QuantConfig | None, module: str) -> QuantConfig | None:
+    """How a linear layer or the embedding is stored; None: as it is. A quantized embedding has 8 bits, and so has the head, whether tied or
+    not, unless the layers' format covers it: in 4 bits they lose as much as all layers together."""
+    if quant is None:
+        return None
+    if quant.embedding and (module == TABLE or (module == "lm_head" and not quant.covers(module))):
+        return QuantConfig(algo=OF_EMBEDDING)
+    return quant if module != TABLE and quant.covers(module) else None
+
+
 def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """suffix -> (safetensors type, shape) of the tensors of one quantized linear layer, without its bias."""
     assert quant.algo is not None
     form = FORMATS[quant.algo]
     shape = form.scale_shape(num_out, num_in, quant.group_size)
-    found = {"weight": (form.number.stored, (num_out, num_in // form.number.per_item)), form.scale_name: ("F32", shape)}
+    found = {
+        "weight": (form.number.stored, (num_out, num_in // form.number.per_item)),
+        form.scale_name: (SCALE_TYPES[quant.scale_dtype], shape),
+    }
     if form.inputs == "static":
         found["activation_scaling_factor"] = ("F32", (1,))
     if quant.zero_point:
-        found["zero"] = ("F32", shape)
+        found["zero"] = (form.number.stored, form.number.stored_shape(shape)) if form.zeros == "points" else ("F32", shape)
     if quant.prequant:
         found["prequant_scaling_factor"] = ("F32", (num_in,))
     if quant.input_order:
@@ -72,8 +89,11 @@ def with_quantization(table: Sequence[Tensor], config: ModelConfig) -> tuple[Ten
     result: list[Tensor] = []
     for tensor in table:
         module = tensor.name.removesuffix(".weight")
-        if (tensor.suffix.removesuffix(".weight") in LINEARS or module == "lm_head") and quant.covers(module):
-            for suffix, (stored, shape) in quantized_shapes(quant, tensor.shape[0], tensor.shape[1]).items():
+        if module == "lm_head" and config.tied and quant.embedding:
+            continue  # it is the embedding's matrix
+        is_matrix = tensor.suffix.removesuffix(".weight") in LINEARS or module in ("lm_head", TABLE)
+        if is_matrix and (stored_quant := stored_as(quant, module)) is not None:
+            for suffix, (stored, shape) in quantized_shapes(stored_quant, *tensor.shape).items():
                 result.append(_own(f"{module}.{suffix}", tensor, suffix, shape, stored))
         else:
             result.append(tensor)
@@ -100,6 +120,8 @@ def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
         "pre_quant_scale": quant.prequant if quant else False,
         "exclude_modules": list(quant.exclude) if quant else None,
         **({"has_input_order": True} if quant and quant.input_order else {}),
+        **({"scale_dtype": quant.scale_dtype} if quant and quant.scale_dtype != "float32" else {}),
+        **({"has_quantized_embedding": True} if quant and quant.embedding else {}),
     }
 
 
@@ -117,12 +139,18 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
                 "calibrate the original checkpoint with thoughtx-calibrate",
             )
     zero_point = table.boolean("has_zero_point", False)
-    has_zeros = algo is not None and FORMATS[algo].has_zeros
-    if zero_point and not has_zeros:
+    form = FORMATS[algo] if algo is not None else None
+    if zero_point and (form is None or form.zeros is None):
         table.unsupported("quantization.has_zero_point is true", f"{shown(algo)} has no zero points")
     input_order = table.boolean("has_input_order", False)
-    if input_order and not has_zeros:
+    if input_order and (form is None or not form.has_order):
         table.unsupported("quantization.has_input_order is true", f"{shown(algo)} has no activation order")
+    embedding = table.boolean("has_quantized_embedding", False)
+    if embedding and form is None:
+        table.unsupported("quantization.has_quantized_embedding is true", "the layers are not quantized")
+    scale_dtype = table.get("scale_dtype", "float32")
+    if scale_dtype not in SCALE_TYPES or (scale_dtype != "float32" and (form is None or form.scales != "group")):
+        table.unsupported(f"quantization.scale_dtype is {shown(scale_dtype)}", "scales are float32, those of groups also float16")
     for key, off in (("clamp_val", None), ("use_meta_recipe", False)):
         if table.get(key) not in (None, off):
             table.unsupported(f"quantization.{key} is {shown(table.raw[key])}", f"only {shown(off)} is supported")
@@ -137,7 +165,9 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
         kv_algo=kv_algo,
         group_size=size,
         prequant=table.boolean("pre_quant_scale", False),
+        scale_dtype=scale_dtype,
         zero_point=zero_point,
         input_order=input_order,
+        embedding=embedding,
         exclude=tuple(excluded),
     )

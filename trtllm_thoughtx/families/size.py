@@ -6,7 +6,7 @@ import math
 
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.families import expected_tensors
-from trtllm_thoughtx.families.quantization import quantized_shapes
+from trtllm_thoughtx.families.quantization import TABLE, quantized_shapes, stored_as
 
 
 def num_parameters(config: ModelConfig, within: str = "") -> int:
@@ -45,12 +45,13 @@ def matrix_bytes(config: ModelConfig, first_layer: int, last_layer: int, item: i
     of_layer = layer_matrices(config).items()
     modules = {f"transformer.layers.{i}.{name}": shape for i in range(first_layer, last_layer) for name, shape in of_layer}
     if head:
-        modules["lm_head"] = (config.vocab_size, config.hidden_size)
-    quant, total = config.quantization, 0
+        is_table = config.quantization is not None and config.quantization.embedding and not config.has_head
+        modules[TABLE if is_table else "lm_head"] = (config.vocab_size, config.hidden_size)
+    widths, total = {"F32": item, "F16": 2, "I32": 4}, 0
     for module, shape in modules.items():
-        if quant is None or not quant.covers(module):
+        quant = stored_as(config.quantization, module)
+        if quant is None:
             total += math.prod(shape) * item
             continue
-        for suffix, (stored, size) in quantized_shapes(quant, *shape).items():
-            total += math.prod(size) * (1 if suffix == "weight" else item if stored == "F32" else 4)
+        total += sum(math.prod(size) * widths.get(stored, 1) for stored, size in quantized_shapes(quant, *shape).values())
     return total

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
+from trtllm_thoughtx.families.quantization import TABLE
 from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
 from trtllm_thoughtx.graph.builder import Builder, Graph, Part
 from trtllm_thoughtx.graph.quantized import linear
@@ -69,8 +70,7 @@ def _enter(b: Builder) -> str:
     b.constant("shape.flat", [-1, hidden])
     if b.part.embeds:
         ids = b.input("input_ids", TensorProto.INT64, ["B", "S"])
-        table = b.weight("transformer.vocab_embedding.weight", (b.config.vocab_size, hidden))
-        x = b.node("Gather", [table, ids], "embedding.lookup")
+        x = b.node("Gather", [quantized.table(b), ids], "embedding.lookup")
         return b.node("Reshape", [x, "shape.flat"], layer_output(-1))
     x = b.input("hidden_states", b.elem_type, ["B", "S", hidden])
     return b.node("Reshape", [x, "shape.flat"], "hidden_states.flat")
@@ -187,11 +187,11 @@ def _leave(b: Builder, x: str) -> None:
     picked = b.node("GatherND", [shaped, index], "head.rows", batch_dims=1)
     flat = b.node("Reshape", [picked, "shape.flat"], "head.rows.flat")
     normed = b.norm(flat, "transformer.ln_f.weight", "head.norm", hidden)
-    if config.has_head:
-        logits = linear(b, normed, "lm_head", "head.logits", config.vocab_size, hidden)
+    if config.has_head or (config.quantization is not None and config.quantization.embedding):
+        head = "lm_head" if config.has_head else TABLE
+        logits = linear(b, normed, head, "head.logits", config.vocab_size, hidden)
     else:
-        table = b.weight("transformer.vocab_embedding.weight", (config.vocab_size, hidden))
-        logits = b.node("Gemm", [normed, table], "head.logits", transB=1)
+        logits = b.node("Gemm", [normed, quantized.table(b)], "head.logits", transB=1)
     logits = b.node("Cast", [logits], "head.logits.float32", to=TensorProto.FLOAT)
     b.node("Shape", [rows], "shape.rows")
     b.constant("shape.vocab_tail", [config.vocab_size])

@@ -27,9 +27,10 @@ from trtllm_thoughtx.progress import Progress
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
-# Types of quantized tensors, as they lie in memory, and how many numbers an item holds. INT32 is an order of channels.
-FIXED = {elem_type(number): (DTYPES[number.stored], number.per_item) for number in NUMBERS.values()}
-FIXED |= {TensorProto.INT32: (DTYPES["I32"], 1)}
+# Types of quantized tensors, as they lie in memory; INT32 is an order of channels, FLOAT16 scales.
+QUANTIZED = {elem_type(number): number for number in NUMBERS.values()}
+FIXED = {kind: DTYPES[number.stored] for kind, number in QUANTIZED.items()}
+FIXED |= {TensorProto.INT32: DTYPES["I32"], TensorProto.FLOAT16: DTYPES["F16"]}
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def bind(graph: Graph, dtype: str, location: str) -> Bound:
 
 def numpy_type(entry: Initializer, dtype: str) -> np.dtype:
     """How the entry lies in memory, in a graph of type `dtype`."""
-    return NUMPY_DTYPES[dtype] if entry.elem_type is None else FIXED[entry.elem_type][0]
+    return NUMPY_DTYPES[dtype] if entry.elem_type is None else FIXED[entry.elem_type]
 
 
 def stored_shape(entry: Initializer) -> tuple[int, ...]:
     """Shape in elements of `numpy_type`."""
-    per_item = 1 if entry.elem_type is None else FIXED[entry.elem_type][1]
-    return entry.shape if per_item == 1 else (*entry.shape[:-1], entry.shape[-1] // per_item)
+    number = QUANTIZED.get(entry.elem_type or 0)
+    return entry.shape if number is None else number.stored_shape(entry.shape)
 
 
 def arrays(graph: Graph, dtype: str, source: WeightSource) -> Iterator[tuple[Initializer, np.ndarray]]:

@@ -17,7 +17,9 @@ from typing import Any
 
 from onnx import TensorProto, helper
 
+from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS, FP8, INT8, Number
+from trtllm_thoughtx.families.quantization import TABLE, stored_as
 from trtllm_thoughtx.graph.builder import Builder, Product
 
 TOKEN_STEP = 2.0**-8  # the scale of inputs that their token's range has divided
@@ -27,8 +29,8 @@ SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divide
 
 def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool = False) -> str:
     """A linear layer [N, num_in] -> [N, num_out]; `output` names its Gemm and its result."""
-    quant = b.config.quantization
-    if quant is None or quant.algo is None or not quant.covers(module):
+    quant = stored_as(b.config.quantization, module)
+    if quant is None or quant.algo is None:
         inputs = [x, b.weight(f"{module}.weight", (num_out, num_in)), *([b.weight(f"{module}.bias", (num_out,))] if bias else [])]
         return b.node("Gemm", inputs, output, transB=1)
     form = FORMATS[quant.algo]
@@ -43,12 +45,8 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
     shape = form.scale_shape(num_out, num_in, quant.group_size)
     if form.inputs == "token" or (both and shape != (1,)):
-        return _by_row(b, x, module, output, num_out, num_in, bias=bias)
-    weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
-    scale = b.weight(f"{module}.{form.scale_name}", () if shape == (1,) else shape)
-    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if form.scales == "group" else {"axis": 0} if shape != (1,) else {}
-    matrix = b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
-    inputs = [x, matrix]
+        return _by_row(b, quant, x, module, output, num_out, num_in, bias=bias)
+    inputs = [x, _matrix(b, quant, module, output, num_out, num_in)]
     if bias:
         inputs.append(b.weight(f"{module}.bias", (num_out,)))
     b.products.append(Product(output, form.number.plan, both))
@@ -56,14 +54,42 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         return b.node("Gemm", inputs, output, transB=1)
     product = b.node("Gemm", inputs, f"{output}.product", transB=1)
     b.products[-1] = Product(f"{output}.product", form.number.plan, both)
-    return b.node("Add", [product, _zeros(b, x, module, output, num_out, num_in // quant.group_size)], output)
+    op = "Sub" if form.zeros == "points" else "Add"
+    return b.node(op, [product, _zeros(b, quant, x, module, output, num_out, num_in // quant.group_size)], output)
 
 
-def _by_row(b: Builder, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
+def table(b: Builder) -> str:
+    """The embedding's matrix, [vocabulary, hidden]. Where it is quantized plans and onnxruntime widen only the rows that are looked up."""
+    quant, config = stored_as(b.config.quantization, TABLE), b.config
+    if quant is None:
+        return b.weight(f"{TABLE}.weight", (config.vocab_size, config.hidden_size))
+    return _matrix(b, quant, TABLE, "embedding", config.vocab_size, config.hidden_size)
+
+
+def _matrix(b: Builder, quant: QuantConfig, module: str, output: str, num_out: int, num_in: int) -> str:
+    """The stored numbers times their scales; what zero points add is left to `_zeros`."""
+    form = FORMATS[quant.algo or ""]
+    weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
+    scale, shape = _scale(b, quant, module, num_out, num_in), form.scale_shape(num_out, num_in, quant.group_size)
+    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if form.scales == "group" else {"axis": 0} if shape != (1,) else {}
+    return b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
+
+
+def _scale(b: Builder, quant: QuantConfig, module: str, num_out: int, num_in: int) -> str:
+    """A layer's scales in the graph's type; those that a checkpoint holds in float16 are no wider in a float32 engine's file."""
+    form = FORMATS[quant.algo or ""]
+    name, shape = f"{module}.{form.scale_name}", form.scale_shape(num_out, num_in, quant.group_size)
+    if quant.scale_dtype != "float16" or b.build.dtype != "float32":
+        return b.weight(name, () if shape == (1,) else shape)
+    wide = f"{name}.wide"
+    if all(node.output[0] != wide for node in b.nodes):
+        b.node("Cast", [b.weight(name, shape, TensorProto.FLOAT16)], wide, to=TensorProto.FLOAT)
+    return wide
+
+
+def _by_row(b: Builder, quant: QuantConfig, x: str, module: str, output: str, num_out: int, num_in: int, *, bias: bool) -> str:
     """Both sides quantized, with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
-    quant = b.config.quantization
-    assert quant is not None and quant.algo is not None
-    form, spans = FORMATS[quant.algo], []
+    form, spans = FORMATS[quant.algo or ""], []
     if form.inputs == "token":
         x, span = _rounded_by_token(b, x)
         spans = [span]
@@ -129,10 +155,18 @@ def _axis(b: Builder, axis: int) -> str:
     return name
 
 
-def _zeros(b: Builder, x: str, module: str, output: str, num_out: int, num_groups: int) -> str:
-    """What zero points add: each group's zero times the sum of its inputs. No engine's fused product knows zero points; this is exact."""
+def _zeros(b: Builder, quant: QuantConfig, x: str, module: str, output: str, num_out: int, num_groups: int) -> str:
+    """What zero points add, or take away: each group's zero times the sum of its inputs. No plan's fused product knows zero points; this
+    is exact."""
+    form, zero = FORMATS[quant.algo or ""], f"{module}.zero"
+    if form.zeros == "points":
+        points = b.weight(zero, (num_out, num_groups), elem_type(form.number))
+        points = b.node("DequantizeLinear", [points, _number(b, "zeros.step", 1.0)], f"{output}.zeros.points")
+        zero = b.node("Mul", [points, _scale(b, quant, module, num_out, num_groups * quant.group_size)], f"{output}.zeros.scaled")
+    else:
+        b.weight(zero, (num_out, num_groups))
     shape = f"{output}.groups.shape"
     b.constant(shape, [0, num_groups, -1])
     groups = b.node("Reshape", [x, shape], f"{output}.groups")
     sums = b.node("ReduceSum", [groups, _axis(b, 2)], f"{output}.groups.sum", keepdims=0)
-    return b.node("Gemm", [sums, b.weight(f"{module}.zero", (num_out, num_groups))], f"{output}.zeros", transB=1)
+    return b.node("Gemm", [sums, zero], f"{output}.zeros", transB=1)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -59,7 +60,7 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
                     variants[unit] = [_forward(walk, layer, x, {name: grids[name] for name in unit}) for x in clean]
             clean = [layer.forward(x, walk.rotary) for x in clean]
             stage.advance(1)
-        grids = _grids(walk, "head.safetensors")
+        grids = _grids(walk, "head.safetensors") if walk.quant.covers("lm_head") else {}
         streams_of = {unit: (variants.get(unit, clean), unit == ("lm_head",)) for unit in units}
         for unit, seen, _ in _judged(walk, rows, clean, streams_of, grids.get("lm_head"), all_judge=True):
             found |= dict.fromkeys(unit, seen.summary()["kl"])
@@ -74,8 +75,9 @@ def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> 
     """What the quantized model loses when the layers in each of `kept` stay as they are, by way to run."""
     rows, config = walk.data.judging, walk.source.config
     with torch.inference_mode(), progress.stage("measure", config.num_layers + 1) as stage:
-        clean = _embedded(walk, rows)
-        variants = {(k, way): list(clean) for k in range(len(kept)) for way in walk.ways}
+        clean, looked_up = _embedded(walk, rows), walk.embedded()
+        rounded = [looked_up(ids) for ids in rows]
+        variants = {(k, way): list(rounded) for k in range(len(kept)) for way in walk.ways}
         for index in range(config.num_layers):
             layer, grids = Layer(walk.source, index), _grids(walk, f"layer.{index}.safetensors")
             products = _products(walk, f"layer.{index}.safetensors") if ORT in walk.ways else {}
@@ -84,10 +86,13 @@ def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> 
                 variants[k, way] = [_forward(walk, layer, x, used, products if way == ORT else {}) for x in streams]
             clean = [layer.forward(x, walk.rotary) for x in clean]
             stage.advance(1)
-        head = _grids(walk, "head.safetensors").get("lm_head")
-        products = _products(walk, "head.safetensors") if ORT in walk.ways else {}
+        head = walk.head_of_embedding()
+        product = walk.product_of_head(head) if head else None
+        if head is None:
+            head = _grids(walk, "head.safetensors").get("lm_head")
+            product = _products(walk, "head.safetensors").get("lm_head") if ORT in walk.ways else None
         streams_of = {key: (variants[key], "lm_head" not in kept[key[0]]) for key in variants}
-        judged = _judged(walk, rows, clean, streams_of, head, products.get("lm_head"))
+        judged = _judged(walk, rows, clean, streams_of, head, product)
         found = {key: (whole, part) for key, whole, part in judged}
         stage.advance(1)
     return [{way: found[k, way] for way in walk.ways} for k in range(len(kept))]
@@ -146,12 +151,12 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
         if name.endswith(".weight"):
             module = name.removesuffix(".weight")
             scale = tensors[f"{module}.{FORMATS[walk.algo].scale_name}"]
-            matrix = torch.from_numpy(grid.unpack(tensors[name], scale)).to(device())
+            matrix = torch.from_numpy(grid.unpack(tensors[name], scale, tensors.get(f"{module}.zero"))).to(device())
             extra = [
                 torch.from_numpy(tensors[f"{module}.{key}"].copy()).to(device()) if f"{module}.{key}" in tensors else None
                 for key in ("activation_scaling_factor", "prequant_scaling_factor")
             ]
-            found[module] = Found(matrix, torch.from_numpy(scale.copy()), extra[0], extra[1], None, 0.0, 0.0)
+            found[module] = Found(matrix, torch.from_numpy(scale.astype(np.float32)), extra[0], extra[1], None, 0.0, 0.0)
     return found
 
 
@@ -160,7 +165,10 @@ def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
     tensors = tensor_file.read_all(walk.root, file)
     suffix = FORMATS[walk.algo].scale_name
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-    return {module: FusedProduct(tensors[f"{module}.weight"], tensors[f"{module}.{suffix}"]) for module in modules}
+    return {
+        module: FusedProduct(tensors[f"{module}.weight"], tensors[f"{module}.{suffix}"].astype(np.float32), tensors.get(f"{module}.zero"))
+        for module in modules
+    }
 
 
 def _forward(

@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from trtllm_thoughtx.calibrate.quantize.layers import NUM_SAMPLED, Walk, Watch, choose
+from trtllm_thoughtx.calibrate.quantize.layers import Walk
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Layer
+from trtllm_thoughtx.calibrate.quantize.watch import NUM_SAMPLED, Watch, choose
 
 
 def seconds(walk: Walk) -> float:
@@ -16,7 +17,7 @@ def seconds(walk: Walk) -> float:
     with torch.inference_mode():
         layer = Layer(walk.source, 0)
         x = torch.randn(length, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(walk.rotary.cos.device)
-        watches = {unit[0]: Watch([list(range(min(length, NUM_SAMPLED)))]) for unit in UNITS}
+        watches = {unit[0]: Watch([list(range(min(length, NUM_SAMPLED)))], wants_hessian=walk.compensates) for unit in UNITS}
 
         def linear(module: str, h: torch.Tensor) -> torch.Tensor:
             if module in watches:
@@ -27,11 +28,16 @@ def seconds(walk: Walk) -> float:
         began = time.perf_counter()
         layer.forward(x, walk.rotary)
         forward = time.perf_counter() - began
+        watches = {name: Watch([[0]], wants_hessian=walk.compensates) for name in watches}
+        layer.forward(x, walk.rotary, linear)
+        watched = time.perf_counter() - began - forward
         for unit in UNITS:
             choose(layer.name, {module: layer.weights[f"{module}.weight"] for module in unit}, watches[unit[0]].inputs(), walk.quant)
-        searched = time.perf_counter() - began - forward
+        searched = time.perf_counter() - began - forward - watched
     held = sum(walk.lengths[row] for row in walk.held)
-    tokens = sum(walk.lengths[: walk.num_rows]) + (2 + len(walk.ways)) * held  # held-out ones also go through the layer as it was, twice
+    rows = sum(walk.lengths[: walk.num_rows])
+    tokens = rows * walk.compensates + (2 + len(walk.ways)) * held  # held-out ones also go through the layer as it was, twice
     head = config.vocab_size * config.hidden_size / sum(weight.numel() for weight in layer.weights.values())
     passes = (config.num_layers - walk.resume_point()) * tokens + head * (1 + len(walk.ways)) * held
-    return forward / length * passes + (config.num_layers - walk.resume_point()) * searched
+    layers = config.num_layers - walk.resume_point()
+    return forward / length * passes + layers * (watched / length * rows + searched)

@@ -47,10 +47,12 @@ def to_grid(values: torch.Tensor, number: Number) -> torch.Tensor:
     return bounded.to(torch.float8_e4m3fn).float() if number.is_float else torch.round(bounded)
 
 
-def on_grid(weight: torch.Tensor, scale: torch.Tensor, algo: str) -> torch.Tensor:
-    """What the stored matrix stands for: [out, in] float32."""
+def on_grid(weight: torch.Tensor, scale: torch.Tensor, algo: str, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """What the stored matrix stands for: [out, in] float32. `zero` has the zero points, on the number's own grid."""
     values, by = _grouped(weight, scale)
-    return (to_grid(values / by, FORMATS[algo].number) * by).reshape(weight.shape)
+    if zero is None:
+        return (to_grid(values / by, FORMATS[algo].number) * by).reshape(weight.shape)
+    return ((to_grid(torch.round(values / by) + zero[..., None], FORMATS[algo].number) - zero[..., None]) * by).reshape(weight.shape)
 
 
 def input_scale(amax: torch.Tensor | float, algo: str) -> torch.Tensor:
@@ -62,11 +64,12 @@ def input_on_grid(x: torch.Tensor, scale: torch.Tensor, algo: str) -> torch.Tens
     return to_grid(x / scale, FORMATS[algo].number) * scale
 
 
-def pack(weight: torch.Tensor, scale: torch.Tensor, algo: str) -> np.ndarray:
+def pack(weight: torch.Tensor, scale: torch.Tensor, algo: str, zero: torch.Tensor | None = None) -> np.ndarray:
     """The stored matrix: float8_e4m3fn or int8 [out, in], or uint8 [out, in / 2] with the earlier number in the low half."""
     number = FORMATS[algo].number
     values, by = _grouped(weight, scale)
-    steps = to_grid(values / by, number).reshape(weight.shape)
+    steps = values / by if zero is None else torch.round(values / by) + zero[..., None]
+    steps = to_grid(steps, number).reshape(weight.shape)
     if number.is_float:
         import ml_dtypes
 
@@ -75,7 +78,20 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, algo: str) -> np.ndarray:
     return numbers if number.per_item == 1 else pack_four(numbers)
 
 
-def unpack(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Inverse of `pack` up to the grid: what a stored matrix stands for, float32 [out, in]. NumPy alone."""
+def pack_points(zero: torch.Tensor, algo: str) -> np.ndarray:
+    """Zero points [out, groups] as they are stored."""
+    number, values = FORMATS[algo].number, zero.to(torch.int8).numpy(force=True)
+    if number.per_item == 1:
+        return values
+    shape = number.stored_shape(values.shape)
+    return pack_four(np.pad(values.reshape(1, -1), ((0, 0), (0, values.size % 2)))).reshape(shape)
+
+
+def unpack(stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None) -> np.ndarray:
+    """Inverse of `pack` up to the grid: what a stored matrix stands for, [out, in]; `zero` as `pack_points` makes it. NumPy alone."""
     values = (unpack_four(stored) if stored.dtype == np.uint8 else stored).astype(np.float32)
-    return (values.reshape(*scale.shape, -1) * scale[..., None]).reshape(values.shape)
+    steps = values.reshape(*scale.shape, -1)
+    if zero is not None:
+        points = unpack_four(zero.reshape(-1)) if zero.dtype == np.uint8 else zero.reshape(-1)
+        steps = steps - points[: scale.size].reshape(*scale.shape, 1)
+    return (steps * scale[..., None].astype(np.float32)).reshape(values.shape)

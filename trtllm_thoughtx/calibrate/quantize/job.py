@@ -33,6 +33,7 @@ from trtllm_thoughtx.calibrate.quantize.result import (
     warnings_of,
     wide_bits,
 )
+from trtllm_thoughtx.calibrate.quantize.settings import check_target, fits_nothing, quant_config, rounding_of, with_excluded
 from trtllm_thoughtx.calibrate.self_traces import answered
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
@@ -41,11 +42,11 @@ from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
 from trtllm_thoughtx.checkpoint.weights import WeightSource, open_weights
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
-from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import sha256_of_questions
 from trtllm_thoughtx.families import Tensor
-from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS, QUANT_ALGOS
-from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
+from trtllm_thoughtx.families.formats import KV_ALGOS
+from trtllm_thoughtx.families.quantization import TABLE, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress, duration
 from trtllm_thoughtx.text.text import Text
@@ -55,13 +56,13 @@ if TYPE_CHECKING:
     from trtllm_thoughtx.calibrate.quantize.layers import Walk
 
 Modules = Mapping[str, Mapping[str, Any]]
-GROUPS = (128, 64, 32, 16)
 EXITS_CARRIED = (
     "{} came with the checkpoint, with thresholds calibrated before the layers were quantized; "
     "to calibrate them on the quantized model, fit them again from this output"
 )
-WALK = 2  # form of the state that a walk keeps
-SIZES, MEASURED = (128, 512), (16, 256)  # sequences and their tokens: to fit scales on; only to measure what rounding loses
+WALK = 3  # form of the state that a walk keeps
+# Sequences and their tokens: to fit scales on; for GPTQ, which runs them twice; only to measure what rounding loses.
+SIZES, COMPENSATED, MEASURED = (128, 512), (64, 256), (16, 256)
 AFTER_THE_WALK = ("sensitivity", "accuracy_budget", "target_bits", "questions", "max_new_tokens")
 NOT_ASKED = "right answers and speed: no questions were asked for (--eval_items, --dataset)"
 
@@ -97,6 +98,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     quant_lm_head: bool = False,
     kv_cache_dtype: str = "auto",
+    rounding: str | None = None,
     plain_rounding: bool = False,
     sensitivity: bool = False,
     accuracy_budget: float | None = None,
@@ -126,10 +128,10 @@ def calibrate(
         config = source.config
         goal.check()
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
-        quant = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype))
-        measures = fits_nothing(quant) and calib_size is None and not (goal.is_set or self_traces)
-        calib_size = calib_size or (MEASURED[0] if measures else SIZES[0])
-        calib_seq_len = calib_seq_len or (MEASURED[1] if measures else SIZES[1])
+        quant, rounding = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype)), rounding_of(quant, rounding, plain_rounding)
+        measures = fits_nothing(quant, rounding) and calib_size is None and not (goal.is_set or self_traces)
+        sizes_of = MEASURED if measures else COMPENSATED if rounding == "gptq" else SIZES
+        calib_size, calib_seq_len = calib_size or sizes_of[0], calib_seq_len or sizes_of[1]
         text, template = Text.load(model_dir, source.members.config), (enable_thinking, chat_template_kwargs)
         for unread in text.set_template(*template) if text else ():
             progress.note(f"not applied: {unread}")
@@ -152,6 +154,7 @@ def calibrate(
             "qformat": qformat,
             "group_size": quant.group_size,
             "kv_cache_dtype": kv_cache_dtype,
+            "rounding": rounding,
             "plain_rounding": plain_rounding,
             "sensitivity": sensitivity,
             "accuracy_budget": accuracy_budget,
@@ -171,7 +174,7 @@ def calibrate(
         if output.is_current():
             return {**files.read_json(output_dir, CALIBRATION), "output_dir": str(output_dir), "up_to_date": True}
         carried_exits = [EXITS_CARRIED.format(source.exits)] if source.exits else []
-        _check_target(config, quant, target_bits)
+        check_target(config, quant, target_bits)
         num_tokens = [calib_seq_len if self_traces else len(row) for row in [*data.rows, *data.judging * 3]]
         num_states = 3 * sum(num_tokens) * config.hidden_size * 4
         num_engines = 2 if questions else int(self_traces)  # in float32, at most twice the source
@@ -179,7 +182,7 @@ def calibrate(
         walked = {key: value for key, value in settings.items() if key not in AFTER_THE_WALK}
         work = working_dir(output_dir, {**walked, "inputs": output.inputs(), "version": __version__}, progress)
         say = progress.warn if data.facts["is_generic"] else progress.note
-        say(told(data, quant))
+        say(told(data, quant, rounding))
         if self_traces:
             data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
@@ -187,7 +190,7 @@ def calibrate(
         from trtllm_thoughtx.calibrate.quantize import estimate
         from trtllm_thoughtx.calibrate.quantize.layers import Walk
 
-        walk = Walk(source, data, quant, work, batch_size)
+        walk = Walk(source, data, quant, work, batch_size, rounding)
         say(f"about {duration(estimate.seconds(walk))} on this machine, by one row")
         walk.run(progress)
         modules, losses = _kept(walk, config, quant, goal, progress) if goal.is_set else walk.facts()
@@ -242,67 +245,13 @@ def _kept(walk: Walk, config: ModelConfig, quant: QuantConfig, goal: Goal, progr
     return {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}, losses
 
 
-def fits_nothing(quant: QuantConfig) -> bool:
-    """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
-    return not quant.prequant and FORMATS[quant.algo or ""].is_weight_only and quant.kv_algo is None
-
-
-def told(data: Data, quant: QuantConfig) -> str:
+def told(data: Data, quant: QuantConfig, rounding: str) -> str:
     """What the data are, and what for, before they are used."""
     facts = data.facts
-    use = "measures what rounding loses" if fits_nothing(quant) else "fits the scales, the last of them measure the loss"
+    use = "measures what rounding loses" if fits_nothing(quant, rounding) else "fits the scales, the last of them measure the loss"
     own = " in place of your own prompts (--calib_data)" if facts["is_generic"] else ""
     num = facts["num_sequences"] + facts["num_held_out"]
     return f"{facts['source']}{own}: {num} sequences, {facts['num_tokens']} tokens and {sum(map(len, data.held))} held out; this {use}"
-
-
-def quant_config(
-    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
-) -> QuantConfig:
-    """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
-    if config.quantization is not None:
-        why = f"it holds {config.quantization.algo or config.quantization.kv_algo} tensors; rounding them again loses twice"
-        raise ThoughtxError(
-            "E103", "the checkpoint is already quantized", where="--model_dir", why=why, fix="calibrate the original checkpoint"
-        )
-    if config.experts is not None:
-        why, fix = "the searches know dense MLPs", "build it in bfloat16 or float16"
-        raise ThoughtxError("E103", "mixtures of experts cannot be quantized yet", where="--model_dir", why=why, fix=fix)
-    if qformat not in QUANT_ALGOS:
-        why = f"known are {', '.join(QUANT_ALGOS)}"
-        raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
-    algo, size = QUANT_ALGOS[qformat], group_size or 128
-    if FORMATS[algo].scales == "group":
-        widths = (config.hidden_size, config.q_size, config.intermediate_size)
-        fitting = [g for g in GROUPS if all(width % g == 0 for width in widths)]
-        size = group_size or (fitting[0] if fitting else 0)
-        if not size or size % 2 or any(width % size for width in widths):
-            why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
-            fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
-            raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
-    excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
-    quant = QuantConfig(algo=algo, group_size=size, prequant=FORMATS[algo].search is not None and not plain, exclude=excluded)
-    known = linear_modules(config)
-    idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
-    if idle:
-        why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
-        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix=fix)
-    if not any(quant.covers(module) for module in known):
-        raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
-    return quant
-
-
-def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
-    """The same with the layers by name that were covered and stay as they are."""
-    kept = [name for name, facts in modules.items() if not facts["quantized"] and quant.covers(name)]
-    return replace(quant, exclude=(*quant.exclude, *kept))
-
-
-def _check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
-    if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
-        why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
-        fix = f"give a number from {stored_bits(quant):g} to {wide_bits(config)}"
-        raise ThoughtxError("E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix=fix)
 
 
 def source_bytes(source: WeightSource) -> int:
@@ -360,15 +309,18 @@ def _stored_name(dtype: str) -> str:
     return {name: stored_as for stored_as, name in STORED_DTYPES.items()}[dtype]
 
 
-def _values(table: Sequence[Tensor], source: WeightSource, work: Path) -> Iterator[np.ndarray]:
+def _values(tensors: Sequence[Tensor], source: WeightSource, work: Path) -> Iterator[np.ndarray]:
     """Every tensor in order: quantized ones from calibration's files, a layer in memory at a time, the rest from the source."""
+    from trtllm_thoughtx.calibrate.quantize import table
+
     held: dict[str, np.ndarray] = {}
     name_held = ""
-    for tensor in table:
+    for tensor in tensors:
         if tensor.stored is None:
             yield source.read(tensor.name)
             continue
-        file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else "head.safetensors"
+        outside = table.FILE if tensor.name.startswith(TABLE) else "head.safetensors"
+        file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else outside
         if file != name_held:
             held, name_held = tensor_file.read_all(work, file), file
         yield held[tensor.name]

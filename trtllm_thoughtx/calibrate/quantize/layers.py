@@ -6,7 +6,6 @@ Held-out rows go through twice, on the layers as they were and on the quantized 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,101 +18,35 @@ import torch.nn.functional as F
 from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import FusedProduct
 from trtllm_thoughtx.calibrate.data import Data
-from trtllm_thoughtx.calibrate.quantize import grid, kv
+from trtllm_thoughtx.calibrate.quantize import grid, kv, table
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.quantize.products import on_head, operators_of, quantized
-from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search
+from trtllm_thoughtx.calibrate.quantize.search import Found
 from trtllm_thoughtx.calibrate.quantize.states import States
+from trtllm_thoughtx.calibrate.quantize.watch import Judge, Watch, choose, picks_of, stored_tensors
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.weights import WeightSource
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.formats import FORMATS
-from trtllm_thoughtx.families.quantization import linear_modules
+from trtllm_thoughtx.families.formats import FORMATS, OF_EMBEDDING
+from trtllm_thoughtx.families.quantization import TABLE, linear_modules
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence, spread
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
-NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
 STORED_LEN = 256  # tokens of a sequence that travels with the checkpoint, at most; a multiple of `Head.ROWS`
-FLOAT16_LARGEST = 65504.0
-
-
-class Watch:
-    """Collects `Inputs` of one unit over all calibrating rows, in their order."""
-
-    def __init__(self, picks: Sequence[Sequence[int]]) -> None:
-        self.picks, self.rows, self.is_first, self.num, self.num_sequences = picks, [], [], 0, 0
-        self.amax: torch.Tensor | None = None
-
-    rows: list[torch.Tensor]
-    is_first: list[bool]
-
-    def add(self, x: torch.Tensor, row: int) -> None:
-        size = x.abs()
-        if self.amax is None:
-            self.amax = torch.zeros_like(size[0])
-            self.halves = [torch.zeros_like(self.amax), torch.zeros_like(self.amax)]
-            self.sum, self.squares = torch.zeros_like(self.amax, dtype=torch.float64), torch.zeros_like(self.amax, dtype=torch.float64)
-        largest = size.amax(0)
-        self.amax = torch.maximum(self.amax, largest)
-        self.halves[row % 2] = torch.maximum(self.halves[row % 2], largest)
-        self.sum += size.double().sum(0)
-        self.squares += x.double().square().sum(0)
-        self.num += len(x)
-        self.num_sequences += 1
-        self.rows.append(x[list(self.picks[row])])
-        self.is_first += [row % 2 == 0] * len(self.picks[row])
-
-    def inputs(self) -> Inputs:
-        assert self.amax is not None
-        rows = torch.cat(self.rows)
-        first, second = self.halves if bool(self.halves[1].any()) else (self.amax, self.amax)
-        is_first = torch.tensor(self.is_first, device=rows.device)
-        mean, square = (self.sum / self.num).float(), (self.squares / self.num).float()
-        return Inputs(self.amax, (first, second), is_first, mean, square, rows, self.num_sequences)
-
-
-class _Judge:
-    """What a found grid does to held-out rows of one linear layer."""
-
-    def __init__(self, found: Found, algo: str) -> None:
-        self.found, self.algo = found, algo
-        self.error = self.energy = 0.0
-        self.num_clipped = self.num = 0
-
-    def add(self, x: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor) -> None:
-        self.error += float((got - wanted).double().square().sum())
-        self.energy += float(wanted.double().square().sum())
-        if self.found.input_scale is not None:
-            scaled = (x if self.found.factor is None else x * self.found.factor).abs()
-            self.num_clipped += int((scaled > self.found.input_scale * FORMATS[self.algo].number.largest).sum())
-        self.num += x.numel()
-
-    def facts(self) -> dict[str, Any]:
-        share = self.error / self.energy if self.energy else 0.0
-        return {
-            "sqnr_db": float(-10 * np.log10(max(share, 1e-30))),
-            "error_share": share,
-            "clipped_share": self.num_clipped / max(self.num, 1) if self.found.input_scale is not None else None,
-        }
-
-
-def picks_of(lengths: Sequence[int], num: int = NUM_SAMPLED) -> list[list[int]]:
-    """Positions of each row, spread evenly over all tokens: the sample depends on the rows alone, not on how they are grouped."""
-    starts = np.cumsum([0, *lengths])
-    wanted = np.unique(np.linspace(0, starts[-1] - 1, min(num, int(starts[-1]))).round().astype(int))
-    return [(wanted[(wanted >= a) & (wanted < b)] - a).tolist() for a, b in itertools.pairwise(starts)]
 
 
 class Walk:
     """One calibration under way. `root` is its working directory."""
 
-    def __init__(self, source: WeightSource, data: Data, quant: QuantConfig, root: Path, batch_size: int) -> None:
+    def __init__(
+        self, source: WeightSource, data: Data, quant: QuantConfig, root: Path, batch_size: int, rounding: str = "nearest"
+    ) -> None:
         assert quant.algo is not None
         self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
-        self.batch_size = batch_size
+        self.batch_size, self.compensates = batch_size, rounding == "gptq"
         self.num_rows, self.num_held = len(data.rows), len(data.judging)
         self.kind = operators_of(quant)
         self.ways = (EXACT, ORT) if self.kind else (EXACT,)
@@ -132,14 +65,37 @@ class Walk:
         first = self.held.stop + self.ways.index(way) * self.num_held
         return range(first, first + self.num_held)
 
-    def _products(self, found: Mapping[str, Found], weights: Mapping[str, torch.Tensor]) -> dict[str, FusedProduct]:
+    def _products(self, found: Mapping[str, Found]) -> dict[str, FusedProduct]:
         """Quantized layers on onnxruntime's operators, by module."""
         made = {}
         for module, one in found.items():
-            weight = weights[f"{module}.weight"] if one.factor is None else weights[f"{module}.weight"] / one.factor
-            shape = FORMATS[self.algo].scale_shape(weight.shape[0], weight.shape[1], self.quant.group_size)
-            made[module] = FusedProduct(grid.pack(weight, one.scale, self.algo), one.scale.reshape(shape).numpy(force=True))
+            stored = stored_tensors(module, one, self.quant)
+            scale = stored[f"{module}.{FORMATS[self.algo].scale_name}"].astype(np.float32)
+            made[module] = FusedProduct(stored[f"{module}.weight"], scale, stored.get(f"{module}.zero"))
         return made
+
+    def embedded(self) -> Callable[[Sequence[int]], torch.Tensor]:
+        """Looks rows of the embedding up as the quantized model does."""
+        if self.quant.embedding:
+            tensors = tensor_file.read_all(self.root, table.FILE)
+            return lambda ids: table.looked_up(tensors, TABLE, ids)
+        weight = read(self.source, f"{TABLE}.weight")
+        return lambda ids: weight[torch.tensor(list(ids), device=weight.device)]
+
+    def head_of_embedding(self) -> Found | None:
+        """The head in the embedding's 8 bits; None where it has the layers' format, or is not quantized."""
+        if not self.quant.embedding or self.quant.covers("lm_head"):
+            return None
+        if self.source.config.tied:
+            return table.found(tensor_file.read_all(self.root, table.FILE), TABLE)
+        return table.found(tensor_file.read_all(self.root, "head.safetensors"), "lm_head")
+
+    def product_of_head(self, one: Found) -> FusedProduct | None:
+        """The same on onnxruntime's operators."""
+        if ORT not in self.ways:
+            return None
+        few_bits = FORMATS[self.algo].number.bits < FORMATS[OF_EMBEDDING].number.bits
+        return FusedProduct(grid.pack(one.matrix, one.scale, OF_EMBEDDING), one.scale.numpy(force=True), rounds_rows=few_bits)
 
     def run(self, progress: Progress) -> None:
         """Every layer and the head; what is there already is kept."""
@@ -164,9 +120,14 @@ class Walk:
         return 0
 
     def _embed(self) -> None:
-        table = read(self.source, "transformer.vocab_embedding.weight")
+        weight = read(self.source, f"{TABLE}.weight")
+        if self.quant.embedding:
+            tensor_file.write_all(self.root / table.FILE, table.rounded(weight, TABLE))
+        looked_up = self.embedded()
         for row, ids in enumerate([*self.data.rows, *self.data.judging * (1 + len(self.ways))]):
-            self.states.write(-1, row, table[torch.tensor(ids, device=table.device)].numpy(force=True))
+            as_it_was = row in self.held or (row < self.num_rows and not self.compensates)
+            value = weight[torch.tensor(ids, device=weight.device)] if as_it_was else looked_up(ids)
+            self.states.write(-1, row, value.numpy(force=True))
 
     def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
@@ -183,7 +144,7 @@ class Walk:
 
     def _layer(self, index: int) -> None:
         layer = Layer(self.source, index)
-        watches: dict[str, Watch] = {unit[0]: Watch(self.picks) for unit in UNITS}
+        watches: dict[str, Watch] = {unit[0]: Watch(self.picks, wants_hessian=self.compensates) for unit in UNITS}
 
         def observe(row: int, x: torch.Tensor) -> torch.Tensor:
             def linear(module: str, h: torch.Tensor) -> torch.Tensor:
@@ -212,7 +173,7 @@ class Walk:
             rounded = kv.on_grid(kv_scale, kv_algo)
             share = kv.error_share(layer, (self._state(before, row) for row in self.held), self.rotary, rounded, kv_algo)
             facts[f"{layer.name}.attention.qkv"]["cache_error_share"] = share
-        judges = {module: _Judge(one, self.algo) for module, one in found.items()}
+        judges = {module: Judge(one, self.algo) for module, one in found.items()}
 
         def judge(row: int, x: torch.Tensor) -> torch.Tensor:
             def linear(module: str, h: torch.Tensor) -> torch.Tensor:
@@ -233,11 +194,13 @@ class Walk:
 
         self._each(index, self.held, judge)
         for way in self.ways:
-            self._each(index, self.held_by(way), on_grid(self._products(found, layer.weights) if way == ORT else {}))
+            self._each(index, self.held_by(way), on_grid(self._products(found) if way == ORT else {}))
+        if self.compensates:  # the next layer is rounded for inputs as this one gives them
+            self._each(index, range(self.num_rows), on_grid({}))
         for module, one in judges.items():
             facts[f"{layer.name}.{module}"] |= one.facts()
         extra = {} if kv_scale is None else {f"{layer.name}.attention.kv_cache_scaling_factor": kv_scale.numpy(force=True)}
-        self._keep(f"layer.{index}", layer.name, found, {m: layer.weights[f"{m}.weight"] for m in found}, facts, extra)
+        self._keep(f"layer.{index}", layer.name, found, facts, extra)
         self.states.drop(index - 1)
 
     def cache_of(self, layer: Layer) -> kv.Cache | None:
@@ -256,23 +219,13 @@ class Walk:
         file: str,
         prefix: str,
         found: dict[str, Found],
-        weights: dict[str, torch.Tensor],
         facts: dict[str, Any],
         extra: Mapping[str, np.ndarray] = MappingProxyType({}),
         **more: Any,
     ) -> None:
         tensors = dict(extra)
         for module, one in found.items():
-            name = f"{prefix}.{module}".strip(".")
-            scaled = weights[module] if one.factor is None else weights[module] / one.factor
-            form = FORMATS[self.algo]
-            suffix, shape = form.scale_name, form.scale_shape(scaled.shape[0], scaled.shape[1], self.quant.group_size)
-            tensors[f"{name}.weight"] = grid.pack(scaled, one.scale, self.algo)
-            tensors[f"{name}.{suffix}"] = one.scale.reshape(shape).numpy(force=True)
-            if one.input_scale is not None:
-                tensors[f"{name}.activation_scaling_factor"] = one.input_scale.numpy(force=True)
-            if one.factor is not None:
-                tensors[f"{name}.prequant_scaling_factor"] = one.factor.numpy(force=True)
+            tensors |= stored_tensors(f"{prefix}.{module}".strip("."), one, self.quant)
         tensor_file.write_all(self.root / f"{file}.safetensors", tensors)
         with atomic_file(self.root / f"{file}.json") as out:
             out.write(report.to_json({"modules": facts, **more}).encode())
@@ -282,14 +235,22 @@ class Walk:
         head = Head(self.source)
         facts: dict[str, Any] = {}
         found: dict[str, Found] = {}
+        extra: dict[str, np.ndarray] = {}
+        one: Found | None = None
+        product: FusedProduct | None = None
         if self.quant.covers("lm_head"):
-            watch = Watch(self.picks)
+            watch = Watch(self.picks, wants_hessian=self.compensates)
             for row in range(self.num_rows):
                 watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
             found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
-        one = found.get("lm_head")
-        judge = _Judge(one, self.algo) if one else None
-        product = self._products(found, {"lm_head.weight": head.weight}).get("lm_head") if ORT in self.ways else None
+            one, product = found.get("lm_head"), self._products(found).get("lm_head") if ORT in self.ways else None
+        elif self.quant.embedding:
+            if not self.source.config.tied:
+                extra = table.rounded(head.weight, "lm_head")
+                tensor_file.write_all(self.root / "head.safetensors", extra)
+            one = self.head_of_embedding()
+            product = self.product_of_head(one) if one else None
+        judge = Judge(one, self.algo) if one and found else None
         seen = {way: (Divergence(), Divergence()) for way in self.ways}
         for number, row in enumerate(self.held):
             ids = self.data.judging[number]
@@ -315,8 +276,8 @@ class Walk:
             "head",
             "",
             found,
-            {"lm_head": head.weight} if found else {},
             facts,
+            extra,
             losses={way: [one.summary() for one in pair_of_way] for way, pair_of_way in seen.items()},
         )
 
@@ -341,41 +302,6 @@ def add_stored(seen: Divergence, ids: Sequence[int], at: int, wanted: np.ndarray
     rows = [p - at for p in spread(length, wanted.shape[-1]) if at <= p < at + len(wanted)]
     if rows:
         seen.add(wanted[rows], got[rows], [ids[at + r + 1] if at + r + 1 < length else -1 for r in rows])
-
-
-def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Found], dict[str, Any]]:
-    """Grids of layers that read the same inputs: one search for all, so that they share factor, input scale and (FP8) weight scale.
-
-    A layer whose inputs are always zero stays as it is: no scale stands for them.
-    """
-    assert quant.algo is not None
-    covered = [module for module in weights if quant.covers(f"{prefix}.{module}".strip("."))]
-    amax = float(seen.amax.amax())
-    facts: dict[str, Any] = {}
-    for module, weight in weights.items():
-        facts[f"{prefix}.{module}".strip(".")] = {
-            "quantized": module in covered and amax > 0,
-            "input_amax": amax,
-            "weight_amax": float(weight.abs().amax()),
-            "num_weights": weight.numel(),
-            "num_zero_rows": int((weight.abs().amax(1) == 0).sum()),
-            "exceeds_float16": amax > FLOAT16_LARGEST,
-        }
-    if not covered or not amax:
-        return {}, facts
-    found = search(torch.cat([weights[module] for module in covered]), seen, quant)
-    made, first = {}, 0
-    for module in covered:
-        end = first + weights[module].shape[0]
-        scale = found.scale if FORMATS[quant.algo].scales == "tensor" else found.scale[first:end]
-        made[module] = Found(found.matrix[first:end], scale, found.input_scale, found.factor, found.alpha, found.error, found.error_nearest)
-        facts[f"{prefix}.{module}".strip(".")] |= {
-            "alpha": found.alpha,
-            "search_error": found.error,
-            "search_error_nearest": found.error_nearest,
-        }
-        first = end
-    return made, facts
 
 
 def not_finite(module: str) -> ThoughtxError:

@@ -9,7 +9,7 @@ from typing import Any
 from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
-from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.formats import FORMATS, OF_EMBEDDING
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
 GRAPH = "the graph as it stands"
@@ -63,7 +63,7 @@ def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str |
 
 
 def stored_bits(quant: QuantConfig) -> float:
-    return FORMATS[quant.algo or ""].bits(quant.group_size)
+    return FORMATS[quant.algo or ""].bits(quant.group_size, quant.zero_point)
 
 
 def wide_bits(config: ModelConfig) -> int:
@@ -76,11 +76,19 @@ def judged_modules(modules: Mapping[str, Any], quant: QuantConfig) -> dict[str, 
 
 
 def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them."""
+    """Bytes and mean bits of the linear layers' weights, before and after, as an engine of 16 bits (float32: 32) holds them; and the bits
+    of the embedding."""
     wide, counted = wide_bits(config), judged_modules(modules, quant)
     total = sum(facts["num_weights"] for facts in counted.values())
+    of_table = FORMATS[OF_EMBEDDING].number.bits if quant.embedding else wide
     used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
-    return {"num_weights": total, "mean_bits": used / total, "bytes_before": total * wide / 8, "bytes_after": used / 8}
+    return {
+        "num_weights": total,
+        "mean_bits": used / total,
+        "bytes_before": total * wide / 8,
+        "bytes_after": used / 8,
+        "embedding_bits": of_table,
+    }
 
 
 def warnings_of(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -91,4 +99,7 @@ def warnings_of(modules: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found.append(f"always zero inputs, so kept as they are: {', '.join(silent)}")
     if wide:
         found.append(f"inputs beyond float16's range (build with bfloat16 or float32): {', '.join(wide)}")
+    for why in sorted({facts["rounding_fallback"] for facts in modules.values() if facts.get("rounding_fallback")}):
+        names = ", ".join(name for name, facts in modules.items() if facts.get("rounding_fallback") == why)
+        found.append(f"rounded to nearest, for {why}: {names}")
     return found

@@ -7,11 +7,11 @@ at all, so that on these rows it never does worse than plain rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
-from trtllm_thoughtx.calibrate.quantize import grid
+from trtllm_thoughtx.calibrate.quantize import gptq, grid
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 
@@ -36,6 +36,7 @@ class Inputs:
     square: torch.Tensor  # mean
     rows: torch.Tensor
     num_sequences: int  # that were seen, with or without a row in the sample
+    hessian: torch.Tensor | None = None  # mean of x x^T [in, in], where the matrix is rounded by it
 
 
 @dataclass
@@ -49,7 +50,14 @@ class Found:
     alpha: float | None
     error: float
     error_nearest: float  # of plain rounding
-    facts: dict[str, float] = field(default_factory=dict)
+    zero: torch.Tensor | None = None  # zero points of groups
+    rounding: str = "nearest"
+    why: str | None = None  # it is not the rounding that was asked for
+
+    def part(self, first: int, end: int, *, has_own_scales: bool) -> Found:
+        """Some rows of it."""
+        scale = self.scale[first:end] if has_own_scales else self.scale
+        return replace(self, matrix=self.matrix[first:end], scale=scale, zero=None if self.zero is None else self.zero[first:end])
 
     def inputs(self, x: torch.Tensor, algo: str) -> torch.Tensor:
         """The inputs as the graph computes with them."""
@@ -97,9 +105,22 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
             best, scale = cost, clipped
     if quant.prequant and factor is None:
         factor = torch.ones_like(seen.amax)
-    return Found(
-        grid.on_grid(scaled, scale, algo), scale, _input_scale(seen.amax, factor, algo) if static else None, factor, alpha, best, nearest
-    )
+    static_scale = _input_scale(seen.amax, factor, algo) if static else None
+    found = Found(grid.on_grid(scaled, scale, algo), scale, static_scale, factor, alpha, best, nearest)
+
+    def rounded(made: gptq.Rounded, rounding: str) -> Found:
+        x = seen.rows if factor is None else seen.rows * factor
+        cost = float((x @ made.matrix[::step].T - wanted).double().square().sum()) / energy
+        return replace(found, matrix=made.matrix, scale=made.scale, zero=made.zero, error=cost, rounding=rounding)
+
+    if quant.zero_point:
+        found = rounded(gptq.nearest(scaled, quant, seen.square), "nearest")
+    if seen.hessian is None:
+        return found
+    made = gptq.compensated(scaled, seen.hessian if factor is None else seen.hessian * torch.outer(factor, factor), quant)
+    if made is None:
+        return replace(found, why="the sum of the products of its inputs has no inverse")
+    return min(found, rounded(made, "gptq"), key=lambda one: one.error)
 
 
 def factors(weight: torch.Tensor, seen: Inputs, alpha: float, algo: str, group_size: int) -> torch.Tensor:

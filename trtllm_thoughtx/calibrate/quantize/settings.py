@@ -1,0 +1,90 @@
+"""How the layers are to be stored and rounded: what was asked for, checked against the model before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from trtllm_thoughtx.calibrate.quantize.result import stored_bits, wide_bits
+from trtllm_thoughtx.config import ModelConfig, QuantConfig
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.families.formats import FORMATS, QUANT_ALGOS
+from trtllm_thoughtx.families.quantization import TABLE, linear_modules
+
+GROUPS, SHORT_GROUPS = (128, 64, 32, 16), (32, 16, 64, 128)  # that fit first; of formats with zero points
+
+
+def rounding_of(quant: QuantConfig, rounding: str | None, plain: bool) -> str:
+    """`gptq` for 4-bit layers unless told otherwise. E001 where it cannot be: inputs are rounded too, or plain rounding was asked for."""
+    form = FORMATS[quant.algo or ""]
+    if rounding == "gptq" and (plain or not form.is_weight_only):
+        why = "--plain_rounding rounds to nearest" if plain else "its scales are fitted to rounded inputs, one of a tensor or row"
+        raise ThoughtxError("E001", "--rounding gptq cannot be used here", where="--rounding", why=why, fix="leave it out")
+    return rounding or ("gptq" if form.scales == "group" and form.is_weight_only and not plain else "nearest")
+
+
+def fits_nothing(quant: QuantConfig, rounding: str) -> bool:
+    """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
+    is_fitted = quant.prequant or quant.zero_point or rounding != "nearest"
+    return not is_fitted and FORMATS[quant.algo or ""].is_weight_only and quant.kv_algo is None
+
+
+def quant_config(
+    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
+) -> QuantConfig:
+    """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
+    if config.quantization is not None:
+        why = f"it holds {config.quantization.algo or config.quantization.kv_algo} tensors; rounding them again loses twice"
+        raise ThoughtxError(
+            "E103", "the checkpoint is already quantized", where="--model_dir", why=why, fix="calibrate the original checkpoint"
+        )
+    if config.experts is not None:
+        why, fix = "the searches know dense MLPs", "build it in bfloat16 or float16"
+        raise ThoughtxError("E103", "mixtures of experts cannot be quantized yet", where="--model_dir", why=why, fix=fix)
+    if qformat not in QUANT_ALGOS:
+        why = f"known are {', '.join(QUANT_ALGOS)}"
+        raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
+    algo, size = QUANT_ALGOS[qformat], group_size or 128
+    if FORMATS[algo].scales == "group":
+        widths = (config.hidden_size, config.q_size, config.intermediate_size)
+        wanted = SHORT_GROUPS if FORMATS[algo].zeros else GROUPS
+        fitting = [g for g in wanted if all(width % g == 0 for width in widths)]
+        size = group_size or (fitting[0] if fitting else 0)
+        if not size or size % 2 or any(width % size for width in widths):
+            why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
+            fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
+            raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
+    excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
+    table_stays = any(fnmatch.fnmatchcase(TABLE, pattern) for pattern in exclude)
+    quant = QuantConfig(
+        algo=algo,
+        group_size=size,
+        scale_dtype="float16" if FORMATS[algo].scales == "group" else "float32",
+        prequant=FORMATS[algo].search is not None and not plain,
+        zero_point=FORMATS[algo].zeros is not None and not plain,
+        embedding=FORMATS[algo].is_weight_only and not table_stays,
+        exclude=excluded,
+    )
+    known = [*linear_modules(config), TABLE]
+    idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
+    if idle:
+        why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
+        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix=fix)
+    if not any(quant.covers(module) for module in known if module != TABLE):
+        raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
+    return quant
+
+
+def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
+    """The same with the layers by name that were covered and stay as they are."""
+    kept = [name for name, facts in modules.items() if not facts["quantized"] and quant.covers(name)]
+    return replace(quant, exclude=(*quant.exclude, *kept))
+
+
+def check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
+    if target_bits is not None and not stored_bits(quant) <= target_bits <= wide_bits(config):
+        why = f"weights of this format take {stored_bits(quant):g} bits, those of the checkpoint {wide_bits(config)}"
+        fix = f"give a number from {stored_bits(quant):g} to {wide_bits(config)}"
+        raise ThoughtxError("E001", f"--target_bits {target_bits:g} cannot be met", where="--target_bits", why=why, fix=fix)
