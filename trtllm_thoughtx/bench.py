@@ -9,7 +9,6 @@ nothing about another.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import platform
 import resource
@@ -27,6 +26,7 @@ from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.process.outside import need
 from trtllm_thoughtx.progress import Progress
 
 BUSY = 0.25  # load per CPU, one-minute average, above which timings say more about the neighbours
@@ -142,10 +142,8 @@ def bench(
 def _check_against(path: Path) -> None:
     """What `reference` would refuse after the engine was timed; it is not imported yet, since its memory would count as the engine's."""
     open_weights(Checkpoint.open(path, HUGGING_FACE), allow_nonfinite=True).close()
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        why, fix = f"{' and '.join(missing)} cannot be imported", 'pip install "trtllm-thoughtx[reference]", or leave --against out'
-        raise ThoughtxError("E201", "--against needs torch and transformers", where=str(path), why=why, fix=fix)
+    fix = 'pip install "trtllm-thoughtx[reference]", or leave --against out'
+    need(("torch", "transformers"), "--against needs torch and transformers", where=str(path), fix=fix)
 
 
 def _transformers_rows(against: Path, conditions: dict[str, Any], repeats: int, progress: Progress) -> list[Row]:

@@ -234,7 +234,7 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     if summary.get("files"):
         tables.append(report.table("files", ["name", "size"], [[name, files.human_bytes(size)] for name, size in summary["files"].items()]))
     if summary.get("up_to_date"):
-        tables.append("up to date: the same inputs and settings made what is there, and its files are intact")
+        tables.append(report.UP_TO_DATE)
     return tables
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file
-from trtllm_thoughtx.process.outside import own_caches
+from trtllm_thoughtx.process.outside import need, own_caches
 
 FORMATS = ("png", "svg", "pdf")
 SIZE_NAMES = {"chain": "operands", "lookup": "hops", "story": "operations", "loan": "rules"}
@@ -24,10 +23,8 @@ def check_format(path: Path) -> None:
 
 
 def need_matplotlib() -> None:
-    """E201 where there is none: asked before the work whose pictures it shall draw."""
-    if importlib.util.find_spec("matplotlib") is None:
-        fix = 'pip install "trtllm-thoughtx[plots]"'
-        raise ThoughtxError("E201", "pictures need matplotlib", where="import matplotlib", why="it is not installed", fix=fix)
+    """E201 where there is none."""
+    need(("matplotlib",), "pictures need matplotlib", where="import matplotlib", fix='pip install "trtllm-thoughtx[plots]"')
 
 
 def _figure(num_columns: int) -> tuple[Any, Sequence[Any]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = "thoughtx.manifest/1"
+UP_TO_DATE = "up to date: the same inputs and settings made what is there, and its files are intact"
 STATUSES = ("passed", "failed", "skipped")
 # key of the manifest -> the type it must have
 _FIELDS: dict[str, type] = {
@@ -177,6 +178,11 @@ def verify_files(root: Path, needed: Sequence[str] = (), unwanted: Sequence[str]
             why=listed(wrong),
             fix=f"copy the directory again, or make it again: {shown(again, 4000)} --force. Nothing was loaded.",
         )
+
+
+def percent(share: float | None) -> str | None:
+    """`97.2 %`."""
+    return None if share is None else f"{100 * share:.1f} %"
 
 
 def brief(evidence: object) -> str:

@@ -77,7 +77,7 @@ def test_a_refusal_is_small(name: str, tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from trtllm_thoughtx.checkpoint.convert import open_weights
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

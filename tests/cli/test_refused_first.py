@@ -38,7 +38,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("trtllm_thoughtx.runtime.engine.open_runner", stop)
     monkeypatch.setattr("trtllm_thoughtx.calibrate.exits.calibrate.build", stop)
-    monkeypatch.setattr("trtllm_thoughtx.calibrate.chunks.job._look", stop)
+    monkeypatch.setattr("trtllm_thoughtx.calibrate.chunks.job.Look", stop)
 
 
 EVAL = "eval --engine_dir {0}/e --dataset {0}/questions.jsonl --max_new_tokens 8"

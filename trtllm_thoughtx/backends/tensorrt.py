@@ -23,14 +23,11 @@ import numpy as np
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.backends import trt_builder
-from trtllm_thoughtx.backends.trt_module import load_module, num_gpus, targets
-from trtllm_thoughtx.backends.trt_runner import TensorRTRunner
+from trtllm_thoughtx.backends.trt_module import load_module, targets
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.graph import chunked_attention
 from trtllm_thoughtx.process.machine import available_bytes
 from trtllm_thoughtx.progress import Progress
-
-__all__ = ["HeldWeights", "PlanInfo", "TensorRTRunner", "build_plan", "load_module", "num_gpus", "targets"]
 
 Initializers = Callable[[], Iterable[tuple[str, np.ndarray]]]
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]

@@ -33,8 +33,6 @@ from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
 from trtllm_thoughtx.progress import Progress
 
-__all__ = ["WeightSource", "convert", "open_weights", "rank_layers", "rank_shape"]
-
 _STORED = {name: stored for stored, name in STORED_DTYPES.items()}
 NUM_BUFFERS = 6
 

@@ -167,11 +167,13 @@ PROGRAMS = (
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def calibrate(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Quantize a model, fit early exits, or choose chunk sizes on data, each with an accuracy report."""
+    from trtllm_thoughtx.report import UP_TO_DATE
+
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     program = _program(given)
     found, human = program.run(model_dir, output_dir, Progress(quiet=quiet), **given)
     if found["up_to_date"]:
-        human = ["up to date: the same inputs and settings made what is there, and its files are intact", *human]
+        human = [UP_TO_DATE, *human]
     emit("calibrate", found, as_json=as_json, human=human)
 
 

@@ -48,6 +48,7 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
     from trtllm_thoughtx.checkpoint.opened import Checkpoint
     from trtllm_thoughtx.checkpoint.quantized import import_quantized, only_plain
     from trtllm_thoughtx.inspection import describe, summary_table
+    from trtllm_thoughtx.report import UP_TO_DATE
 
     checkpoint = Checkpoint.open(model_dir)
     if checkpoint.is_quantized():
@@ -60,7 +61,7 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
     summary["notes"] = [*summary.get("notes", ()), *found]
     following = f"next: thoughtx-build --checkpoint_dir {output_dir} --output_dir ENGINE"
     if summary["up_to_date"]:
-        following = f"up to date: the same inputs and settings made what is there, and its files are intact\n{following}"
+        following = f"{UP_TO_DATE}\n{following}"
     emit("convert", summary, as_json=as_json, human=[summary_table("checkpoint", summary), following])
 
 

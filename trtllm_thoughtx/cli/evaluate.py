@@ -76,8 +76,8 @@ def evaluate(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Measure accuracy with intervals, tokens, steps and time; compare two systems on the same questions."""
     from trtllm_thoughtx.evaluate.job import evaluation, evaluation_tables, harness_evaluation
 
-    one_of({name: options[name] for name in ("engine_dir", "model_dir")})
-    source = one_of({name: options[name] for name in ("tasks", "dataset", "harness")})
+    framework.one_of({name: options[name] for name in ("engine_dir", "model_dir")}, "thoughtx-eval")
+    source = framework.one_of({name: options[name] for name in SOURCES}, "thoughtx-eval")
     _refuse_unused(source, options)
     path: Path = options["engine_dir"] or options["model_dir"]
     options["stop"] = options["stop"] or None
@@ -105,14 +105,3 @@ def _refuse_unused(source: str, options: dict[str, Any]) -> None:
     if unused:
         why = "these questions have no use for it"
         raise ThoughtxError("E001", f"{', '.join(unused)} cannot be used here", where="thoughtx-eval", why=why, fix="leave it out")
-
-
-def one_of(given: dict[str, Any]) -> str:
-    """The one flag that is there. E001 for none and for two."""
-    flags = [f"--{'task' if name == 'tasks' else name}" for name in given]
-    named = [flag for flag, value in zip(flags, given.values(), strict=True) if value is not None]
-    if len(named) != 1:
-        why = f"given: {', '.join(named)}" if named else "none was given"
-        fix = "thoughtx-eval --help shows examples"
-        raise ThoughtxError("E001", f"exactly one of {', '.join(flags)} is needed", where="thoughtx-eval", why=why, fix=fix)
-    return next(name for name, value in given.items() if value is not None)

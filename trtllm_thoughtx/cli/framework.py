@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from trtllm_thoughtx.build.flags import CHANCE, CHANCE_OR_AUTO, COUNT, PATH, PEN
 from trtllm_thoughtx.build.options import OPTIONS
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES
 from trtllm_thoughtx.config import EXIT_POLICIES
+from trtllm_thoughtx.errors import ThoughtxError
 
 COMMANDS: dict[str, click.Command] = {}
 
@@ -126,3 +128,14 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
     )):  # fmt: skip
         function = option(function)
     return function
+
+
+def one_of(given: Mapping[str, Any], command: str) -> str:
+    """The one flag of these that is set. E001 for none and for two."""
+    flags = [f"--{'task' if name == 'tasks' else name}" for name in given]
+    named = [flag for flag, value in zip(flags, given.values(), strict=True) if value is not None]
+    if len(named) != 1:
+        why = f"given: {', '.join(named)}" if named else "none was given"
+        what = f"exactly one of {', '.join(flags[:-1])} and {flags[-1]} is needed"
+        raise ThoughtxError("E001", what, where=command, why=why, fix=f"{command} --help shows examples")
+    return next(name for name, value in given.items() if value is not None)

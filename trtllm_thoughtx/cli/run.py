@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from trtllm_thoughtx import files, report
+from trtllm_thoughtx.cli.framework import one_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
@@ -43,10 +44,7 @@ def _requests(
     prompt: str | None, input_ids: tuple[int, ...] | None, prompts: Path | None, on_error: str, progress: Progress
 ) -> tuple[list[Prompt], list[Bad]]:
     """The requests that the flags name, and the lines that are none; E001 unless exactly one of the three is given."""
-    given = [flag for flag, value in (("--prompt", prompt), ("--input_ids", input_ids), ("--prompts", prompts)) if value is not None]
-    if len(given) != 1:
-        why = f"given: {', '.join(given)}" if given else "none was given"
-        raise _usage("exactly one of --prompt, --input_ids and --prompts is needed", why, "thoughtx-run --help shows an example of each")
+    one_of({"prompt": prompt, "input_ids": input_ids, "prompts": prompts}, "thoughtx-run")
     if prompts is not None:
         rows = prompt_rows(prompts)
         if on_error == STOP:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trtllm_thoughtx import __version__
+from trtllm_thoughtx import __version__, report
 from trtllm_thoughtx.distill.ablation import KEPT
 from trtllm_thoughtx.evaluate.summary import Numbers, Summary
 
@@ -76,8 +76,8 @@ def card(
         markdown_table(("task", "by", "right"), sizes),
         "![accuracy by size](accuracy.png)",
         f"Thoughts cut short: of {cut.num_insufficient} that did not suffice it answered `?` to "
-        f"{_percent(cut.said_insufficient)}, of {cut.num_items - cut.num_insufficient} that did it answered "
-        f"{_percent(cut.answered_when_sufficient)} rightly. "
+        f"{report.percent(cut.said_insufficient) or 'none'}, of {cut.num_items - cut.num_insufficient} that did it answered "
+        f"{report.percent(cut.answered_when_sufficient) or 'none'} rightly. "
         f"Expected calibration error of the answers' probabilities, all questions: {found.calibration_error:.4f}.",
         "## Training",
         f"Seed {seed}. A teacher of twelve layers; a base from eight of them, its logits learned along with the traces, then "
@@ -112,10 +112,6 @@ def _last(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _share(row: Numbers) -> str:
     low, high = row.accuracy_interval
     return f"{100 * row.accuracy:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{100 * value:.1f} %"
 
 
 def _compared(ablation: Mapping[str, Any]) -> list[list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.errors import ThoughtxError, counted, shown
 from trtllm_thoughtx.evaluate.systems import EngineSystem, System
+from trtllm_thoughtx.process.outside import need
 
 SYSTEMS = ("engine", "huggingface")  # what answers questions, in the words of `checkpoint.directory`
 
@@ -58,8 +58,6 @@ def check_system(
         fix = f"leave {', '.join(named)} out, or give an engine directory"
         why = "transformers runs this one, and its thinking is not followed"
         raise ThoughtxError("E001", f"{', '.join(named)} is for engines", where=shown(str(path)), why=why, fix=fix)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        why, fix = f"{' and '.join(missing)} cannot be imported", 'pip install "trtllm-thoughtx[reference]"'
-        raise ThoughtxError("E201", "a Hugging Face model needs torch and transformers", where=shown(str(path)), why=why, fix=fix)
+    what, fix = "a Hugging Face model needs torch and transformers", 'pip install "trtllm-thoughtx[reference]"'
+    need(("torch", "transformers"), what, where=shown(str(path)), fix=fix)
     return kind

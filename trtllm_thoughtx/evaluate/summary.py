@@ -254,7 +254,7 @@ def result_tables(found: Summary) -> list[Any]:
     system = found.system
     tables: list[Any] = [report.table(f"{system['name']} ({system['backend']}, {system['dtype']})", TASK_COLUMNS, lines)]
     sizes = [
-        [task, kind, row.value, row.num_items, _percent(row.accuracy), f"{_between(row.accuracy_interval, 100)} %"]
+        [task, kind, row.value, row.num_items, report.percent(row.accuracy), f"{_between(row.accuracy_interval, 100)} %"]
         for task, n in found.tasks.items()
         for kind, rows in (("size", n.by_size), ("words of context", n.by_length or []))
         if len(rows) > 1
@@ -263,7 +263,7 @@ def result_tables(found: Summary) -> list[Any]:
     if sizes:
         tables.append(report.table("by size and length", ("task", "of", "value", "items", "accuracy", "95 % interval"), sizes))
     cuts = [
-        [task, n.cut.num_items, _percent(n.cut.said_insufficient), _percent(n.cut.answered_when_sufficient)]
+        [task, n.cut.num_items, report.percent(n.cut.said_insufficient), report.percent(n.cut.answered_when_sufficient)]
         for task, n in found.tasks.items()
         if n.cut
     ]
@@ -287,7 +287,7 @@ TASK_COLUMNS = ("task", "items", "accuracy", "95 % interval", "F1", "tokens", "s
 
 
 def _task_line(name: str, n: Numbers) -> list[Any]:
-    shares = [_percent(n.accuracy), f"{_between(n.accuracy_interval, 100)} %", _percent(n.f1)]
+    shares = [report.percent(n.accuracy), f"{_between(n.accuracy_interval, 100)} %", report.percent(n.f1)]
     times = [f"{1000 * n.seconds:.4g} ms", f"{1000 * n.seconds_p95:.4g} ms"]
     return [name, n.num_items, *shares, n.tokens, n.steps, n.redundant_steps, n.num_truncated, *times]
 
@@ -320,10 +320,6 @@ def comparison_tables(found: Comparison) -> list[Any]:
         ),
         *skipped,
     ]
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.1f} %"
 
 
 def _between(interval: Sequence[float], scale: float = 1.0) -> str:

@@ -8,7 +8,11 @@ user has set is left as it is.
 """
 
 import atexit
+import importlib.util
 import os
+from collections.abc import Sequence
+
+from trtllm_thoughtx.errors import ThoughtxError
 
 SETTINGS = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of matplotlib, torch, Triton
@@ -17,6 +21,13 @@ CACHES = ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # of m
 def keep_in() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def need(packages: Sequence[str], what: str, *, where: str, fix: str) -> None:
+    """E201 unless all of `packages` are there; none of them is imported: asked before the work that needs them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ThoughtxError("E201", what, where=where, why=f"{' and '.join(missing)} cannot be imported", fix=fix)
 
 
 def own_caches() -> None:

@@ -25,15 +25,13 @@ from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime import chunks
-from trtllm_thoughtx.runtime.completion import Completion, Stats, Work
+from trtllm_thoughtx.runtime.completion import Completion, Stats
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.pace import Pace
 from trtllm_thoughtx.runtime.row import STREAMS_APART, Request
 from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.text.params import GenerationParams, token_ids
 from trtllm_thoughtx.text.text import Text
-
-__all__ = ["Completion", "Engine", "Stats", "Work"]
 
 
 @dataclass

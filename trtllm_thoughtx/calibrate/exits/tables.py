@@ -22,10 +22,10 @@ def exit_tables(found: Mapping[str, Any]) -> list[Any]:
             [
                 row["layer"],
                 row["rank"],
-                _percent(row["agreement"]),
+                report.percent(row["agreement"]),
                 row["threshold"],
-                _percent(row["share_above"]),
-                _percent(row["agreement_above"]),
+                report.percent(row["share_above"]),
+                report.percent(row["agreement_above"]),
             ]
             for row in found["adapters"]
         ]
@@ -35,14 +35,10 @@ def exit_tables(found: Mapping[str, Any]) -> list[Any]:
 
 
 def _line(one: Mapping[str, Any]) -> list[Any]:
-    shares = [_percent(one[key]) for key in ("accuracy_full", "accuracy")]
+    shares = [report.percent(one[key]) for key in ("accuracy_full", "accuracy")]
     return [
         one["num_items"],
         *shares,
         f"{one['p_accuracy']:.3g}",
-        *(_percent(one[f"saved_of_{key}_tokens"]) for key in ("generated", "all")),
+        *(report.percent(one[f"saved_of_{key}_tokens"]) for key in ("generated", "all")),
     ]
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.1f} %"
