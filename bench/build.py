@@ -74,7 +74,7 @@ def bare_seconds(checkpoint: Path, engine: Path, work: Path) -> float:
     from trtllm_thoughtx.checkpoint.weights import open_weights
     from trtllm_thoughtx.graph import external
     from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
-    from trtllm_thoughtx.progress import Progress
+    from trtllm_thoughtx.progress import SILENT
 
     build, total = EngineDir.open(engine).build, 0.0
     with open_weights(checkpoint) as source:
@@ -83,7 +83,7 @@ def bare_seconds(checkpoint: Path, engine: Path, work: Path) -> float:
             assert (engine / f"{part.name}.onnx").read_bytes() == bound.model
             work.mkdir()
             (work / "graph.onnx").write_bytes(bound.model)
-            external.write_data(bound, source, work / bound.location, Progress.silent())
+            external.write_data(bound, source, work / bound.location, SILENT)
             settings = {"profiles": profiles_of(bound.graph, build), "targets": build.compute_capabilities}
             command = [sys.executable, "-c", BARE, str(work / "graph.onnx"), str(work / "bare.engine"), json.dumps(settings)]
             total += measured(command)[0]

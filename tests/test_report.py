@@ -16,7 +16,7 @@ from rich.console import Console
 from trtllm_thoughtx import progress as progress_module
 from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 
 def write(root: Path, **changes) -> None:
@@ -187,7 +187,7 @@ def test_progress_of_a_failed_stage_does_not_say_done():
 
 
 def test_silent_progress_is_silent(capsys):
-    silent = Progress.silent()
+    silent = SILENT
     silent.note("nothing")
     with silent.stage("work", 3) as stage:
         stage.advance(3)

@@ -27,7 +27,7 @@ from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.process.outside import need
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 BUSY = 0.25  # load per CPU, one-minute average, above which timings say more about the neighbours
 
@@ -69,13 +69,12 @@ def bench(
     repeats: int = 5,
     warmup: int = 1,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Time prefill and decode of the engine, and of the Hugging Face model `against`. E122 when the engine is too small."""
     from trtllm_thoughtx.runtime.engine import Engine
     from trtllm_thoughtx.text.params import GenerationParams
 
-    progress = progress or Progress.silent()
     if against is not None:
         _check_against(against)
     load = os.getloadavg()[0]

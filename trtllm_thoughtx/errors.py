@@ -74,6 +74,10 @@ class ThoughtxError(Exception):
     def exit(self) -> Exit:
         return CODES[self.code][0]
 
+    def at(self, where: str) -> ThoughtxError:
+        """The same at another place, such as the line of a file."""
+        return ThoughtxError(self.code, self.what, where=where, why=self.why, fix=self.fix)
+
     def as_dict(self) -> dict[str, str]:
         return {"code": self.code, "what": self.what, "where": self.where, "why": self.why, "fix": self.fix}
 

@@ -145,8 +145,7 @@ def collect(
             rows.good.append(make({key: one for key, one in row.items() if key in columns}, line))
             rows.num_unread.update(unread)
         except ThoughtxError as error:
-            again = ThoughtxError(error.code, error.what, where=line.where, why=error.why, fix=error.fix)
-            rows.bad.append(Bad(line, again))
+            rows.bad.append(Bad(line, error.at(line.where)))
         except ValueError as error:
             what = shown(str(error), 600)
             rows.bad.append(Bad(line, ThoughtxError(code, what, where=line.where, why="the row cannot be used as it is", fix=fix)))

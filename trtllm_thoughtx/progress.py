@@ -91,14 +91,10 @@ class _BarStage(Stage):
 
 
 class Progress:
-    """Where steps report. `Progress()` writes to stderr; `Progress.silent()` writes nothing."""
+    """Where steps report. `Progress()` writes to stderr; `SILENT` writes nothing."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, silent: bool = False) -> None:
         self.quiet, self.is_silent, self.stream = quiet or silent, silent, sys.stderr if stream is None else stream
-
-    @classmethod
-    def silent(cls) -> Progress:
-        return cls(silent=True)
 
     def note(self, text: str) -> None:
         """One line that a person should see: a warning, a choice that was made."""
@@ -128,3 +124,6 @@ class Progress:
             stage = _LogStage(label, total, unit, self.stream)
             yield stage
             stage.close()  # not reached when the step fails: "done" would be a lie
+
+
+SILENT = Progress(silent=True)

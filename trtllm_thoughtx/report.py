@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from trtllm_thoughtx import __version__
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.files import PLAIN_NAME, atomic_file, open_inside, read_json, sha256_of
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,9 +67,8 @@ def to_json(obj: object) -> str:
     return json.dumps(plain(obj), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def manifest_inputs(paths: Sequence[Path], progress: Progress | None = None) -> list[dict[str, Any]]:
+def manifest_inputs(paths: Sequence[Path], progress: Progress = SILENT) -> list[dict[str, Any]]:
     """`name`, `bytes` and `sha256` of every file in `paths`, sorted by name. Names are file names, not machine paths."""
-    progress = progress or Progress.silent()
     rows = []
     with progress.stage("hashing inputs", sum(path.stat().st_size for path in paths), "bytes") as stage:
         for path in sorted(paths, key=lambda path: path.name):

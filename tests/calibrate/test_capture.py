@@ -164,10 +164,10 @@ def test_questions_that_leave_no_room_for_an_answer_are_left_out():
 
     from trtllm_thoughtx.calibrate.chunks.asking import Asker
     from trtllm_thoughtx.evaluate.questions import generated
-    from trtllm_thoughtx.progress import Progress
+    from trtllm_thoughtx.progress import SILENT
 
     questions = generated(("lookup",), "validation", num_items=8, seed=0, lengths=(0, 400))
-    with Asker(Path(SAMPLE), 256, Progress.silent()) as asker:
+    with Asker(Path(SAMPLE), 256, SILENT) as asker:
         root = asker.root
         assert asker.fits(questions) == [asked for asked in questions if asked.traits["asked_words"] == 0]
         assert root.exists()

@@ -16,7 +16,7 @@ from trtllm_thoughtx.distill import loop, mixture, models, rows, supervised, voc
 from trtllm_thoughtx.distill.rows import ANSWER, EFFICIENCY, GIVEN, THOUGHT  # noqa: E402
 from trtllm_thoughtx.distill.settings import Settings  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
-from trtllm_thoughtx.progress import Progress  # noqa: E402
+from trtllm_thoughtx.progress import SILENT  # noqa: E402
 from trtllm_thoughtx.tasks import TASKS, draw, item  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -107,18 +107,18 @@ def teacher_dir(tmp_path_factory):
     return path
 
 
-def _train(settings, *, until=None, teacher=True, resume=True):
+def _train(settings, *, until=None, teacher=True):
     """The model after stage 1; `until` kills the run after that many steps."""
     directory = settings.stage_dir("supervised")
     directory.mkdir(parents=True, exist_ok=True)
-    watch = loop.Watch("supervised", directory, Progress.silent())
+    watch = loop.Watch("supervised", directory, SILENT)
     torch.manual_seed(settings.seed)
     model = models.load_student(settings.student_dir, "float32", settings.layers)
     guide = models.load_model(settings.teacher_dir, torch.float32) if teacher else None
     data = mixture.Mixture(encode, 0, settings.supervised_steps, settings.tokens_a_batch)
     if until is not None:
         watch.on_step_end = lambda args, state, control, **_: setattr(control, "should_training_stop", state.global_step >= until)
-    supervised.run(settings, model, guide, data, 0, watch, resume=resume)
+    supervised.run(settings, model, guide, data, 0, watch)
     return model
 
 

@@ -158,9 +158,9 @@ def test_external_data_holds_the_weights_page_aligned(tmp_path):
     with open_weights(tmp_path / "m") as source:
         build = BuildConfig(dtype="float16", max_seq_len=64)
         bound = external.bind(decoder_graph(source.config, build, parts_of(source.config, ())[0]), "float16", "rank0.data")
-        from trtllm_thoughtx.progress import Progress
+        from trtllm_thoughtx.progress import SILENT
 
-        digest = external.write_data(bound, source, tmp_path / "rank0.data", Progress.silent())
+        digest = external.write_data(bound, source, tmp_path / "rank0.data", SILENT)
         assert all(offset % external.ALIGNMENT == 0 for offset in bound.offsets.values())
         (tmp_path / "rank0.onnx").write_bytes(bound.model)
         model = onnx.load(tmp_path / "rank0.onnx")

@@ -14,7 +14,7 @@ from trtllm_thoughtx.build.build import profiles_of
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, RopeConfig
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CONFIG = ModelConfig(
@@ -48,6 +48,6 @@ def job(path: Path, dtype: str = "float16", **changes: Any) -> dict[str, Any]:
         "num_attention": graph.num_attention,
         "float32": dtype == "float32",
         "log_path": path.with_suffix(".log"),
-        "progress": Progress.silent(),
+        "progress": SILENT,
     }
     return arguments | changes

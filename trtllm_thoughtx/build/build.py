@@ -36,7 +36,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.graph import external
 from trtllm_thoughtx.graph.builder import Graph
 from trtllm_thoughtx.graph.decoder import decoder_graph, parts_of
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.text.notes import text_notes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def build(
     *,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build.options`.
 
@@ -65,7 +65,6 @@ def build(
     """
     given = {name: Path(value) if value and OPTIONS[name].takes is PATH else value for name, value in (options or {}).items()}
     command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **given})
-    progress = progress or Progress.silent()
     output_dir = Path(output_dir)
     began = time.monotonic()
     with open_weights(checkpoint_dir, progress=progress) as source:
@@ -205,7 +204,7 @@ def _build_parts(
             for number, bound in enumerate(bounds, 1):
                 with contextlib.closing(upcoming.result()) as ready:
                     if number < len(bounds):
-                        upcoming = pool.submit(_prepare, partial, source, settings, bounds[number], stop, Progress.silent())
+                        upcoming = pool.submit(_prepare, partial, source, settings, bounds[number], stop, SILENT)
                     for backend in settings.backends:
                         if BACKENDS[backend].builds_plans:
                             ready.entry.plans[backend], found = _build_plan(partial, settings, bound, ready, backend, output_dir, progress)

@@ -31,7 +31,7 @@ from trtllm_thoughtx.config import DTYPES, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.family import ALL, COLS, KV_ROWS, VOCAB_ROWS, Part, Tensor, stacked
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 _STORED = {name: stored for stored, name in STORED_DTYPES.items()}
 NUM_BUFFERS = 6
@@ -145,14 +145,14 @@ def convert(
     pp_size: int = 1,
     force: bool = False,
     allow_nonfinite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write `model_dir` as a TensorRT-LLM checkpoint to `output_dir`; returns a summary.
 
     `dtype` auto keeps the checkpoint's. E108 lists every tensor with values that are not finite or do not fit `dtype`.
     """
     command = command_line("thoughtx-convert", locals())
-    output_dir, progress = Path(output_dir), progress or Progress.silent()
+    output_dir = Path(output_dir)
     if dtype not in ("auto", *DTYPES):
         raise ThoughtxError(
             "E001", f"unknown dtype {dtype}", where="--dtype", why=f"known are auto, {', '.join(DTYPES)}", fix="choose one of them"

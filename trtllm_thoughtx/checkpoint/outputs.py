@@ -21,7 +21,7 @@ from typing import Any
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.checkpoint.generation_config import NAME, read_generation_config
 from trtllm_thoughtx.checkpoint.members import Members, Stamps
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch")
 SPACE_FOR_REST = 64 << 20  # config, manifest and carried files
@@ -42,10 +42,10 @@ class Output:
         command: str,
         more: Sequence[Path] = (),
         force: bool = False,
-        progress: Progress | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         self.target, self.members, self.settings, self.command, self.force = Path(target), members, settings, command, force
-        self.progress = progress or Progress.silent()
+        self.progress = progress
         self.checks: list[dict[str, Any]] = []
         self.hashes: dict[str, str] = {}  # of files that were hashed while they were written
         self._paths = [*members.inputs(), *more]

@@ -37,7 +37,7 @@ from trtllm_thoughtx.families.formats import FORMATS, FP8, algo_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.quantization import linear_modules, with_quantization
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trtllm_config
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|k_scale|v_scale)")
@@ -209,12 +209,10 @@ def _made_fp8(source: Checkpoint, tensor: Tensor, scheme: Scheme) -> Made:
     return made | {"weights_scaling_factor": np.concatenate(rows), "activation_scaling_factor": largest}
 
 
-def import_quantized(
-    model_dir: Path | Checkpoint, output_dir: Path, *, force: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
+def import_quantized(model_dir: Path | Checkpoint, output_dir: Path, *, force: bool = False, progress: Progress = SILENT) -> dict[str, Any]:
     """Write a quantized Hugging Face checkpoint as a TensorRT-LLM one, number for number; returns a summary."""
     command = command_line("thoughtx-convert", locals())
-    output_dir, progress = Path(output_dir), progress or Progress.silent()
+    output_dir = Path(output_dir)
     with Checkpoint.open(model_dir) as source:
         scheme, config = scheme_of(source), _config_of(source)
         for note in (notes := source.members.notes()):

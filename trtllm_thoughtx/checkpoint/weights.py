@@ -29,7 +29,7 @@ from trtllm_thoughtx.families.formats import FP8
 from trtllm_thoughtx.families.hf_config import dtype_of, model_config_from_hf
 from trtllm_thoughtx.families.quantization import with_quantization
 from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 
 NUMPY_DTYPES = {name: DTYPES[stored] for stored, name in STORED_DTYPES.items()}
 # What is read, by the type's name in a safetensors file; float64 is always rounded.
@@ -250,7 +250,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.dtype(f"u{array.itemsize}"))
 
 
-def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, progress: Progress | None = None) -> WeightSource:
+def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, progress: Progress = SILENT) -> WeightSource:
     """Open a Hugging Face or an unsharded TensorRT-LLM directory. All names and shapes are checked first (E107 lists them all).
 
     What a person should know about how it is read goes to `progress`, and is in `notes`.
@@ -288,5 +288,5 @@ def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, prog
     if config.sliding_window is not None and config.sliding_window == config.longest:
         notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
     for note in notes:
-        (progress or Progress.silent()).note(f"note: {note}")
+        progress.note(f"note: {note}")
     return WeightSource(checkpoint, config, table, allow_nonfinite=allow_nonfinite, notes=tuple(notes))

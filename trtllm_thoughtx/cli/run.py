@@ -15,7 +15,7 @@ from trtllm_thoughtx import files, report
 from trtllm_thoughtx.cli.framework import one_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.jsonl import Bad
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
@@ -146,13 +146,12 @@ def run_requests(
     on_error: str = STOP,
     output_logits_npy: Path | None = None,
     stream: TextIO | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Complete the requests and return one row for each; `stream` gets the text for people. Sampling flags of None keep the
     checkpoint's settings. E001 and E140 for wrong requests, E122 for those that do not fit the engine: all before the first one runs."""
     assert set(sampling) <= set(SAMPLING), sampling
-    progress = progress or Progress.silent()
     if resume and output is None:
         raise _usage("--resume needs --output", "there is nothing to go on with", "name the file that the stopped run wrote")
     requests, bad = _requests(prompt, input_ids, prompts, on_error, progress)

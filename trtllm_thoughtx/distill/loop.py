@@ -113,11 +113,11 @@ class Watch(TrainerCallback):
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def train(trainer: Any, watch: Watch, *, resume: bool) -> None:
-    """Run to the end, from the last whole checkpoint when `resume`."""
+def train(trainer: Any, watch: Watch) -> None:
+    """Run to the end, from the last whole checkpoint where there is one."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    done = checkpoints(watch.directory) if resume else []
+    done = checkpoints(watch.directory)
     shutil.rmtree(watch.directory / PARTIAL, ignore_errors=True)
     with watch.stack:
         trainer.train(resume_from_checkpoint=str(done[-1]) if done else None)

@@ -50,7 +50,7 @@ class Preference(loop.Guarded, DPOTrainer):
         return dataset
 
 
-def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
+def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch) -> Any:
     """Train `model` in place; the trainer. The reference is the model as it comes."""
     num_steps = settings.preference_steps
     rng = random.Random(f"pairs {settings.seed}")
@@ -71,5 +71,5 @@ def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None,
     )
     tokenizer = models.load_tokenizer(settings.student_dir)
     trainer = Preference(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch])
-    loop.train(trainer, watch, resume=resume)
+    loop.train(trainer, watch)
     return trainer

@@ -24,7 +24,7 @@ from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file, read_json
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.text.text import Text
 
 MODEL = "model"
@@ -86,10 +86,10 @@ def begin(settings: Settings, stage: str, process: PartialState, *, force: bool)
     process.wait_for_everyone()
 
 
-def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool = False, progress: Progress = SILENT) -> dict[str, Any]:
     """Run `stages` (those with steps) in order; what was made, with the first and last loss of each."""
     process = PartialState(cpu=not models.torch.cuda.is_available())
-    progress = (progress or Progress.silent()) if process.is_main_process else Progress.silent()
+    progress = progress if process.is_main_process else SILENT
     wanted = [stage for stage in STAGES if stage in stages and num_steps(settings, stage)]
     written = None if settings.data == GENERATED else traces.read_traces(Path(settings.data), progress.note)
     dropped = [name for name in (*EXITS, CALIBRATION) if (settings.student_dir / name).is_file()]
@@ -152,11 +152,11 @@ def _run(
         else:
             data = _rows(settings, written, text, watch.progress)
         begin(settings, stage, process, force=force)
-        trainer: Any = supervised.run(settings, model, teacher, data, text.pad_id or 0, watch, resume=True)
+        trainer: Any = supervised.run(settings, model, teacher, data, text.pad_id or 0, watch)
     else:
         begin(settings, stage, process, force=force)
         module = preference if stage == "preference" else scored
-        trainer = module.run(settings, model, text, written, watch, resume=True)
+        trainer = module.run(settings, model, text, written, watch)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if process.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)

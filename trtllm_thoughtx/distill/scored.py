@@ -25,7 +25,7 @@ class Scored(loop.Guarded, GRPOTrainer):
     """GRPO with whole checkpoints."""
 
 
-def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch, *, resume: bool) -> Any:
+def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None, watch: loop.Watch) -> Any:
     """Train `model` in place; the trainer. `batch_size` counts completions: that many, in groups of `num_generations`, a step."""
     num_steps = settings.scored_steps
     num_prompts = num_steps * settings.batch_size // settings.num_generations
@@ -66,5 +66,5 @@ def run(settings: Settings, model: Any, text: Text, written: list[Trace] | None,
         processing_class=models.load_tokenizer(settings.student_dir),
         callbacks=[watch],
     )
-    loop.train(trainer, watch, resume=resume)
+    loop.train(trainer, watch)
     return trainer

@@ -156,9 +156,7 @@ def arguments(settings: Settings, stage: str, num_steps: int, lr: float, rows: t
     }
 
 
-def run(
-    settings: Settings, model: Any, teacher: Any, data: Mixture | Sequence[Row], pad_id: int, watch: loop.Watch, *, resume: bool
-) -> Trainer:
+def run(settings: Settings, model: Any, teacher: Any, data: Mixture | Sequence[Row], pad_id: int, watch: loop.Watch) -> Trainer:
     """Train `model` in place on generated rows or those of a file; the trainer, from which the weights are gathered."""
     num_steps, per_step = settings.supervised_steps, settings.rows_a_device
     collator: Callable[[list[Any]], Batch]
@@ -175,5 +173,5 @@ def run(
     if teacher is not None:
         teacher.eval().requires_grad_(False)
     trainer = Supervised(settings, teacher, model=model, args=args, train_dataset=dataset, data_collator=collator, callbacks=[watch])
-    loop.train(trainer, watch, resume=resume)
+    loop.train(trainer, watch)
     return trainer

@@ -29,7 +29,7 @@ from trtllm_thoughtx.evaluate.benchmarks import CONFIGS, HUB_HOTPOTQA, TASKS, re
 from trtllm_thoughtx.evaluate.opened import SYSTEMS, open_system
 from trtllm_thoughtx.evaluate.scorer import Scorer
 from trtllm_thoughtx.evaluate.systems import EngineSystem, System
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.text.params import unused_settings
 
@@ -95,7 +95,7 @@ def run_harness(
     exact: bool = False,
     template: tuple[str | None, str | None] = (None, None),
     return_samples: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> HarnessResult:
     """Evaluate one task or several of `TASKS`.
 
@@ -106,7 +106,6 @@ def run_harness(
     """
     names = list(dict.fromkeys([task] if isinstance(task, str) else task))
     _check_request(names, num_fewshot, limit)
-    progress = progress or Progress.silent()
     rows = {} if data_dir is None else {name: _read_task(Path(data_dir), name, num_fewshot, progress) for name in names}
     lm_eval = _import_lm_eval(offline=data_dir is not None)
     made = HarnessResult({}, _versions())

@@ -20,7 +20,7 @@ from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.summary import Comparison, Summary, check_same_questions, comparison_tables, result_tables, summarize
 from trtllm_thoughtx.evaluate.summary import compare as compared
 from trtllm_thoughtx.jsonl import Bad
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.jobs import ROW, STOP
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
@@ -75,12 +75,11 @@ def evaluation(
     match: str | None = None,
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     **settings: Any,
 ) -> Evaluation:
     """Ask the system at `path`, and the one that it is compared with, the questions of `tasks` or `dataset`; the flags of
     `thoughtx-eval` have the same names."""
-    progress = progress or Progress.silent()
     for target in (output, plot):
         if target is not None:
             report.check_file_output(target)
@@ -151,7 +150,7 @@ def harness_evaluation(
     exact: bool = False,
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """The same for the lm-eval tasks `harness`."""
     from trtllm_thoughtx.evaluate.harness import run_harness

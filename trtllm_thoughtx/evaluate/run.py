@@ -16,7 +16,7 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record, Result, wrong
 from trtllm_thoughtx.evaluate.systems import TRUNCATED, System, Written
 from trtllm_thoughtx.jsonl import Bad
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, stamp
 from trtllm_thoughtx.runtime.jobs import STOP, error_row, settings_of, together
 from trtllm_thoughtx.tasks import item
@@ -32,7 +32,7 @@ def evaluate(
     system: System,
     questions: Sequence[Question],
     params: GenerationParams,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     *,
     answers: Answers | None = None,
     bad: Sequence[Bad] = (),
@@ -41,7 +41,7 @@ def evaluate(
     """Answers; records in the order of the questions, each written to `answers` when it is there. All that can be refused is refused
     before anything runs; with `on_error` row the errors of questions, and those of lines that are none (`bad`), stand in the conditions,
     and the others are asked."""
-    progress, load = progress or Progress.silent(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     each = [replace(params, **asked.settings) for asked in questions]
     streams = [0 if "seed" in asked.settings else place for place, asked in enumerate(questions)]
     prompts, refused = _checked(system, questions, params, each)
@@ -109,7 +109,7 @@ def _checked(
         except ThoughtxError as error:
             if not asked.where:
                 raise
-            refused[i] = ThoughtxError(error.code, error.what, where=asked.where, why=error.why, fix=error.fix)
+            refused[i] = error.at(asked.where)
     needs = {i: len(prompt) + each[i].max_new_tokens for i, prompt in prompts.items()}
     long = {i: need for i, need in needs.items() if need > system.max_length and i not in refused}
     most = max(needs.values(), default=0)

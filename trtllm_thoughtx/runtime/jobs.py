@@ -107,7 +107,7 @@ class Job:
             except ThoughtxError as error:
                 if not self.is_file:
                     raise
-                refused[request.id] = ThoughtxError(error.code, error.what, where=request.where, why=error.why, fix=error.fix)
+                refused[request.id] = error.at(request.where)
         if refused and self.on_error == STOP:
             raise together(list(refused.values()))
         return ready, {name: [error_row(name, error)] for name, error in refused.items()}

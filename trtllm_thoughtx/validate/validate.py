@@ -32,7 +32,7 @@ from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
@@ -82,7 +82,7 @@ def validate(
     backend: str | None = None,
     seed: int = 0,
     exact: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
 
@@ -90,7 +90,6 @@ def validate(
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
     Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
     """
-    progress = progress or Progress.silent()
     _check_request(reference, golden, record)
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
@@ -158,13 +157,13 @@ def run_reference(
     build: BuildConfig,
     identity: dict[str, Any],
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     prompts: tuple[Prompt, ...] | None = None,
 ) -> Expected:
     """Two runs of the reference, one model in memory at a time: the truth, then the rounding band. `prompts` None: `parity`'s."""
     from trtllm_thoughtx.validate.reference import Reference, version
 
-    progress, dtype = progress or Progress.silent(), build.dtype
+    dtype = build.dtype
     prompts = prompts or parity.plan_prompts(config, build, seed)
     runs = []
     for kind in (parity.WIDER[dtype], dtype):

@@ -18,7 +18,7 @@ from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.run import evaluate, prompt_of
 from trtllm_thoughtx.evaluate.systems import EngineSystem
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
@@ -58,7 +58,7 @@ class Asker:
             places = [i for i, one in enumerate(sizes) if one == size]
             system = self._open(window, {}, size or None)
             try:
-                records = evaluate(system, [questions[i] for i in places], self.params, Progress.silent()).records
+                records = evaluate(system, [questions[i] for i in places], self.params, SILENT).records
             finally:
                 system.close()
             found |= dict(zip(places, records, strict=True))
@@ -68,7 +68,7 @@ class Asker:
         """The engine chooses, by these thresholds."""
         system = self._open(window, {"chunk_size": AUTO, **thresholds}, AUTO)
         try:
-            return list(evaluate(system, questions, self.params, Progress.silent()).records)
+            return list(evaluate(system, questions, self.params, SILENT).records)
         finally:
             system.close()
 

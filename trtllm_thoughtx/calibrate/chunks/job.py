@@ -33,7 +33,7 @@ from trtllm_thoughtx.evaluate.questions import Question, sha256_of_questions
 from trtllm_thoughtx.evaluate.record import Record
 from trtllm_thoughtx.evaluate.statistics import mcnemar, mean_interval
 from trtllm_thoughtx.evaluate.systems import need_text
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.logits import kl_divergence, log_softmax
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.golden import ChunkSpec
@@ -60,12 +60,11 @@ def chunk_report(
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Look at `calib_size` whole traces and ask `eval_items` questions of each task (0: none). `target_capture` and
     `max_task_loss` are shares in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
     command = command_line("thoughtx-calibrate --chunk_report", locals())
-    progress = progress or Progress.silent()
     plot.need_matplotlib()
     checkpoint = Checkpoint.open(model_dir, HUGGING_FACE)
     with open_weights(checkpoint, progress=progress) as source:

@@ -30,7 +30,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import Question, from_file, generated, sha256_of_questions
 from trtllm_thoughtx.evaluate.run import prompt_of
 from trtllm_thoughtx.families.size import head_in_layers
-from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.text.text import Text
@@ -65,7 +65,7 @@ def calibrate_exits(
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write `model_dir` (Hugging Face or TensorRT-LLM) with its exits to `output_dir` as a TensorRT-LLM checkpoint.
 
@@ -74,7 +74,6 @@ def calibrate_exits(
     few questions.
     """
     command = command_line("thoughtx-calibrate", locals())
-    progress = progress or Progress.silent()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     with open_weights(model_dir, progress=progress) as source:
         config = source.config

@@ -48,7 +48,7 @@ from trtllm_thoughtx.families import Tensor
 from trtllm_thoughtx.families.formats import KV_ALGOS
 from trtllm_thoughtx.families.quantization import TABLE, with_quantization
 from trtllm_thoughtx.families.trtllm_config import trtllm_config
-from trtllm_thoughtx.progress import Progress, duration
+from trtllm_thoughtx.progress import SILENT, Progress, duration
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.quality import EXACT
 
@@ -112,7 +112,7 @@ def calibrate(
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
 
@@ -123,7 +123,7 @@ def calibrate(
     """
     command = command_line("thoughtx-calibrate", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    progress, load, goal = progress or Progress.silent(), os.getloadavg()[0], Goal(sensitivity, accuracy_budget, target_bits)
+    load, goal = os.getloadavg()[0], Goal(sensitivity, accuracy_budget, target_bits)
     with open_weights(model_dir, progress=progress) as source:
         config = source.config
         goal.check()
