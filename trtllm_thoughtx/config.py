@@ -73,7 +73,7 @@ class ExpertsConfig:
     num_active: int  # experts that a token is sent to
     intermediate_size: int  # of one expert
     shared_size: int = 0  # intermediate size of the expert that sees every token; 0 without one
-    is_normalized: bool = False  # the shares of a token's experts sum to 1
+    is_normalized: bool = False  # the routing weights of a token's experts sum to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +160,8 @@ class BuildConfig:
     left_chunks: int = 0
     max_chunk_size: int = 0  # largest chunk that a request may ask for: it sizes the KV cache
     num_anchors: int = 0  # older chunks whose last token stays visible
-    adaptive_chunks: bool = False  # a request that names no chunk size gets one from its complexity
-    base_size: float = 0.0  # tokens of chunk per nat of complexity; 0: the engine cannot choose
+    adaptive_chunks: bool = False  # a request that names no chunk size gets one from its prompt entropy
+    base_size: float = 0.0  # tokens of chunk per nat of prompt entropy; 0: the engine cannot choose
     threshold_low: float = 0.0  # nats; a prompt below it is answered in a single step
     plugin: str = "function"  # form of the chunked attention in a tensorrt engine
     stages: tuple[int, ...] = ()
@@ -169,7 +169,7 @@ class BuildConfig:
     exit_threshold: float = 0.0  # readiness from which its calibration ends the thinking; 0 without a head
     draft_layers: tuple[int, ...] = ()  # stages that draft tokens: each ends before one of these layers
     draft_ranks: tuple[int, ...] = ()  # of their maps
-    draft_thresholds: tuple[float, ...] = ()  # confidence from which a draft of each is worth checking
+    draft_thresholds: tuple[float, ...] = ()  # confidence from which a draft of each is worth verifying
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None
 

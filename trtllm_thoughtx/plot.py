@@ -57,11 +57,11 @@ def accuracy_plot(path: Path, summaries: Sequence[Any]) -> None:
     for axis, (task, key, label) in zip(axes, panels, strict=True):
         for found in summaries:
             rows = getattr(found.tasks.get(task), key, None) or []
-            shares = [100 * row.accuracy for row in rows]
-            low = [max(0.0, share - 100 * row.accuracy_interval[0]) for share, row in zip(shares, rows, strict=True)]
-            high = [max(0.0, 100 * row.accuracy_interval[1] - share) for share, row in zip(shares, rows, strict=True)]
+            accuracies = [100 * row.accuracy for row in rows]
+            low = [max(0.0, accuracy - 100 * row.accuracy_interval[0]) for accuracy, row in zip(accuracies, rows, strict=True)]
+            high = [max(0.0, 100 * row.accuracy_interval[1] - accuracy) for accuracy, row in zip(accuracies, rows, strict=True)]
             name = f"{found.system['name']} ({found.system['kind']})"
-            axis.errorbar([row.value for row in rows], shares, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name)
+            axis.errorbar([row.value for row in rows], accuracies, yerr=[low, high], marker="o", markersize=4, capsize=3, label=name)
         axis.set(title=task, xlabel=label, ylim=(-3, 103))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, % (95 % interval)")
@@ -69,16 +69,16 @@ def accuracy_plot(path: Path, summaries: Sequence[Any]) -> None:
     _save(figure, path)
 
 
-def capture_plot(path: Path, found: Mapping[str, Any]) -> None:
+def retained_mass_plot(path: Path, found: Mapping[str, Any]) -> None:
     """What windows keep against their cache; by layer and by distance for the chosen one; adaptive chunks beside fixed ones."""
     rows, chosen, tasks, fitted = found["windows"], found["chosen"], found["tasks"], found["adaptive"]
     figure, axes = _figure(2 + (tasks is not None) + (fitted is not None))
-    shares = [100 * row["share"] for row in rows]
+    fractions = [100 * row["share"] for row in rows]
     for key, name in (("mean", "mean"), ("p5", "5th percentile")):
-        axes[0].scatter(shares, [row["everywhere"]["with_sinks"][key] for row in rows], s=12, label=name)
+        axes[0].scatter(fractions, [row["everywhere"]["with_sinks"][key] for row in rows], s=12, label=name)
     axes[0].axhline(found["target_capture"], color="gray", linewidth=0.8, linestyle="--")
     if chosen is not None:
-        axes[0].axvline(shares[chosen], color="tab:red", linewidth=0.8, label="chosen")
+        axes[0].axvline(fractions[chosen], color="tab:red", linewidth=0.8, label="chosen")
     axes[0].set(title="attention mass kept", xlabel=f"KV cache, % of {found['context']} tokens", ylim=(-0.03, 1.03), xscale="log")
     axes[0].legend(fontsize=8)
     shown = rows[chosen if chosen is not None else -1]
@@ -116,12 +116,12 @@ def curves_plot(path: Path, stages: Mapping[str, Sequence[Mapping[str, float]]])
     drawn = {name: rows for name, rows in stages.items() if rows}
     figure, axes = _figure(max(1, len(drawn)))
     for axis, (name, rows) in zip(axes, drawn.items(), strict=False):
-        for key, twin in (("loss", False), ("rewards/accuracies", True), ("reward", True)):
+        for key, is_right in (("loss", False), ("rewards/accuracies", True), ("reward", True)):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
-                where = axis.twinx() if twin else axis
-                where.plot(*zip(*points, strict=True), color="tab:orange" if twin else "tab:blue", label=key)
-                where.set_ylabel(key, color="tab:orange" if twin else "tab:blue")
+                where = axis.twinx() if is_right else axis
+                where.plot(*zip(*points, strict=True), color="tab:orange" if is_right else "tab:blue", label=key)
+                where.set_ylabel(key, color="tab:orange" if is_right else "tab:blue")
         if name in ("base", "practice", "supervised") and all(row["loss"] > 0 for row in rows if "loss" in row):
             axis.set_yscale("log")
         axis.set(title=name, xlabel="optimizer steps")

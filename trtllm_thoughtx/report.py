@@ -179,9 +179,9 @@ def verify_files(root: Path, needed: Sequence[str] = (), unwanted: Sequence[str]
         )
 
 
-def percent(share: float | None) -> str | None:
+def percent(fraction: float | None) -> str | None:
     """`97.2 %`."""
-    return None if share is None else f"{100 * share:.1f} %"
+    return None if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def brief(evidence: object) -> str:

@@ -39,7 +39,7 @@ def test_the_vocabulary_reads_and_writes_every_task(task):
 
 
 def test_a_row_teaches_decisions_thought_and_answer(monkeypatch):
-    monkeypatch.setattr(mixture, "CUT_SHARE", 0.0)
+    monkeypatch.setattr(mixture, "CUT_FRACTION", 0.0)
     made = draw("chain", "train", size=3, seed=1)
     row = rows.Row([], [])
     mixture.add_turn(row, encode, made, "auto", random.Random(0))
@@ -51,7 +51,7 @@ def test_a_row_teaches_decisions_thought_and_answer(monkeypatch):
 
 
 def test_a_cut_thought_teaches_the_answer_alone(monkeypatch):
-    monkeypatch.setattr(mixture, "CUT_SHARE", 1.0)
+    monkeypatch.setattr(mixture, "CUT_FRACTION", 1.0)
     answers = set()
     for seed in range(40):
         row = rows.Row([], [])

@@ -110,12 +110,12 @@ def engine_graph(path: Path) -> Any:
 def test_onnxruntime_runs_its_own_operator(tmp_path, dtype):
     import onnx
 
-    from trtllm_thoughtx.backends.ort_bfloat16 import float32_twin
+    from trtllm_thoughtx.backends.ort_bfloat16 import emulated_bfloat16
     from trtllm_thoughtx.backends.ort_experts import fuse_experts
 
     build(hf_models.save(tmp_path / "m", "qwen3_moe"), tmp_path / "e", {**OPTIONS, "dtype": dtype})
     model = onnx.load(tmp_path / "e" / "rank0.onnx", load_external_data=False)
-    model = float32_twin(model) if dtype == "bfloat16" else model
+    model = emulated_bfloat16(model) if dtype == "bfloat16" else model
     with (tmp_path / "e" / "rank0.data").open("rb") as data:
         made = fuse_experts(model, data)
     kinds = [node.op_type for node in model.graph.node]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tiny import write_tiny
 
-from trtllm_thoughtx.backends import ort_bfloat16 as twin
+from trtllm_thoughtx.backends import ort_bfloat16 as emulation
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, RopeConfig
 from trtllm_thoughtx.graph import chunked_attention, external, rope
@@ -172,18 +172,18 @@ def test_external_data_holds_the_weights_page_aligned(tmp_path):
         assert digest == hashlib.sha256((tmp_path / "rank0.data").read_bytes()).hexdigest()
 
 
-def test_twin_computes_in_float32_and_rounds_every_result(tmp_path):
+def test_the_emulation_computes_in_float32_and_rounds_every_result(tmp_path):
     write_tiny(tmp_path / "m", family="qwen2", dtype="bfloat16")
     with open_weights(tmp_path / "m") as source:
         build = BuildConfig(dtype="bfloat16", max_seq_len=64)
         graph = decoder_graph(source.config, build, parts_of(source.config, ())[0])
     model = onnx.ModelProto.FromString(external.bind(graph, "bfloat16", "w").model)
-    assert twin.is_bfloat16(model)
-    made = twin.float32_twin(model)
+    assert emulation.is_bfloat16(model)
+    made = emulation.emulated_bfloat16(model)
     assert model == onnx.ModelProto.FromString(external.bind(graph, "bfloat16", "w").model), "the plan's graph must stay as it is"
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*made.graph.input, *made.graph.output)}
     assert TensorProto.BFLOAT16 not in kinds.values() and kinds["past_key_0"] == TensorProto.FLOAT
-    arithmetic = [n for n in model.graph.node if n.op_type in twin.ROUNDED]
+    arithmetic = [n for n in model.graph.node if n.op_type in emulation.ROUNDED]
     assert len(made.graph.node) == len(model.graph.node) + 2 * len(arithmetic) + len(model.graph.initializer) - sum(
         x.data_type != TensorProto.BFLOAT16 for x in model.graph.initializer
     )

@@ -2,7 +2,7 @@
 
 The KV cache is one buffer per tensor, of which the rows of a call are bound as past and as present, so that TensorScatter writes in place.
 A bfloat16 graph runs as
-its float32 twin (`backends.ort_bfloat16`), since onnxruntime has no bfloat16 kernels on CPU.
+its emulation in float32 (`backends.ort_bfloat16`), since onnxruntime has no bfloat16 kernels on CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.backends.ort_bfloat16 import float32_twin, is_bfloat16
+from trtllm_thoughtx.backends.ort_bfloat16 import emulated_bfloat16, is_bfloat16
 from trtllm_thoughtx.backends.ort_experts import fuse_experts
 from trtllm_thoughtx.backends.ort_fused import Fused, fuse
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
@@ -78,7 +78,7 @@ class OnnxRuntimeRunner:
         try:
             model = onnx.ModelProto.FromString(graph)
             if is_bfloat16(model):
-                model = float32_twin(model)
+                model = emulated_bfloat16(model)
             rewriters = self._rewriters()
             if rewriters and part.data:
                 with files.open_inside(root, part.data) as data:

@@ -1,6 +1,6 @@
-"""The float32 twin of a bfloat16 graph, for hosts whose kernels do not know bfloat16 (onnxruntime on a CPU).
+"""Emulation of a bfloat16 graph in float32, for hosts whose kernels do not know bfloat16 (onnxruntime on a CPU).
 
-The twin is derived from the very graph that a plan was built from: the same nodes on the same weights, computed in float32, with each
+The emulation is derived from the very graph that a plan was built from: the same nodes on the same weights, computed in float32, with each
 arithmetic result rounded to bfloat16 and back. So it is not faster than float32, but it is off by what bfloat16 is off by.
 """
 
@@ -32,13 +32,13 @@ def is_bfloat16(model: onnx.ModelProto) -> bool:
     return any(x.data_type == TensorProto.BFLOAT16 for x in model.graph.initializer)
 
 
-def float32_twin(model: onnx.ModelProto) -> onnx.ModelProto:
+def emulated_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` with bfloat16 emulated in float32; initializers stay bfloat16 (and external), widened by a Cast that folds away."""
-    twin = onnx.ModelProto()
-    twin.CopyFrom(model)
-    graph = twin.graph
+    emulated = onnx.ModelProto()
+    emulated.CopyFrom(model)
+    graph = emulated.graph
     branches = [
-        attribute.g for function in twin.functions for node in function.node for attribute in node.attribute if attribute.HasField("g")
+        attribute.g for function in emulated.functions for node in function.node for attribute in node.attribute if attribute.HasField("g")
     ]
     for value in (*graph.input, *graph.output, *(value for branch in branches for value in branch.output)):
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
@@ -58,4 +58,4 @@ def float32_twin(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Cast", [narrow], [rounded], name=f"{rounded}/round", to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
-    return twin
+    return emulated

@@ -1,7 +1,7 @@
 """onnxruntime's own `MoE` in place of `thoughtx::SparseExperts` on a CPU: each token runs through its own experts only.
 
 The graph's function would gather matrices, or run every token through all experts. `MoE` wants the rows of an expert's up and gate matrices
-in turn, gates first, so those are read from the data file and put in that order; bfloat16 ones are widened, as their graph's twin is
+in turn, gates first, so those are read from the data file and put in that order; bfloat16 ones are widened, as in their graph's emulation
 (`backends.ort_bfloat16`). `Engine.load(..., exact=True)` runs the graph as it stands.
 """
 
@@ -22,7 +22,7 @@ STORED: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "fl
 
 
 def fuse_experts(model: onnx.ModelProto, data: BinaryIO) -> Fused:
-    """Rewrite the mixtures of a graph, or of a bfloat16 graph's twin, in place; `data` holds its external initializers."""
+    """Rewrite the mixtures of a graph, or of the emulation of a bfloat16 graph, in place; `data` holds its external initializers."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}

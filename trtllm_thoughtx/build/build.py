@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
-MAX_LOGIT_ROWS = 32  # of one sequence and call in a TensorRT plan: enough to check drafts and to measure a prompt's complexity
+MAX_LOGIT_ROWS = 32  # of one sequence and call in a TensorRT plan: enough to verify drafts and to measure prompt entropy
 LIBRARY_BYTES = 256 << 20
 MEMORY_FACTOR = 4.2  # of a TensorRT build, over the weights of its largest part: 3.2 as measured, and the next part's weights
 

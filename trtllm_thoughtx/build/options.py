@@ -95,7 +95,7 @@ def _chunk_size(given: Given) -> int:
     if not given.is_adaptive:
         return int(given.value("chunk_size"))
     if not given["base_size"]:
-        why = "it needs --base_size, the tokens of chunk for each nat of a prompt's complexity"
+        why = "it needs --base_size, the tokens of chunk for each nat of prompt entropy"
         raise refuse("chunk_size", AUTO, why, "give --base_size, or the settings that thoughtx-calibrate --chunk_report writes")
     return int(given["max_chunk_size"])
 
@@ -119,7 +119,7 @@ def _max_chunk_size(given: Given) -> int:
 def _threshold_low(given: Given) -> float:
     threshold = float(given.value("threshold_low"))
     if threshold and not given["base_size"]:
-        raise refuse("threshold_low", threshold, "complexity is measured only where chunks are chosen", "give --base_size as well")
+        raise refuse("threshold_low", threshold, "prompt entropy is measured only where chunks are chosen", "give --base_size as well")
     return threshold
 
 

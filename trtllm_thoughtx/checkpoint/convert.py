@@ -44,7 +44,7 @@ def rank_layers(num_layers: int, pp_size: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-def _share(part: Part, rank: int, tp_size: int, config: ModelConfig) -> tuple[int, int, int]:
+def _shard(part: Part, rank: int, tp_size: int, config: ModelConfig) -> tuple[int, int, int]:
     """(first row, end row, rows of zeros after them) that a tensor-parallel rank holds of a part."""
     num_rows = part.shape[0]
     if part.split in (ALL, COLS):
@@ -61,7 +61,7 @@ def rank_shape(tensor: Tensor, rank: int, tp_size: int, config: ModelConfig) -> 
     """Shape of a tensor on one tensor-parallel rank."""
     shapes = []
     for part in tensor.parts:
-        begin, end, pad = _share(part, rank, tp_size, config)
+        begin, end, pad = _shard(part, rank, tp_size, config)
         num_columns = [size // tp_size if part.split == COLS else size for size in part.shape[1:]]
         shapes.append((end - begin + pad, *num_columns))
     return stacked(shapes, tensor.shape[0] if len(tensor.shape) > 2 else None)
@@ -245,19 +245,19 @@ def _deal(source: WeightSource, tensor: Tensor, outputs: list[_RankFile], dtype:
     """Stream one tensor to all ranks of its stage; without `keep`, or once values are found wrong, only look at the values."""
     tp_size, found, kind = len(outputs), Findings(), NUMPY_DTYPES[dtype]
     for part in tensor.parts:
-        shares = [_share(part, rank, tp_size, source.config) for rank in range(tp_size)]
+        shards = [_shard(part, rank, tp_size, source.config) for rank in range(tp_size)]
         for begin, end in source.blocks(part):
             block = lanes.buffer((end - begin, *part.shape[1:]), kind)
             found.add(source.read_rows(part, begin, end, block))
             step.advance(block.nbytes)
-            for rank, (first, last, _) in enumerate(shares):
+            for rank, (first, last, _) in enumerate(shards):
                 rows = block[max(first - begin, 0) : max(min(last, end) - begin, 0)]
                 if part.split == COLS and tp_size > 1:
                     width = part.shape[1] // tp_size
                     rows = np.ascontiguousarray(rows[:, rank * width : (rank + 1) * width])
                 if rows.size and keep and not found:
                     lanes.send(outputs[rank], rows.reshape(-1).view(np.uint8).data)
-        for rank, (_, _, num_zero_rows) in enumerate(shares):
+        for rank, (_, _, num_zero_rows) in enumerate(shards):
             if num_zero_rows:
                 lanes.send(outputs[rank], bytes(num_zero_rows * math.prod(part.shape[1:]) * kind.itemsize))
     return found

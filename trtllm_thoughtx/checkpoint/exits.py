@@ -44,7 +44,7 @@ class ExitHead:
 
 @dataclass(frozen=True)
 class ExitAdapter:
-    """The draft that the first `layer` layers give. `threshold`: from which confidence on it is worth checking."""
+    """The draft that the first `layer` layers give. `threshold`: from which confidence on it is worth verifying."""
 
     layer: int
     norm: np.ndarray

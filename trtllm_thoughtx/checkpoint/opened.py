@@ -73,7 +73,7 @@ class Checkpoint:
         return self._weights[0]
 
     def tensors(self) -> list[directory.TensorInfo]:
-        """Of all files; ranks hold shares of the same names."""
+        """Of all files; ranks hold shards of the same names."""
         return [info for found in self._weights[1] for info in found.values()]
 
     @functools.cached_property

@@ -106,7 +106,7 @@ class WeightSource:
         self._stored = checkpoint.stored
         self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
-        self._twin = HEAD if config.tied and not config.has_head and HEAD in self._stored else None
+        self._stored_head = HEAD if config.tied and not config.has_head and HEAD in self._stored else None
         for name in checkpoint.shards:  # before threads ask for them
             checkpoint.handle(name)
 
@@ -187,11 +187,11 @@ class WeightSource:
         findings = Findings()
         if not self.allow_nonfinite:
             findings.num_nonfinite = count_nonfinite(raw)
-        if self._twin and part.source in (EMBEDDING, "model.embed_tokens.weight"):
-            twin = self._stored[self._twin]
-            other = np.empty(into.shape, READ_DTYPES[twin.dtype])
-            self.checkpoint.pread(twin, begin, other)
-            if twin.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
+        if self._stored_head and part.source in (EMBEDDING, "model.embed_tokens.weight"):
+            head = self._stored[self._stored_head]
+            other = np.empty(into.shape, READ_DTYPES[head.dtype])
+            self.checkpoint.pread(head, begin, other)
+            if head.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
                 findings.num_differing += end - begin
         if raw is not into:
             findings.num_overflowed = cast_into(raw.reshape(-1), into.reshape(-1))

@@ -19,7 +19,7 @@ from trtllm_thoughtx.families.formats import KV_ALGOS, QUANT_ALGOS
 from trtllm_thoughtx.progress import Progress
 
 MODULES = CommaList("NAMES", r"[\w.*?\-\[\]]{1,200}", str, "the name of a layer")
-SHARE = FiniteFloat(0, 1)
+FRACTION = FiniteFloat(0, 1)
 
 
 class Budget(click.ParamType):
@@ -152,8 +152,8 @@ PROGRAMS = (
 @click.option(
     "--context", type=Count(32, 1 << 24), help="Tokens of the full cache that windows are measured against.  [default: at most 2048]"
 )
-@click.option("--target_capture", type=SHARE, help="Fraction of attention mass to retain.  [default: 0.97]")
-@click.option("--max_task_loss", type=SHARE, help="Fraction of right answers that may be lost.  [default: 0.01]")
+@click.option("--target_capture", type=FRACTION, help="Fraction of attention mass to retain.  [default: 0.97]")
+@click.option("--max_task_loss", type=FRACTION, help="Fraction of right answers that may be lost.  [default: 0.01]")
 @click.option("--eval_items", type=COUNT, help="Number of questions per task.  [default: --qformat 0, --chunk_report 60]")
 @click.option("--adapter_rank", type=POSITIVE, help="Rank of the exit adapters.  [default: 64]")
 @click.option("--max_accuracy_loss", type=FiniteFloat(0, 100), help="Accuracy loss allowed for exits, in points.  [default: 0.5]")

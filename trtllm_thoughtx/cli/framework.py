@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from trtllm_thoughtx import __version__
-from trtllm_thoughtx.build.flags import CHANCE, CHANCE_OR_AUTO, COUNT, PATH, PENALTY, TOKENS, Count, FiniteFloat, OneOf
+from trtllm_thoughtx.build.flags import COUNT, PATH, PENALTY, PROBABILITY, PROBABILITY_OR_AUTO, TOKENS, Count, FiniteFloat, OneOf
 from trtllm_thoughtx.build.options import OPTIONS
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES
 from trtllm_thoughtx.config import EXIT_POLICIES
@@ -76,7 +76,7 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     """Filters, penalties and stops; `run` and `eval` share them."""
     for option in reversed((
         click.option("--top_k", type=COUNT, help="Sample among the K likeliest; 0 is all.  [default: the checkpoint's; eval: all]"),
-        click.option("--min_p", type=CHANCE, help="Drop tokens of less than this share of the likeliest one's probability."),
+        click.option("--min_p", type=PROBABILITY, help="Drop tokens of less than this fraction of the likeliest one's probability."),
         click.option(
             "--repetition_penalty",
             type=FiniteFloat(0.01, 100),
@@ -110,10 +110,12 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--max_thinking_tokens", type=COUNT, help="Maximum thinking tokens; 0 answers at once.  [default: no limit]"),
         click.option(
             "--exit_threshold",
-            type=CHANCE_OR_AUTO,
+            type=PROBABILITY_OR_AUTO,
             help="Stop reasoning after a step once exit-head confidence reaches this value; auto: as calibrated.  [default: off]",
         ),
-        click.option("--exit_probe", type=CHANCE, help="Stop reasoning once probe answers agree with this confidence.  [default: off]"),
+        click.option(
+            "--exit_probe", type=PROBABILITY, help="Stop reasoning once probe answers agree with this confidence.  [default: off]"
+        ),
         click.option("--probe_agree", type=Count(1, 1000), help="Number of probe answers that must agree.  [default: 2]"),
         click.option("--probe_tokens", type=Count(1, 4096), help="Maximum tokens of a probe answer.  [default: 16]"),
         click.option(
@@ -121,7 +123,7 @@ def thinking_options(function: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(EXIT_POLICIES),
             help="Self-speculative decoding: verify all drafts, trust confident ones, or verify while it pays.  [default: auto]",
         ),
-        click.option("--draft_threshold", type=CHANCE, help="Minimum confidence of a draft.  [default: the engine's break-even]"),
+        click.option("--draft_threshold", type=PROBABILITY, help="Minimum confidence of a draft.  [default: the engine's break-even]"),
         click.option(
             "--prompt_lookup", type=Count(0, 64), help="Maximum tokens drafted at once from the request's own text.  [default: 0, off]"
         ),

@@ -92,8 +92,8 @@ def ablation_tables(made: dict[str, Any]) -> list[Any]:
     lines = []
     for row in made["rows"]:
         low, high = row["accuracy_interval"]
-        shares = [f"{100 * row['accuracy']:.1f} %", f"{100 * low:.1f} .. {100 * high:.1f} %", row["coherence"]]
+        accuracies = [f"{100 * row['accuracy']:.1f} %", f"{100 * low:.1f} .. {100 * high:.1f} %", row["coherence"]]
         lines.append(
-            [row["stage"], row["num_items"], *shares, row["tokens"], row["steps"], row["redundant_steps"], bought(row, made["first"])]
+            [row["stage"], row["num_items"], *accuracies, row["tokens"], row["steps"], row["redundant_steps"], bought(row, made["first"])]
         )
     return [report.table("what each stage bought", columns, lines)]

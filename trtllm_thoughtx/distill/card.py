@@ -47,8 +47,8 @@ def card(
 ) -> str:
     """Markdown. `found` is a summary of held-out questions, `logs` the log of each stage, `ablation` the comparison of the stages."""
     tasks = found.tasks
-    shares = [
-        [task, TASKS[task], row.num_items, _share(row), f"{row.steps:.2f}", f"{row.redundant_steps:.2f}", f"{row.tokens:.1f}"]
+    accuracies = [
+        [task, TASKS[task], row.num_items, _percent(row), f"{row.steps:.2f}", f"{row.redundant_steps:.2f}", f"{row.tokens:.1f}"]
         for task, row in tasks.items()
     ]
     sizes = [[task, "size", " ".join(f"{one.value}: {100 * one.accuracy:.1f}" for one in row.by_size)] for task, row in tasks.items()]
@@ -71,7 +71,7 @@ def card(
         f"It was made by the steps of `make sample`. {note + ' ' if note else ''}Weights that are made again need not be the same bit for "
         "bit. It knows the tasks below and nothing else.",
         "## Held-out questions, greedy, exact match",
-        markdown_table(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), shares),
+        markdown_table(("task", "what", "questions", "right (95 % interval)", "steps", "redundant", "tokens"), accuracies),
         "In % by size and by length of context:",
         markdown_table(("task", "by", "right"), sizes),
         "![accuracy by size](accuracy.png)",
@@ -109,7 +109,7 @@ def _last(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     return next(row for row in reversed(rows) if "loss" in row)
 
 
-def _share(row: Numbers) -> str:
+def _percent(row: Numbers) -> str:
     low, high = row.accuracy_interval
     return f"{100 * row.accuracy:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
 
@@ -118,5 +118,5 @@ def _compared(ablation: Mapping[str, Any]) -> list[list[Any]]:
     lines = []
     for row in ablation["rows"]:
         own = Numbers(**{key: row[key] for key in KEPT})
-        lines.append([row["stage"], _share(own), *(f"{value:.2f}" for value in (own.tokens, own.steps, own.redundant_steps))])
+        lines.append([row["stage"], _percent(own), *(f"{value:.2f}" for value in (own.tokens, own.steps, own.redundant_steps))])
     return lines

@@ -16,8 +16,8 @@ from trtllm_thoughtx.tasks.item import Item
 
 BATCHES_A_POOL = 16
 LONGEST_CONTEXT = 1100  # words
-CUT_SHARE = 0.25
-TASK_SHARES = {"chain": 0.18, "lookup": 0.40, "story": 0.28, "loan": 0.14}
+CUT_FRACTION = 0.25
+TASK_WEIGHTS = {"chain": 0.18, "lookup": 0.40, "story": 0.28, "loan": 0.14}
 MOST_FACTS = 14  # of a context that is not stretched
 CHAIN_SIZES = (*range(1, 9), *range(5, 13), 9, 10, 11, 12, 13, 14)
 SIZES = (1, 2, 3, 3, 4, 4)  # of all other tasks: what is harder comes more often
@@ -36,7 +36,7 @@ def add_turn(row: Row, encode: Encoder, made: Item, reasoning_steps: str, rng: r
     row.add(encode(f"{vocabulary.QUESTION} {made.prompt} {vocabulary.THINK}"), GIVEN)
     steps = [*made.steps, *made.rechecks(num_rechecks(made, reasoning_steps, rng))]
     answer = made.answer
-    if rng.random() < CUT_SHARE:
+    if rng.random() < CUT_FRACTION:
         kept = rng.randint(0, len(steps))
         answer = made.answer_after(kept)
         row.add(encode(f"{item.thought(steps[:kept])} {vocabulary.END_THINK}"), GIVEN)
@@ -73,7 +73,7 @@ def add_lookups(
 
 @dataclass(frozen=True)
 class Mixture:
-    """Easy items at first, then all, then contexts that grow; `*_until` and `*_from` are shares of the run in [0, 1].
+    """Easy items at first, then all, then contexts that grow; `*_until` and `*_from` are fractions of the run in [0, 1].
 
     `tokens_a_batch` counts padding.
     """
@@ -91,7 +91,7 @@ class Mixture:
 
     def row(self, rng: random.Random, progress: float) -> Row:
         row = Row([], [])
-        task = rng.choices(list(TASK_SHARES), list(TASK_SHARES.values()))[0]
+        task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
         if task == "lookup":
             longest = self.longest(progress)
             if longest and rng.random() < self.long_share:

@@ -2,7 +2,7 @@
 
 Nothing is loaded or written. Memory is that of fully sharded training (FSDP): float32 weights, gradients and two AdamW moments are
 16 bytes a parameter, the frozen teacher or reference 2, all of them over all GPUs; activations and logits are each GPU's own.
-Hours assume a share of the GPU's peak, stated beside them: computed, not measured.
+Hours assume a fraction of the GPU's peak, stated beside them: computed, not measured.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TRAINED_BYTES, FROZEN_BYTES, COMPUTED_BYTES = 16, 2, 2  # a parameter that is tr
 LAYER_NUMBERS = 20  # hidden-sized activations of the one layer that is computed again (Korthikanti et al., arXiv 2205.05198, section 4)
 LOGIT_COPIES = 4  # float32: the logits, their log-softmax, both gradients
 RUNTIME_BYTES = 3 << 30  # CUDA, NCCL and a gathered layer
-PEAK_FLOPS, SHARE_OF_PEAK = 989e12, 0.35  # H100 or H200, dense bf16
-SAMPLING_SHARE = 0.02  # of the peak, while paths are written token by token
+PEAK_FLOPS, FRACTION_OF_PEAK = 989e12, 0.35  # H100 or H200, dense bf16
+SAMPLING_FRACTION = 0.02  # of the peak, while paths are written token by token
 GIB = 1 << 30
 
 
@@ -68,7 +68,7 @@ def plan(settings: Settings) -> dict[str, Any]:
         "fits": all(one["bytes_a_gpu"] <= room for one in stages),
         "fewest_gpus": fewest,
         "stages": stages,
-        "assumed": {"peak_flops": PEAK_FLOPS, "share_of_peak": SHARE_OF_PEAK, "sampling_share": SAMPLING_SHARE},
+        "assumed": {"peak_flops": PEAK_FLOPS, "share_of_peak": FRACTION_OF_PEAK, "sampling_share": SAMPLING_FRACTION},
         "data": settings.data,
         "data_is_there": settings.data == GENERATED or Path(settings.data).is_file(),
         "command": launch_command(settings, student.architecture.replace("ForCausalLM", "DecoderLayer")),
@@ -92,9 +92,9 @@ def _stage(settings: Settings, stage: str, config: ModelConfig, sizes: dict[str,
     sharded = (own * TRAINED_BYTES + held * FROZEN_BYTES) / num_gpus
     tokens = rows * length * steps
     passes = (8 if settings.gradient_checkpointing else 6) * own + 2 * held  # operations a token, forward and backward
-    seconds = tokens * passes / (PEAK_FLOPS * SHARE_OF_PEAK * num_gpus)
+    seconds = tokens * passes / (PEAK_FLOPS * FRACTION_OF_PEAK * num_gpus)
     if stage == "scored":
-        seconds += tokens * 2 * own / (PEAK_FLOPS * SAMPLING_SHARE * num_gpus)
+        seconds += tokens * 2 * own / (PEAK_FLOPS * SAMPLING_FRACTION * num_gpus)
     return {
         "stage": stage,
         "num_steps": steps,

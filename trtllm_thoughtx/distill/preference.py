@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from trtllm_thoughtx.distill import loop, models, rows, supervised
-from trtllm_thoughtx.distill.mixture import CHAIN_SIZES, SIZES, TASK_SHARES
+from trtllm_thoughtx.distill.mixture import CHAIN_SIZES, SIZES, TASK_WEIGHTS
 from trtllm_thoughtx.distill.settings import Settings
 from trtllm_thoughtx.distill.traces import Trace, corrupt
 from trtllm_thoughtx.tasks import draw, item
@@ -27,7 +27,7 @@ SFT_WEIGHT = 0.2
 def draw_items(num: int, seed: int) -> list[Item]:
     """Generated questions in the mixture of stage 1, none with a stretched context."""
     rng = random.Random(f"items {seed}")
-    tasks = rng.choices(list(TASK_SHARES), list(TASK_SHARES.values()), k=num)
+    tasks = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()), k=num)
     sizes = [rng.choice(CHAIN_SIZES if task == "chain" else SIZES) for task in tasks]
     return [draw(task, "train", size=size, seed=rng.getrandbits(48)) for task, size in zip(tasks, sizes, strict=True)]
 

@@ -82,8 +82,8 @@ def make(out: Path, *, seed: int, num_threads: int, extra: list[str]) -> dict[st
         (STUDENTS, practised, None),
     ):
         began = time.monotonic()
-        share = max(1, num_threads // len(names))
-        running = {name: _start(name, out, student, guide, share, ["--seed", str(seed), *extra]) for name in names}
+        threads_each = max(1, num_threads // len(names))
+        running = {name: _start(name, out, student, guide, threads_each, ["--seed", str(seed), *extra]) for name in names}
         try:
             for name, process in running.items():
                 made[name] = _finish(name, process, out)

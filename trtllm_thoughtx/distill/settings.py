@@ -72,10 +72,10 @@ class Settings:
             wrong.append((name, "three weights are needed (answer, chain of thought, efficiency), none of them negative"))
         if self.teacher_dir is None and self.kd_weight and self.kd_weight != Settings.kd_weight:
             wrong.append(("kd_weight", "without a teacher_dir there are no logits to learn from"))
-        share = self.per_device_batch_size * self.world_size
-        if self.batch_size % min(share, self.batch_size):
+        at_a_time = self.per_device_batch_size * self.world_size
+        if self.batch_size % min(at_a_time, self.batch_size):
             wrong.append(
-                ("batch_size", f"{self.batch_size} is no multiple of {share}, what the {self.world_size} processes hold at a time")
+                ("batch_size", f"{self.batch_size} is no multiple of {at_a_time}, what the {self.world_size} processes hold at a time")
             )
         if self.batch_size < self.world_size:
             wrong.append(("batch_size", f"{self.batch_size} rows for {self.world_size} processes"))

@@ -32,7 +32,7 @@ class Record:
 
     Tokens and steps are those that the system wrote; `num_redundant` of the steps repeat an earlier one. `seconds` run from the
     start of the batch to the last token. `confidence` is the probability of the answer's tokens in [0, 1], None without an answer;
-    `coherence` the share of sound steps in [0, 1], None where the chain is not known. `truncated`: it ran out of tokens.
+    `coherence` the fraction of sound steps in [0, 1], None where the chain is not known. `truncated`: it ran out of tokens.
     `match` says how the answer was compared (see `matching`), `thinking_stop` why an engine's thinking ended, `num_layer_tokens` what the
     answer cost, in tokens times layers, 0 where not known.
     """
@@ -121,9 +121,9 @@ def wrong(row: Any) -> str:
             return f"{name} must be of type {kind}, not {shown(value, 60)}"
         if isinstance(value, (int, float)) and (not math.isfinite(value) or value < 0):
             return f"{name} must be a number from 0, not {shown(value, 60)}"
-    shares = [name for name in ("f1", "confidence", "coherence") if (row[name] or 0) > 1]
-    if shares:
-        return f"{shares[0]} must be at most 1"
+    fractions = [name for name in ("f1", "confidence", "coherence") if (row[name] or 0) > 1]
+    if fractions:
+        return f"{fractions[0]} must be at most 1"
     if row.get("match", EXACT) not in MATCHES:
         return f"match must be one of {', '.join(MATCHES)}"
     return "" if row["mode"] in (FREE, CUT) else f"mode must be {FREE} or {CUT}"

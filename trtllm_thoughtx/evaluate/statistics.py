@@ -1,4 +1,4 @@
-"""Intervals and tests of what an evaluation counts: shares, paired differences, calibration.
+"""Intervals and tests of what an evaluation counts: proportions, paired differences, calibration.
 
 Items are the unit: they are drawn at random, so the intervals say what other items of the same kind would give. Differences are
 paired, on the same items, which removes how hard the items are from the comparison.
@@ -18,12 +18,12 @@ NUM_BINS = 10
 
 
 def wilson(num_right: int, num: int) -> tuple[float, float]:
-    """Interval of a share (Wilson, JASA 22, 1927); right even at 0 and 1. (0, 1) for no items."""
+    """Interval of a proportion (Wilson, JASA 22, 1927); right even at 0 and 1. (0, 1) for no items."""
     if num == 0:
         return 0.0, 1.0
-    share, extra = num_right / num, Z95 * Z95 / num
-    middle = (share + extra / 2) / (1 + extra)
-    half = Z95 / (1 + extra) * math.sqrt(share * (1 - share) / num + extra / (4 * num))
+    fraction, extra = num_right / num, Z95 * Z95 / num
+    middle = (fraction + extra / 2) / (1 + extra)
+    half = Z95 / (1 + extra) * math.sqrt(fraction * (1 - fraction) / num + extra / (4 * num))
     low, high = middle - half, middle + half
     return (0.0 if num_right == 0 else low), (1.0 if num_right == num else high)
 

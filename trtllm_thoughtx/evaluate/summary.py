@@ -287,9 +287,9 @@ TASK_COLUMNS = ("task", "items", "accuracy", "95 % interval", "F1", "tokens", "s
 
 
 def _task_line(name: str, n: Numbers) -> list[Any]:
-    shares = [report.percent(n.accuracy), f"{_between(n.accuracy_interval, 100)} %", report.percent(n.f1)]
+    accuracies = [report.percent(n.accuracy), f"{_between(n.accuracy_interval, 100)} %", report.percent(n.f1)]
     times = [f"{1000 * n.seconds:.4g} ms", f"{1000 * n.seconds_p95:.4g} ms"]
-    return [name, n.num_items, *shares, n.tokens, n.steps, n.redundant_steps, n.num_truncated, *times]
+    return [name, n.num_items, *accuracies, n.tokens, n.steps, n.redundant_steps, n.num_truncated, *times]
 
 
 def comparison_tables(found: Comparison) -> list[Any]:

@@ -67,7 +67,7 @@ class Format:
         return {"tensor": (1,), "row": (num_out,), "group": (num_out, num_in // group_size)}[self.scales]
 
     def bits(self, group_size: int, zero_point: bool = False) -> float:
-        """Bits of a weight, with its share of a group's 16-bit scale and zero point."""
+        """Bits of a weight, with its part of a group's 16-bit scale and zero point."""
         of_zero = 0 if not zero_point else self.number.bits if self.zeros == "points" else 16
         return self.number.bits + ((16 + of_zero) / group_size if self.scales == "group" else 0.0)
 

@@ -35,12 +35,12 @@ def layer_parameters(config: ModelConfig, *, whole: bool = False) -> int:
 
 
 def head_in_layers(config: ModelConfig) -> float:
-    """What the output matrix weighs, in layers: 2.3 for Qwen2.5-7B."""
+    """What lm_head weighs, in layers: 2.3 for Qwen2.5-7B."""
     return config.vocab_size * config.hidden_size / layer_parameters(config)
 
 
 def matrix_bytes(config: ModelConfig, first_layer: int, last_layer: int, item: int, *, head: bool) -> int:
-    """Bytes of the matrices of layers first_layer .. last_layer - 1, and of the output matrix, as an engine whose numbers have `item`
+    """Bytes of the matrices of layers first_layer .. last_layer - 1, and of lm_head, as an engine whose numbers have `item`
     bytes holds them: quantized ones with their scales, of experts those that one token is sent to."""
     of_layer = layer_matrices(config).items()
     modules = {f"transformer.layers.{i}.{name}": shape for i in range(first_layer, last_layer) for name, shape in of_layer}

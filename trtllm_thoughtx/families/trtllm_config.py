@@ -16,7 +16,7 @@ from trtllm_thoughtx.families.fields import BOUNDS, Fields, check_experts
 from trtllm_thoughtx.families.quantization import check_groups, quantization_of, quantization_section
 from trtllm_thoughtx.families.rope import rope_from_trtllm, rope_to_trtllm
 
-RENORMALIZE = 1  # of TensorRT-LLM's normalization modes: a token's shares sum to 1
+RENORMALIZE = 1  # of TensorRT-LLM's normalization modes: a token's routing weights sum to 1
 # Fields that switch on arithmetic which is not implemented, with the value that leaves it off.
 _OFF = {
     "mlp_bias": False,
@@ -77,7 +77,7 @@ def trtllm_config(config: ModelConfig, *, dtype: str, tp_size: int = 1, pp_size:
 
 
 def _experts_section(experts: ExpertsConfig | None) -> dict[str, Any]:
-    """TensorRT-LLM's own converter writes normalization_mode 0 for every model, which is wrong where the shares sum to 1."""
+    """TensorRT-LLM's own converter writes normalization_mode 0 for every model, which is wrong where the weights sum to 1."""
     if experts is None:
         return {}
     mode = RENORMALIZE if experts.is_normalized else 0

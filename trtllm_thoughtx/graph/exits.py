@@ -22,10 +22,10 @@ def add_exit_head(b: Builder, normed: str, head: ExitHead) -> None:
     weight, bias = b.table("exit_head.weight", head.weight), b.table("exit_head.bias", head.bias)
     scores = b.node("Gemm", [normed, weight, bias], "exit_head.scores", transB=1)
     scores = b.node("Cast", [scores], "exit_head.float32", to=TensorProto.FLOAT)
-    chances = b.node("Sigmoid", [scores], "exit_head.chances")
+    probabilities = b.node("Sigmoid", [scores], "exit_head.chances")
     b.constant("shape.exit_tail", [2])
     b.node("Concat", ["shape.rows", "shape.exit_tail"], "shape.exit", axis=0)
-    b.node("Reshape", [chances, "shape.exit"], b.output(EXIT, TensorProto.FLOAT, ["B", "K", 2]))
+    b.node("Reshape", [probabilities, "shape.exit"], b.output(EXIT, TensorProto.FLOAT, ["B", "K", 2]))
 
 
 def add_draft(b: Builder, x: str, adapter: ExitAdapter) -> None:
@@ -40,5 +40,5 @@ def add_draft(b: Builder, x: str, adapter: ExitAdapter) -> None:
     tables = [b.table(f"{name}.confidence.weight", adapter.confidence), b.table(f"{name}.confidence.bias", adapter.bias)]
     score = b.node("Gemm", [normed, *tables], f"{name}.confidence.score", transB=1)
     score = b.node("Cast", [score], f"{name}.confidence.float32", to=TensorProto.FLOAT)
-    chance = b.node("Sigmoid", [score], f"{name}.confidence.chance")
-    b.node("Reshape", [chance, "shape.tokens"], b.output(CONFIDENCE, TensorProto.FLOAT, ["B", "S"]))
+    probability = b.node("Sigmoid", [score], f"{name}.confidence.chance")
+    b.node("Reshape", [probability, "shape.tokens"], b.output(CONFIDENCE, TensorProto.FLOAT, ["B", "S"]))

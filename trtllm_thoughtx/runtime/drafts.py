@@ -14,7 +14,7 @@ under sampling in the strict sense: the same seed gives the same tokens as `off`
 `trust` accepts confident drafts as they are; the verification pass then only catches up their KV.
 
 A bounded cache takes back tokens of the current chunk alone: no draft stands beyond its end. Drafts are for a row that is alone: where
-several share a call, reading the weights of the other stages is shared already, and checking drafts costs more than it saves.
+several share a call, reading the weights of the other stages is shared already, and verifying drafts costs more than it saves.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     for completion in engine.generate([engine.text.chat("x1 = 3 x2 = 5 ?")]):
         print(engine.text.decode(completion.output_ids))
 
-Prompts come and go through the rows of one KV cache (`Generation`): each is fed in pieces, then decoded one token a step together with the
+Prompts come and go through the rows of one KV cache (`Generation`): each is prefilled in segments, then decoded one token a step with the
 others that run. What runs underneath is a `Session`.
 """
 

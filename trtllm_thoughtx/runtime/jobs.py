@@ -157,7 +157,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     if nats:
         how = f"{sum(row['single_step'] for row in good)} of {len(good)} answered in a single step"
         sizes = _counted(Counter(str(row["chunk_size"]) for row in good))
-        lines.append(f"complexity {min(nats):.3f} to {max(nats):.3f} nats, chunks of {sizes}; {how}")
+        lines.append(f"prompt entropy {min(nats):.3f} to {max(nats):.3f} nats, chunks of {sizes}; {how}")
     stops = Counter(row["thinking_stop"] for row in good if row["thinking_stop"] is not None)
     if stops:
         steps, tokens = (sum(row[name] for row in good) for name in ("num_steps", "num_thinking_tokens"))

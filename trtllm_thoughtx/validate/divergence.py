@@ -40,7 +40,7 @@ class Divergence:
             self.nll_other -= float(q[at, tokens].sum())
 
     def summary(self) -> dict[str, float]:
-        """Means: KL in nats, share of equal top tokens, perplexities and their ratio (1.0 without targets)."""
+        """Means: KL in nats, fraction of equal top tokens, perplexities and their ratio (1.0 without targets)."""
         num, targets = max(self.num, 1), max(self.num_targets, 1)
         ppl, other = (math.exp(min(x / targets, 700)) for x in (self.nll, self.nll_other))
         return {

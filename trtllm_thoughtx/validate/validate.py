@@ -251,7 +251,7 @@ def _plan_check(directory: EngineDir, backend: str) -> Check:
 
 
 def logits_checks(engine: Engine, backend: str, expected: Expected, step: Callable[[], object] = lambda: None) -> list[Check]:
-    """Prefill, decode, ragged and pieces, on an engine that is loaded."""
+    """Prefill, decode, ragged and segments, on an engine that is loaded."""
     judge = _Judge(backend, expected)
     alone: dict[str, np.ndarray] = {}
     for prompt in expected.prompts:
@@ -263,7 +263,7 @@ def logits_checks(engine: Engine, backend: str, expected: Expected, step: Callab
             _decoded(engine, judge, f"decode {prompt.name}", [prompt], [max(1, len(prompt.ids) - parity.NUM_DECODED)])
         step()
     _ragged(engine, judge, alone)
-    _pieces(engine, judge, alone)
+    _segments(engine, judge, alone)
     return judge.checks
 
 
@@ -333,7 +333,7 @@ def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     return list({p.name: p for p in ends}.values())[:size]
 
 
-def _pieces(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
+def _segments(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
     prompt, sizes = longest(engine, [p for p in judge.expected.prompts if len(p.ids) <= MAX_RAGGED_LENGTH])
     for size in SEGMENTS:
         if size in sizes:

@@ -78,15 +78,15 @@ def grid(largest: int) -> list[int]:
     return sorted({*(CHUNK_STEP << i for i in range(24) if CHUNK_STEP << i < largest), largest})
 
 
-def sizes_of(complexities: Sequence[float], thresholds: Thresholds, window: ChunkSpec) -> list[int]:
-    """The chunk size that an engine chooses for each complexity."""
+def sizes_of(entropies: Sequence[float], thresholds: Thresholds, window: ChunkSpec) -> list[int]:
+    """The chunk size that an engine chooses for each prompt entropy."""
     build = BuildConfig(**settings(window, 1 << 24), base_size=thresholds.base_size, threshold_low=thresholds.threshold_low)
-    return [chunks.choose(nats, build).chunk_size for nats in complexities]
+    return [chunks.choose(nats, build).chunk_size for nats in entropies]
 
 
-def _bases(complexities: Sequence[float], window: ChunkSpec) -> list[float]:
+def _bases(entropies: Sequence[float], window: ChunkSpec) -> list[float]:
     """From all chunks smallest to all chunks largest."""
-    lowest, highest = CHUNK_STEP / max(max(complexities), 1e-3), window.chunk_size / max(min(complexities), 1e-3)
+    lowest, highest = CHUNK_STEP / max(max(entropies), 1e-3), window.chunk_size / max(min(entropies), 1e-3)
     return [float(base) for base in np.geomspace(lowest, highest, NUM_BASES)]
 
 
@@ -94,29 +94,29 @@ def _floors(sizes: Sequence[int], right: Rights) -> list[int]:
     return [max(size for size in right if size <= chosen) for chosen in sizes]
 
 
-def fit_base(complexities: Sequence[float], right: Rights, window: ChunkSpec, max_loss: float) -> float:
+def fit_base(entropies: Sequence[float], right: Rights, window: ChunkSpec, max_loss: float) -> float:
     """Tokens per nat."""
     allowed = np.mean(right[max(right)]) - max_loss
-    bases = _bases(complexities, window)
+    bases = _bases(entropies, window)
     for base in bases:
-        chosen = _floors(sizes_of(complexities, Thresholds(base, 0.0), window), right)
+        chosen = _floors(sizes_of(entropies, Thresholds(base, 0.0), window), right)
         if np.mean([right[size][i] for i, size in enumerate(chosen)]) >= allowed:
             return base
     return bases[-1]
 
 
-def fit_threshold(complexities: Sequence[float], thought: Sequence[bool], single: Sequence[bool], max_loss: float) -> float:
+def fit_threshold(entropies: Sequence[float], thought: Sequence[bool], single: Sequence[bool], max_loss: float) -> float:
     """nats; 0 when no prompt may be answered in a single step. Losses count over all questions."""
-    order = np.argsort(complexities, kind="stable")
+    order = np.argsort(entropies, kind="stable")
     lost = np.cumsum([float(thought[i]) - float(single[i]) for i in order]) / len(order)
     good = [place for place in range(len(order)) if lost[place] <= max_loss and single[order[place]]]
     if not good:
         return 0.0
     last = good[-1]
-    above = complexities[order[last + 1]] if last + 1 < len(order) else complexities[order[last]] + 1e-6
-    threshold = (complexities[order[last]] + above) / 2
-    # With a prompt of the same complexity on the other side the cut would not be where it was judged.
-    return float(threshold) if threshold > complexities[order[last]] else 0.0
+    above = entropies[order[last + 1]] if last + 1 < len(order) else entropies[order[last]] + 1e-6
+    threshold = (entropies[order[last]] + above) / 2
+    # With a prompt of the same entropy on the other side the cut would not be where it was judged.
+    return float(threshold) if threshold > entropies[order[last]] else 0.0
 
 
 def fit_and_judge(
@@ -131,16 +131,16 @@ def fit_and_judge(
 ) -> Adaptive:
     """Thresholds from `fitting`, and what they do on `judging`. A model without thinking tags has no single-step answers."""
     fitted, judged = _by_size(asker, fitting, window, tick), _by_size(asker, judging, window, tick)
-    complexities = asker.complexities(fitting, window)
+    entropies = asker.entropies(fitting, window)
     low = 0.0
     if has_tags:
         single = [one.correct for one in asker.ask([replace(q, thought="") for q in fitting], window)]
-        low = fit_threshold(complexities, fitted[window.chunk_size], single, max_loss)
+        low = fit_threshold(entropies, fitted[window.chunk_size], single, max_loss)
     tick()
-    thresholds = Thresholds(fit_base(complexities, fitted, window, max_loss), low)
+    thresholds = Thresholds(fit_base(entropies, fitted, window, max_loss), low)
     needed = [min((size for size in fitted if fitted[size][i]), default=None) for i in range(len(fitting))]
-    told = [(nats, size) for nats, size in zip(complexities, needed, strict=True) if size is not None]
-    others = asker.complexities(judging, window)
+    told = [(nats, size) for nats, size in zip(entropies, needed, strict=True) if size is not None]
+    others = asker.entropies(judging, window)
     points = curve(others, judged, window)
     systems = _judge(asker, judging, others, window, thresholds, tick)
     return Adaptive(
@@ -148,7 +148,7 @@ def fit_and_judge(
         threshold_low=thresholds.threshold_low,
         num_fitted=len(fitting),
         num_judged=len(judging),
-        complexity={"mean": float(np.mean(complexities)), "min": min(complexities), "max": max(complexities)},
+        complexity={"mean": float(np.mean(entropies)), "min": min(entropies), "max": max(entropies)},
         rank_correlation=rank_correlation([nats for nats, _ in told], [size for _, size in told]),
         curve=points,
         systems=systems,
@@ -164,20 +164,20 @@ def _by_size(asker: Asker, questions: Sequence[Question], window: ChunkSpec, tic
     return right
 
 
-def curve(complexities: Sequence[float], right: Rights, window: ChunkSpec) -> list[Point]:
+def curve(entropies: Sequence[float], right: Rights, window: ChunkSpec) -> list[Point]:
     """Accuracy over memory as the base grows: chunks chosen, the same dealt out at random (its expectation), and one size for all
     that needs as much (between two sizes, as if both were used in turn). Chosen sizes count as the largest of `grid` below them."""
     sizes = sorted(right)
-    shares = {size: float(np.mean(right[size])) for size in sizes}
+    fractions = {size: float(np.mean(right[size])) for size in sizes}
     points, seen = [], set[float]()
-    for base in _bases(complexities, window):
-        chosen = _floors(sizes_of(complexities, Thresholds(base, 0.0), window), right)
+    for base in _bases(entropies, window):
+        chosen = _floors(sizes_of(entropies, Thresholds(base, 0.0), window), right)
         mean = float(np.mean(chosen))
         if mean not in seen:
             seen.add(mean)
             made = float(np.mean([right[size][i] for i, size in enumerate(chosen)]))
-            dealt = float(np.mean([shares[size] for size in chosen]))
-            fixed = float(np.interp(mean, sizes, [shares[size] for size in sizes]))
+            dealt = float(np.mean([fractions[size] for size in chosen]))
+            fixed = float(np.interp(mean, sizes, [fractions[size] for size in sizes]))
             points.append(Point(window.sink + (window.left + 1) * mean, made, dealt, fixed))
     return points
 
@@ -185,13 +185,13 @@ def curve(complexities: Sequence[float], right: Rights, window: ChunkSpec) -> li
 def _judge(
     asker: Asker,
     judging: Sequence[Question],
-    complexities: Sequence[float],
+    entropies: Sequence[float],
     window: ChunkSpec,
     thresholds: Thresholds,
     tick: Callable[[], None],
 ) -> list[Way]:
     """The engine itself with the fitted thresholds, beside fixed and random chunks of the same memory."""
-    sizes = sizes_of(complexities, thresholds, window)
+    sizes = sizes_of(entropies, thresholds, window)
     equal = min(window.chunk_size, CHUNK_STEP * -(-round(float(np.mean(sizes))) // CHUNK_STEP))
     dealt = list(sizes)
     random.Random(0).shuffle(dealt)

@@ -72,7 +72,7 @@ class Asker:
         finally:
             system.close()
 
-    def complexities(self, questions: Sequence[Question], window: ChunkSpec) -> list[float]:
+    def entropies(self, questions: Sequence[Question], window: ChunkSpec) -> list[float]:
         """Of each question's prompt, in nats, as an engine with this window measures it."""
         system = self._open(window, {})
         try:

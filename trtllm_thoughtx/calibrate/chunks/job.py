@@ -63,7 +63,7 @@ def chunk_report(
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Look at `calib_size` whole traces and ask `eval_items` questions of each task (0: none). `target_capture` and
-    `max_task_loss` are shares in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
+    `max_task_loss` are fractions in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     plot.need_matplotlib()
     checkpoint = Checkpoint.open(model_dir, HUGGING_FACE)
@@ -120,7 +120,7 @@ def chunk_report(
     found |= report.plain(told)
     with output.writing() as root:
         output.write(CHUNKS, report.to_json({"schema": SCHEMA, **found, "model_dir": Path(model_dir).name}))
-        plot.capture_plot(root / "chunks.png", found)
+        plot.retained_mass_plot(root / "chunks.png", found)
         if found["chosen"] is not None:
             output.write("build.yaml", _recipe(found, windows[found["chosen"]]))
     return {**found, "up_to_date": False}
@@ -206,7 +206,7 @@ class Told:
 
 
 def _ask(asker: Asker, questions: list[Question], windows: list[ChunkSpec], enough: list[int], max_loss: float, *, has_tags: bool) -> Told:
-    """Right answers under full attention, and under the windows from the smallest that captures enough upwards, until one loses no more
+    """Right answers under full attention, and under the windows from the smallest that retains enough mass upwards, until one loses no more
     than is allowed; and under some that are smaller."""
     asked, progress, told = asker.fits(questions), asker.progress, Told()
     if len(asked) < len(questions):
@@ -288,7 +288,7 @@ def chunk_tables(found: dict[str, Any]) -> list[Any]:
         window = ChunkSpec(**row["window"])
         means = [kept["mean"], kept["p5"], beyond["mean"], hidden["mean"], hidden["min"]]
         lines.append([mark, name_of(window), row["slots"], f"{100 * row['share']:.1f} %", *means, loss])
-    head = ("", "window", "slots", f"of {found['context']}", "capture", "p5", "beyond sinks", "where hidden", "min", "points lost")
+    head = ("", "window", "slots", f"of {found['context']}", "retained mass", "p5", "beyond sinks", "where hidden", "min", "points lost")
     seen = f"{counted(found['num_sequences'], 'whole trace')} of up to {found['longest_sequence']} tokens"
     tables: list[Any] = [report.table(f"what windows keep of {seen} (the best of each size; * chosen)", head, lines)]
     fitted = found["adaptive"]

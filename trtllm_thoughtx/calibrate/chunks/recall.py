@@ -1,4 +1,4 @@
-"""Information capture: the share of full attention's softmax mass that a window keeps.
+"""Retained attention mass: the fraction of full attention's softmax mass that a window keeps.
 
     recall(query, head, layer) = sum over visible j of P[query, j],    P of the model with full attention
 
@@ -20,7 +20,7 @@ from trtllm_thoughtx.graph.chunked_attention import visible
 from trtllm_thoughtx.validate.golden import ChunkSpec
 
 NUM_BINS = 4000  # of a histogram of recalls: percentiles are exact to a bin
-LEAST_MASS = 1e-6  # beyond the sinks; below it a share of it means nothing
+LEAST_MASS = 1e-6  # beyond the sinks; below it a fraction of it means nothing
 BLOCK = 256  # queries at a time
 
 

@@ -19,21 +19,21 @@ def logistic(x: np.ndarray, y: np.ndarray, ridge: float = 1e-2) -> tuple[np.ndar
     `ridge` is per example. Where all y are equal the bias alone says so.
     """
     num, size = x.shape
-    share = float(y.mean())
-    if share in (0.0, 1.0):
-        return np.zeros(size, np.float32), 10.0 if share else -10.0
+    fraction = float(y.mean())
+    if fraction in (0.0, 1.0):
+        return np.zeros(size, np.float32), 10.0 if fraction else -10.0
     middle, scale = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-6
     z = np.hstack([(x - middle) / scale, np.ones((num, 1))])
     penalty = np.full(size + 1, ridge)
     penalty[-1] = 0.0
     w = np.zeros(size + 1)
-    w[-1] = np.log(share / (1 - share))
+    w[-1] = np.log(fraction / (1 - fraction))
     for _ in range(MAX_STEPS):
-        chance = _sigmoid(z @ w)
-        slope = z.T @ (chance - y) / num + penalty * w
+        probability = _sigmoid(z @ w)
+        slope = z.T @ (probability - y) / num + penalty * w
         if np.abs(slope).max() < TOLERANCE:
             break
-        curve = (z * (chance * (1 - chance))[:, None]).T @ z / num + np.diag(penalty + 1e-9)
+        curve = (z * (probability * (1 - probability))[:, None]).T @ z / num + np.diag(penalty + 1e-9)
         w -= _damped(w, np.linalg.solve(curve, slope), z, y, penalty)
     weight = w[:-1] / scale
     return weight.astype(np.float32), float(w[-1] - middle @ weight)

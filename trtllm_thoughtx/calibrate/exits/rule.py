@@ -72,7 +72,7 @@ def oracle(trace: Trace) -> Stop | None:
 
 
 def choose_threshold(head: ExitHead, traces: Sequence[Trace], max_loss: float) -> float:
-    """A threshold that loses at most `max_loss`, a share of the items: of those that the fixed sequence allows, the strictest that saves
+    """A threshold that loses at most `max_loss`, a fraction of the items: of those that the fixed sequence allows, the strictest that saves
     nearly as much as the best of them (`NEARLY`), since the loss on other questions is not known exactly. 1 where none is allowed."""
     allowed = [(1.0, 0.0)]
     for threshold in GRID:

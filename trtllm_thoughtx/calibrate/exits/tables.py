@@ -35,10 +35,10 @@ def exit_tables(found: Mapping[str, Any]) -> list[Any]:
 
 
 def _line(one: Mapping[str, Any]) -> list[Any]:
-    shares = [report.percent(one[key]) for key in ("accuracy_full", "accuracy")]
+    accuracies = [report.percent(one[key]) for key in ("accuracy_full", "accuracy")]
     return [
         one["num_items"],
-        *shares,
+        *accuracies,
         f"{one['p_accuracy']:.3g}",
         *(report.percent(one[f"saved_of_{key}_tokens"]) for key in ("generated", "all")),
     ]
