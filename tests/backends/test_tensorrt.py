@@ -361,7 +361,7 @@ def feeds(width: int, num_rows: int) -> dict[str, np.ndarray]:
 
 class TestRunner:
     def test_steps_through_the_parts(self, gpu: Any) -> None:
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         assert runner.max_logit_rows == 8
         runner.start(2)
         for width, num_rows, profile in ((5, 3, 0), (1, 1, 1), (1, 2, 0), (7, 1, 0)):
@@ -382,7 +382,7 @@ class TestRunner:
 
     def test_parts_run_alone(self, gpu: Any) -> None:
         """Stages hand hidden states over through the host, as drafts need it: the same numbers as in one call."""
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         runner.start(2)
         fed = feeds(5, 3)
         first = runner.run({name: value for name, value in fed.items() if name != "logit_indices"}, 0, 1)
@@ -393,7 +393,7 @@ class TestRunner:
         assert (alone["logits"] == rest["logits"] - 1).all()
 
     def test_kv_buffers_are_made_once_per_batch_size(self, gpu: Any) -> None:
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         runner.start(2)
         blocks = dict(gpu.cuda.alive)
         assert sorted(map(len, blocks.values())) == [2 * 2 * 64 * 16 * 2] * 4  # B, KV heads, slots, head_dim, bytes of BF16
@@ -445,11 +445,11 @@ class TestRunner:
     def test_plan_that_does_not_load(self, gpu: Any) -> None:
         list(gpu.plans)
         with pytest.raises(ThoughtxError) as caught:
-            trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+            trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         assert caught.value.code == "E202" and "onnxruntime" in caught.value.fix
 
     def test_gpu_memory_runs_out(self, gpu: Any) -> None:
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         gpu.cuda.limit = 16
         with pytest.raises(ThoughtxError, match="cudaMalloc") as caught:
             runner.start(2)
@@ -458,13 +458,13 @@ class TestRunner:
     def test_no_gpu(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trt_runner, "num_gpus", lambda: 0)
         with pytest.raises(ThoughtxError) as caught:
-            trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+            trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         assert caught.value.code == "E202" and "--backend onnxruntime" in caught.value.fix
 
     def test_no_cuda_python(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
         with pytest.raises(ThoughtxError) as caught:
-            trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+            trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         assert caught.value.code == "E201" and "cuda-python" in caught.value.fix
 
 

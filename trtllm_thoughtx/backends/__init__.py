@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """What the rest of the package must know of a backend. `module`, `extra` and `oldest`: what is imported, how it is installed."""
+    """What the rest of the package must know of a backend. `module`, `extra` and `oldest`: what is imported, how it is installed;
+    `runner`: module and class of its `Runner`, both called as `open_runner` calls them."""
 
     name: str
     module: str
+    runner: str
     extra: str = ""
     oldest: tuple[int, ...] = ()
     plan_suffix: str = ""  # of the plan beside a part's graph; empty: the graph and its weights are the engine
@@ -47,10 +50,32 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(name="onnxruntime", module="onnxruntime", runs_graph=True, kv_algos=("INT8",), dtypes=("float32", "float16")),
-        # the oldest TensorRT is the first whose parser has opset 24's attention operators
-        Backend(name="tensorrt", module="tensorrt", extra="tensorrt", oldest=(10, 15), plan_suffix=".trt.engine", takes_plugins=True),
-        Backend(name="tensorrt-rtx", module="tensorrt_rtx", extra="rtx", oldest=(1, 7), plan_suffix=".engine", has_targets=True),
+        Backend(
+            name="onnxruntime",
+            module="onnxruntime",
+            runner="onnxruntime.OnnxRuntimeRunner",
+            runs_graph=True,
+            kv_algos=("INT8",),
+            dtypes=("float32", "float16"),
+        ),
+        Backend(
+            name="tensorrt",
+            module="tensorrt",
+            runner="trt_runner.TensorRTRunner",
+            extra="tensorrt",
+            oldest=(10, 15),  # the first whose parser has opset 24's attention operators
+            plan_suffix=".trt.engine",
+            takes_plugins=True,
+        ),
+        Backend(
+            name="tensorrt-rtx",
+            module="tensorrt_rtx",
+            runner="trt_runner.TensorRTRunner",
+            extra="rtx",
+            oldest=(1, 7),
+            plan_suffix=".engine",
+            has_targets=True,
+        ),
     )
 }
 
@@ -98,18 +123,16 @@ def open_runner(
 ) -> Runner:
     """Load the engine in `root` for `backend`; the caller has checked its files against the manifest.
 
-    `tap_layers` (onnxruntime only, else E001) also keeps every layer's hidden state of the last call, for validation.
-    `exact` (onnxruntime only, else E001) runs quantized products as the graph has them, not on faster operators that round a little more.
+    `tap_layers` (of backends that run the graph, else E001) also keeps every layer's hidden state of the last call, for validation.
+    `exact` (the same) runs quantized products as the graph has them, not on faster operators that round a little more.
     """
     for name, is_given in (("tap_layers", tap_layers), ("exact", exact)):
         if is_given and not BACKENDS[backend].runs_graph:
             why = f"a {backend} plan is run as it was built; hidden states and unfused products are those of the graph"
             fix = 'load the engine with backend="onnxruntime", or leave it out'
             raise ThoughtxError("E001", f"{name} cannot be used with {backend}", where=str(root), why=why, fix=fix)
-    if not BACKENDS[backend].builds_plans:
-        from trtllm_thoughtx.backends.onnxruntime import OnnxRuntimeRunner
-
-        return OnnxRuntimeRunner(root, parts, config, build, num_threads=num_threads, tap_layers=tap_layers, exact=exact)
-    from trtllm_thoughtx.backends.trt_runner import TensorRTRunner
-
-    return TensorRTRunner(root, parts, backend, config, build)
+    module, name = BACKENDS[backend].runner.split(".")
+    opened = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    more = {"num_threads": num_threads, "tap_layers": tap_layers, "exact": exact} if BACKENDS[backend].runs_graph else {"backend": backend}
+    runner: Runner = opened(root, parts, config, build, **more)
+    return runner

@@ -93,7 +93,7 @@ class TensorRTRunner:
 
     is_exact = True  # a plan is the graph
 
-    def __init__(self, root: Path, parts: list[PartFiles], backend: str, config: ModelConfig, build: BuildConfig) -> None:
+    def __init__(self, root: Path, parts: list[PartFiles], config: ModelConfig, build: BuildConfig, *, backend: str) -> None:
         self.config, self.build, self.backend = config, build, backend
         self.trt = load_module(backend)
         if not num_gpus():

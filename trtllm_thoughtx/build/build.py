@@ -42,7 +42,6 @@ from trtllm_thoughtx.text.notes import text_notes
 if TYPE_CHECKING:
     from trtllm_thoughtx.backends.tensorrt import HeldWeights
 
-PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt")
 PROFILES = ("prefill", "decode")
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # (min, opt, max) shape by input
 MAX_LOGIT_ROWS = 32  # of one sequence and call in a TensorRT plan: enough to verify drafts and to measure prompt entropy
@@ -88,6 +87,7 @@ def build(
         recorded = {"build": settings.as_dict(), "model": report.plain(config)}
         more = [] if library is None else [Path(library)]
         output = Output(output_dir, source.members, recorded, command=command, more=more, force=force, progress=progress)
+        output.packages |= {BACKENDS[name].module for name in settings.backends}
         if output.is_current():
             return {**plan, "up_to_date": True, "seconds": time.monotonic() - began}
         output.prepare(plan["disk_bytes"])

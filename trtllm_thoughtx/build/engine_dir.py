@@ -79,11 +79,11 @@ class EngineDir:
     @property
     def backends(self) -> tuple[str, ...]:
         """What was built, in the order of preference for running."""
-        has_data = all(part.data for part in self.parts)
         return tuple(
             name
             for name, backend in BACKENDS.items()
-            if (all(name in part.plans for part in self.parts) if backend.builds_plans else has_data)
+            if name in self.build.backends
+            if all(name in part.plans if backend.builds_plans else part.data for part in self.parts)
         )
 
     def files_of(self, backend: str) -> list[str]:

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trtllm_thoughtx.checkpoint.generation_config import NAME, read_generation_c
 from trtllm_thoughtx.checkpoint.members import Members, Stamps
 from trtllm_thoughtx.progress import SILENT, Progress
 
-PACKAGES = ("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch")
+PACKAGES = frozenset(("numpy", "onnx", "onnxruntime", "tensorrt_rtx", "tensorrt", "torch"))
 SPACE_FOR_REST = 64 << 20  # config, manifest and carried files
 
 
@@ -46,6 +46,7 @@ class Output:
     ) -> None:
         self.target, self.members, self.settings, self.command, self.force = Path(target), members, settings, command, force
         self.progress = progress
+        self.packages = PACKAGES  # whose versions the manifest holds
         self.checks: list[dict[str, Any]] = []
         self.hashes: dict[str, str] = {}  # of files that were hashed while they were written
         self._paths = [*members.inputs(), *more]
@@ -89,7 +90,7 @@ class Output:
                 inputs=self._rows,
                 config=report.plain(self.settings),
                 checks=self.checks,
-                environment=environment(),
+                environment=environment(self.packages),
                 hashes=self.hashes,
             )
 
@@ -113,10 +114,10 @@ class Output:
             self.hashes[name] = digest.hexdigest()
 
 
-def environment() -> dict[str, str]:
+def environment(packages: Collection[str] = PACKAGES) -> dict[str, str]:
     """Versions that may matter to what was made."""
     versions = {}
-    for package in PACKAGES:
+    for package in sorted(packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
