@@ -82,7 +82,7 @@ def plain_engine_of(checkpoint: Path, out: Path, hf: dict[str, np.ndarray], shap
     return Engine.load(out / "plain-engine", num_threads=1)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("qformat", ["int8_wo", "int4_wo", "int4_awq"])
 @pytest.mark.slow
 def test_weight_only_engines_compute_with_what_the_file_stands_for(tmp_path, family, qformat):

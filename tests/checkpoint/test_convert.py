@@ -32,6 +32,7 @@ FAMILIES = {
     "qwen3": {"family": "qwen3", "head_dim": 32, "tied": True},
     "qwen3-bias": {"family": "qwen3", "attention_bias": True},
     "llama": {"family": "llama", "spelling": 5},
+    "mistral": {"family": "mistral", "config": {"sliding_window": None}},
     "llama-bias": {"family": "llama", "attention_bias": True, "shards": 3},
 }
 NUMPY_OF = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

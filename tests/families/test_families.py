@@ -33,6 +33,7 @@ BASE: dict[str, Any] = {
 }
 QWEN3 = BASE | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
 LLAMA = BASE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MISTRAL = BASE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -142,7 +143,7 @@ def test_missing_fields_take_the_defaults_of_transformers() -> None:
 @pytest.mark.parametrize(
     "scaling", [None, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", **YARN}, {"rope_type": "llama3", **LLAMA3}]
 )
-@pytest.mark.parametrize("raw", [BASE, QWEN3, LLAMA], ids=["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("raw", [BASE, QWEN3, LLAMA, MISTRAL], ids=["qwen2", "qwen3", "llama", "mistral"])
 def test_what_transformers_writes_is_read(raw: dict[str, Any], scaling: dict[str, Any] | None) -> None:
     transformers = pytest.importorskip("transformers")
     cls = getattr(transformers, raw["architectures"][0].replace("ForCausalLM", "Config"))
@@ -359,7 +360,7 @@ def test_what_a_real_model_has_is_what_is_expected() -> None:
     """transformers' own parameter names and shapes, for every family, without allocating weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    for raw in (BASE, QWEN3, LLAMA, QWEN3 | {"attention_bias": True}, LLAMA | {"attention_bias": True}):
+    for raw in (BASE, QWEN3, LLAMA, MISTRAL, QWEN3 | {"attention_bias": True}, LLAMA | {"attention_bias": True}):
         raw = raw | {"num_hidden_layers": 2, "tie_word_embeddings": False}
         config = getattr(transformers, raw["architectures"][0].replace("ForCausalLM", "Config"))(**copy.deepcopy(raw))
         with torch.device("meta"):
@@ -372,6 +373,7 @@ def test_the_registry_names_every_family_by_its_type() -> None:
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
         "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
         "qwen2_moe": "Qwen2MoeForCausalLM",
         "qwen3_moe": "Qwen3MoeForCausalLM",
     }

@@ -26,6 +26,7 @@ SLIDES: dict[str, dict[str, Any]] = {
     "qwen3": {"max_window_layers": 0},
     "qwen2_moe": {"max_window_layers": 2},
     "qwen3_moe": {},
+    "mistral": {},
 }
 TYPES = ["full_attention", "sliding_attention", "full_attention"]
 FULL = ["full_attention"] * 3
@@ -33,7 +34,7 @@ FULL = ["full_attention"] * 3
 
 def saved(path: Path, family: str, **config: Any) -> Any:
     """A tiny model written to `path`, as transformers reads it back: it makes the masks itself."""
-    hf_models.save(path, family, sliding_window=WINDOW, **config)
+    hf_models.save(path, family, **{"sliding_window": WINDOW, **config})
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -77,6 +78,7 @@ def test_built_up_to_the_window(family: str, tmp_path: Path) -> None:
         ("qwen2", {"use_sliding_window": False, "max_window_layers": 0}),
         ("qwen2_moe", {"use_sliding_window": False}),
         ("qwen3_moe", {"use_sliding_window": False}),
+        ("mistral", {"sliding_window": None}),
     ],
 )
 def test_no_layer_slides(family: str, config: dict[str, Any], tmp_path: Path) -> None:
@@ -94,6 +96,7 @@ def test_no_layer_slides(family: str, config: dict[str, Any], tmp_path: Path) ->
         ("qwen2", {"use_sliding_window": False, "layer_types": TYPES}, WINDOW),  # layer_types has the last word
         ("llama", {}, WINDOW),  # of a Mistral saved as Llama
         ("llama", {"use_sliding_window": False}, None),
+        ("mistral", {"use_sliding_window": False}, WINDOW),  # a key that transformers does not read there
         ("qwen2", {}, None),
     ],
 )
@@ -115,3 +118,7 @@ def test_a_null_window_and_the_default_of_transformers(tmp_path: Path) -> None:
         with open_weights(tmp_path) as source:
             assert source.config.sliding_window == window and source.config.longest == 512
             assert source.notes == (), "a window beyond max_position_embeddings hides nothing"
+    for value, window in ((None, None), (tiny.MISSING, 4096), (64, 64)):
+        tiny.write_tiny(tmp_path, family="mistral", config={"sliding_window": value, "max_position_embeddings": 8192})
+        with open_weights(tmp_path) as source:
+            assert (source.config.sliding_window, source.config.longest) == (window, window or 8192)

@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 256},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
 }
-FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True, "head_dim": 16},

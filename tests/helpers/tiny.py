@@ -26,7 +26,7 @@ SAFETENSORS_DTYPES = {
     "bool": "BOOL",
     "float8_e4m3fn": "F8_E4M3",
 }
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 MISSING = object()  # as a value in `config`: leave the key out
 
 

@@ -56,6 +56,9 @@ ROWS: list[tuple[str, dict[str, Any], bool]] = [
     ("llama", {**heads(3, 1, 16), "hidden_size": 36, "vocab_size": 101, **OLD}, True),
     ("llama", {"num_hidden_layers": 5, "intermediate_size": 20, "rms_norm_eps": 1e-3}, True),
     ("llama", {"num_hidden_layers": 1, **TIED, **SHARDS}, True),
+    ("mistral", {}, False),
+    ("mistral", {"sliding_window": None, **heads(4, 1, 16), **SHARDS}, True),
+    ("mistral", {"rope": "yarn", **OLD, **TIED}, True),
     ("qwen3", {"num_hidden_layers": 2, "rope": "yarn", "max_position_embeddings": 64, **heads(4, 2, 18)}, True),
 ]
 SIXTEEN = [

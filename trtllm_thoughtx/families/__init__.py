@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.families import llama, qwen2, qwen2_moe, qwen3, qwen3_moe
+from trtllm_thoughtx.families import llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from trtllm_thoughtx.families.family import Family, Part, Tensor, in_trtllm_terms, tensor_table
 
 __all__ = ["FAMILIES", "Family", "Part", "Tensor", "expected_tensors", "family_named", "in_trtllm_terms", "tensors_of"]
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (qwen2, qwen3, llama, qwen2_moe, qwen3_moe)}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (qwen2, qwen3, llama, mistral, qwen2_moe, qwen3_moe)}
 
 
 def family_named(model_type: object, where: str) -> Family:

@@ -48,7 +48,7 @@ def _refuse(raw: Fields, family: Family) -> None:
             "config.json has auto_map: the model brings its own code",
             where=raw.where,
             why="code from a checkpoint is never run",
-            fix="remove auto_map if the model is a plain Qwen2, Qwen3 or Llama; otherwise it cannot be used",
+            fix="remove auto_map if the model is a plain Qwen2, Qwen3, Llama or Mistral; otherwise it cannot be used",
         )
     if raw.get("quantization_config") and (quantization := raw.table("quantization_config")):
         method = quantization.get("quant_method", "modelopt")
@@ -85,10 +85,12 @@ def _sliding_window(raw: Fields, family: Family, num_layers: int) -> int | None:
     """The positions that a sliding layer attends to; None when no layer slides.
 
     `use_sliding_window` alone does not say. In Qwen2 and Qwen3 the layers from `max_window_layers` on slide, unless `layer_types` says
-    otherwise; in mixtures any may. A Llama config with `sliding_window` is that of a model trained so, though transformers ignores it.
+    otherwise; in mixtures any may, in Mistral all do. A Llama config with `sliding_window` is that of a model trained so, though
+    transformers ignores it.
     """
     default, kinds = family.defaults.get("sliding_window"), raw.get("layer_types", ())
     slides = raw.boolean("use_sliding_window", default is None and raw.get("sliding_window") is not None)
+    slides = family.defaults.get("use_sliding_window", slides)
     if "max_window_layers" in family.defaults:
         first = raw.integer("max_window_layers", 0, 1 << 16, family.defaults["max_window_layers"])
         slides = SLIDING in kinds if kinds else slides and first < num_layers
