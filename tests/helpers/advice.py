@@ -730,7 +730,7 @@ BUILDS = [
     Row(
         "a piece longer than a sequence",
         "E001",
-        "use a number from 1 to (64)$",
+        "use a whole number from 1 to (64)$",
         model(),
         f"{BUILD} --max_seq_len 64 --max_input_len 100",
         then=f"{BUILD} --max_seq_len 64 --max_input_len {{1}}",
