@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,23 @@ class Report:
     def count(self) -> dict[str, int]:
         return {status: sum(check.status == status for check in self.checks) for status in report.STATUSES}
 
-    def as_dict(self) -> dict[str, Any]:
-        checks = [dataclasses.asdict(check) for check in self.checks]
-        return {"ok": self.ok, "count": self.count, "expected_from": self.expected_from, "checks": checks}
+    def document(self) -> dict[str, Any]:
+        return {"expected_from": self.expected_from, "checks": self.checks, "count": self.count}
+
+    def strictly(self) -> Report:
+        """The same with skipped checks as failures."""
+
+        def strict(check: Check) -> Check:
+            why = f"skipped, and --strict was given: {check.reason}"
+            return replace(check, status="failed", reason=why) if check.status == "skipped" else check
+
+        return replace(self, checks=tuple(map(strict, self.checks)))
+
+    @property
+    def verdict(self) -> str:
+        count = self.count
+        said = "FAILED" if not self.ok else "PASSED WHAT WAS CHECKED" if count["skipped"] else "PASSED"
+        return f"{said}: {count['passed']} passed, {count['failed']} failed, {count['skipped']} skipped"
 
 
 def validate(
