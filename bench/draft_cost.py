@@ -1,10 +1,10 @@
 """What drafts cost on a real shape, whatever they are worth: time of a cycle by its number of drafts, and the runtime's own overhead.
 
-    python bench/draft_cost.py [--shape 0.5b] [--batches 1,8,32] [--drafts 1,3,6] [--rounds 3] [--new_tokens 24]
+    python bench/draft_cost.py [--shape 0.5b] [--drafts 1,3,6] [--rounds 3] [--new_tokens 24]
 
 Weights are random, so no draft would be right; `trust` accepts all of them, which times a cycle of exactly so many drafts. From it and from
 a plain step comes the break-even: how many drafts of a cycle must hold on average for drafting to be faster. The overhead of the runtime is
-the share of decoding that is not spent inside the parts (float32, onnxruntime, prompts of 64 tokens, one round in turn with the other).
+the share of decoding that is not spent inside the parts (float32, onnxruntime, a prompt of 64 tokens, one round in turn with the other).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights
-from trtllm_thoughtx.runtime import row
+from trtllm_thoughtx.runtime import generation
 from trtllm_thoughtx.text.params import GenerationParams
 
 RANK = 64
 
 
-def prepare(folder: Path, shape: str, max_batch: int) -> Path:
+def prepare(folder: Path, shape: str) -> Path:
     """An engine in two stages whose adapter is sure of everything."""
     make_checkpoint(folder / "hf", shape)
     convert(folder / "hf", folder / "ckpt")
@@ -44,7 +44,7 @@ def prepare(folder: Path, shape: str, max_batch: int) -> Path:
     adapter = ExitAdapter(layer, np.ones(hidden, np.float32), *maps, *sure, threshold=0.5)
     head = ExitHead(np.zeros((2, hidden), np.float32), np.zeros(2, np.float32), 0.9)
     write_exits(folder / "ckpt", ExitWeights(head, (adapter,)), config)
-    options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256, "max_input_len": 64, "max_batch_size": max_batch}
+    options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256, "max_input_len": 64, "max_batch_size": 1}
     build(folder / "ckpt", folder / "engine", {**options, "early_exit_layers": (layer,)})
     return folder / "engine"
 
@@ -56,19 +56,19 @@ class Inside:
         self.seconds, self._run = 0.0, engine.runner.run
         engine.runner.run = self.run  # type: ignore[method-assign]
 
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
         began = time.perf_counter()
         try:
-            return self._run(feeds, first, last)
+            return self._run(feeds, first, last, row)
         finally:
             self.seconds += time.perf_counter() - began
 
 
-def timed(engine: Engine, inside: Inside, batch: int, new_tokens: int, num_drafts: int) -> tuple[float, float]:
+def timed(engine: Engine, inside: Inside, new_tokens: int, num_drafts: int) -> tuple[float, float]:
     """Seconds of a cycle, and the share of the decoding that is the runtime's own."""
-    row.MAX_DRAFTS = num_drafts
+    generation.MAX_DRAFTS = num_drafts
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, engine.config.vocab_size, (batch, 64)).tolist()
+    prompts = rng.integers(0, engine.config.vocab_size, (1, 64)).tolist()
     settings: dict[str, Any] = {"exit_policy": "trust", "draft_threshold": 0.0} if num_drafts else {"exit_policy": "off"}
     params = GenerationParams(max_new_tokens=new_tokens, ignore_eos=True, **settings)
     engine.generate(prompts, GenerationParams(max_new_tokens=2, ignore_eos=True, **settings))
@@ -83,32 +83,30 @@ def timed(engine: Engine, inside: Inside, batch: int, new_tokens: int, num_draft
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="0.5b")
-    parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--drafts", default="1,3,6")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new_tokens", type=int, default=22)
     parser.add_argument("--num_threads", type=int, default=2)
     args = parser.parse_args()
-    batches, drafts = ([int(x) for x in text.split(",")] for text in (args.batches, args.drafts))
+    drafts = [int(x) for x in args.drafts.split(",")]
     with tempfile.TemporaryDirectory(prefix="draft-cost-") as folder:
-        engine = Engine.load(prepare(Path(folder), args.shape, max(batches)), num_threads=args.num_threads)
+        engine = Engine.load(prepare(Path(folder), args.shape), num_threads=args.num_threads)
         inside = Inside(engine)
         layer = engine.build.draft_layers[0]
         print(f"{args.shape}, {layer} of {engine.config.num_layers} layers draft, {args.num_threads} threads")
-        print("| batch | a plain step, ms | runtime's own | drafts | a cycle, ms | accepted to break even | by weight bytes |")
-        print("|---|---|---|---|---|---|---|")
-        for batch in batches:
-            seen: dict[int, list[tuple[float, float]]] = {num: [] for num in (0, *drafts)}
-            for _ in range(args.rounds):
-                for num in seen:
-                    seen[num].append(timed(engine, inside, batch, args.new_tokens, num))
-            step = statistics.median(seconds for seconds, _ in seen[0])
-            own = statistics.median(share for _, share in seen[0])
-            for num in drafts:
-                cycle = statistics.median(seconds for seconds, _ in seen[num])
-                in_bytes = break_even(engine.config, layer, RANK, num)
-                plain = f"| {batch} | {1000 * step:.1f} | {100 * own:.1f} % "
-                print(f"{plain}| {num} | {1000 * cycle:.1f} | {cycle / step - 1:.2f} | {in_bytes:.2f} |", flush=True)
+        print("| a plain step, ms | runtime's own | drafts | a cycle, ms | accepted to break even | by weight bytes |")
+        print("|---|---|---|---|---|---|")
+        seen: dict[int, list[tuple[float, float]]] = {num: [] for num in (0, *drafts)}
+        for _ in range(args.rounds):
+            for num in seen:
+                seen[num].append(timed(engine, inside, args.new_tokens, num))
+        step = statistics.median(seconds for seconds, _ in seen[0])
+        own = statistics.median(share for _, share in seen[0])
+        for num in drafts:
+            cycle = statistics.median(seconds for seconds, _ in seen[num])
+            in_bytes = break_even(engine.config, layer, RANK, num)
+            plain = f"| {1000 * step:.1f} | {100 * own:.1f} % "
+            print(f"{plain}| {num} | {1000 * cycle:.1f} | {cycle / step - 1:.2f} | {in_bytes:.2f} |", flush=True)
         engine.close()
 
 

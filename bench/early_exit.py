@@ -328,12 +328,12 @@ class Bench:
     def level_2(self) -> None:
         engine = Engine.load(self.scratch / "stages", num_threads=self.args.num_threads)
         assert engine.text
-        prompts = [engine.text.chat(asked.prompt) for asked in self.questions[:: max(1, len(self.questions) // 64)]][:64]
+        prompts = [engine.text.chat(asked.prompt) for asked in self.questions[:: max(1, len(self.questions) // 24)]][:24]
         base = {"max_new_tokens": 200, "stop_ids": engine.text.eos_ids}
         self.say()
         self.say(
             f"## Level 2: drafts of the first {self.layer} of {self.config.num_layers} layers, checked "
-            f"({self.args.sample}, {len(prompts)} questions, {self.args.num_threads} threads)"
+            f"({self.args.sample}, {len(prompts)} questions one by one, {self.args.num_threads} threads)"
         )
         self.say()
         self.say(
@@ -341,10 +341,8 @@ class Bench:
         )
         self.say("|---|---|---|---|---|---|---|---|")
         rows = []
-        for batch in (1, 8, 32):
-            groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)][: 64 // batch or 1]
-            if batch == 1:
-                groups = groups[:24]
+        for batch in (1,):  # rows beside each other do not draft
+            groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
             per = {}
             speeds: dict[str, list[float]] = {"off": [], "verify": [], "auto": []}
             outputs: dict[str, Any] = {}

@@ -219,6 +219,8 @@ class Generation:
         num_new = len(row.output) - num_before
         if looks and not is_drafted:
             paces["lookup"].note(bool(found), fed, num_new)
+            if found:
+                row.lookup.judge(len(found), num_new - 1)
         if self._may_draft(row) and is_timed and not found:
             paces["drafts"].note(is_drafted, fed, num_new)
 

@@ -144,10 +144,10 @@ class Row:
     def append(self, token: int, logits: np.ndarray) -> None:
         """Write `token`, which was picked from `logits` [V]."""
         num_top = self.params.logprobs
-        self.output.append(token)
-        self.sampler.note(0, token)
         if self.params.prompt_lookup:
             self.lookup.push(token)
+        self.output.append(token)
+        self.sampler.note(0, token)
         if self.request.keeps_logits:
             self.logits.append(logits.copy())
         if self.request.keeps_logprobs or num_top is not None:
