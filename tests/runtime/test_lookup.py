@@ -11,6 +11,7 @@ from places import LONGCOT as SAMPLE
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime import generation
 from trtllm_thoughtx.runtime.lookup import FEW, LENGTHS, Lookup
 from trtllm_thoughtx.runtime.pace import NUM_LOOKED_UP, Pace
 from trtllm_thoughtx.text.params import GenerationParams
@@ -105,8 +106,8 @@ def test_it_switches_itself_off_where_it_does_not_pay(engines, monkeypatch):
     right = engine.generate([prompt], GenerationParams(max_new_tokens=120, ignore_eos=True, exit_policy="off"))[0].output_ids
     monkeypatch.setattr(Lookup, "drafts", lambda self, most: [right[len(self.tokens) - len(prompt)] ^ 1] if most else real(self, most))
     pace = engine.paces["lookup"] = Pace(NUM_LOOKED_UP)
-    clock = iter(range(10**9))
-    monkeypatch.setattr("trtllm_thoughtx.runtime.generation.time.perf_counter", lambda: float(next(clock)))
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(generation, "clock", lambda: float(next(ticks)))
     engine.generate([prompt], params)
     assert engine.stats.num_accepted == 0 and pace.num_cycles[True] == NUM_LOOKED_UP == engine.stats.num_drafted
     monkeypatch.setattr(Lookup, "drafts", lambda self, most: right[len(self.tokens) - len(prompt) :][: min(most, 3)])

@@ -9,8 +9,8 @@ depend on its neighbours.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from time import perf_counter as clock
 
 from trtllm_thoughtx.checkpoint.exits import READY
 from trtllm_thoughtx.config import AUTO
@@ -87,14 +87,14 @@ class Generation:
     def tick(self) -> list[tuple[int, Outcome]]:
         """One step of each running row, and a piece of a prompt; the requests that ended by it."""
         plan, stats, self._ended = self.scheduler.plan(), self.session.stats, []
-        began = time.perf_counter()
+        began = clock()
         if plan.decode:
             self._decode([self.rows[index] for index in plan.decode])
-        decoded = time.perf_counter()
+        decoded = clock()
         if plan.fill is not None:
             self._fill(self.rows[plan.fill])
         stats.decode_seconds += decoded - began
-        stats.prefill_seconds += time.perf_counter() - decoded
+        stats.prefill_seconds += clock() - decoded
         return self._ended
 
     def _row(self, request: Request) -> Row:
@@ -144,7 +144,7 @@ class Generation:
         """Feed the next piece of a prompt. When all of it is in, the row runs, and writes its first token."""
         index = row.request.index
         if self._filling is None:
-            row.began = time.perf_counter()
+            row.began = clock()
             self._filling = self._pieces(row, self._slot(index))
         if next(self._filling, DONE) is not DONE:
             return
@@ -200,7 +200,7 @@ class Generation:
 
     def _decode_alone(self, row: Row) -> None:
         """The same for one row, with drafts where there are any and they pay."""
-        began, num_before, paces = time.perf_counter(), len(row.output), self.session.paces
+        began, num_before, paces = clock(), len(row.output), self.session.paces
         batch = self._view(row)
         most = min(row.max_drafts, drafts.room(self.session, batch) - 1)
         looks = row.params.prompt_lookup > 0 and not self._trusts(row)
@@ -214,7 +214,7 @@ class Generation:
             row.offer(*self.drafter.cycle(batch, row.output[-1], min(most, MAX_DRAFTS), self._threshold(row), guess))
         else:
             row.offer([], *(values[0] for values in self.session.call(batch, [[row.output[-1]]], [[0]])))
-        fed = time.perf_counter() - began
+        fed = clock() - began
         self._advance(row)
         num_new = len(row.output) - num_before
         if looks and not is_drafted:
@@ -309,7 +309,7 @@ class Generation:
         has_begun = slot is not None and (self._filling is not None or index in self.scheduler.running)
         if not has_begun:
             return self.rows[index].completion(0, 0.0)
-        return self.rows[index].completion(int(self.slots.batch.layer_tokens[slot]), time.perf_counter() - self.rows[index].began)
+        return self.rows[index].completion(int(self.slots.batch.layer_tokens[slot]), clock() - self.rows[index].began)
 
     def _leave(self, index: int) -> None:
         """Its slot is free."""
