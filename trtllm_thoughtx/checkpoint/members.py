@@ -1,7 +1,7 @@
 """What a checkpoint directory holds: the one list of its files, by what they are for.
 
     config.json, the index, hf_quant_config.json, weights    what a model is
-    exits.json, exits.safetensors                            its early exits: see exit_weights
+    exits.json, exits.safetensors                            its early exits: see exits
     CARRIED                                                  tokenizer, templates, calibration, licence: what travels with it
 
 Every step that reads a checkpoint takes its inputs from here, and every step that writes one either passes each member on, or says

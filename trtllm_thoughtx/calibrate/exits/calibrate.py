@@ -1,7 +1,7 @@
 """`thoughtx-calibrate --fit_exit_head`, `--exit_layers`: a checkpoint with the exits that its own traces teach.
 
 Three sets of questions: one to fit, one to choose the threshold for the stated loss, one to report what both are worth. The checkpoint
-appears whole or not at all; nothing in it changes but the two files of `exit_weights` and the manifest.
+appears whole or not at all; nothing in it changes but the two files of `checkpoint.exits` and the manifest.
 """
 
 from __future__ import annotations
