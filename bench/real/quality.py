@@ -12,6 +12,7 @@ quantized before: a grid that lines up with the old one is flattered.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import resource
@@ -164,7 +165,7 @@ def main() -> int:
     work = args.work or ROOT / "real-out" / f"quality-{args.model_dir.name}"
     work.mkdir(parents=True, exist_ok=True)
     rows, (of_layers, of_tables) = rows_of(args.model_dir, args.num_rows), num_parameters(args.model_dir)
-    reference = work / "reference"
+    reference = work / f"reference-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}"
     if not reference.is_dir():
         reference.mkdir()
         for number, logits in enumerate(logits_of(build(args.model_dir, work / "float32-engine"), rows)):
