@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 JOBS ?= 2
 MODEL ?= smollm2
 
-.PHONY: help setup demo check test lint bench real sample plugin clean
+.PHONY: help setup demo serve check test lint bench real sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ $(STAMP): pyproject.toml constraints.txt tests/plugins/trt_bindings.txt
 
 demo: $(STAMP) ## sample checkpoint -> engine -> proof -> answer, in ./demo-out
 	@$(VENV)/bin/python -m trtllm_thoughtx.cli.demo
+
+serve: $(STAMP) ## the demo's engine behind the API, on port 8000
+	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.cli.demo
+	@echo "try: curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": \"user\", \"content\": \"x1 = 38 x2 = 75 ?\"}]}'"
+	@echo "     curl http://127.0.0.1:8000/metrics        and the page at http://127.0.0.1:8000/"
+	@$(VENV)/bin/thoughtx-serve --engine_dir demo-out/engine
 
 check: lint ## lint, types and the quick tests, all the time: under 90 seconds on two cores
 	@$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"

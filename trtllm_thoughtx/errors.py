@@ -58,6 +58,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E204": (Exit.ENVIRONMENT, "not enough memory"),
     "E205": (Exit.ENVIRONMENT, "the backend failed, building or running"),
     "E206": (Exit.ENVIRONMENT, "the file system refused an operation"),
+    "E207": (Exit.ENVIRONMENT, "the server does not take the request: no key, no such path, full, too late, or shutting down"),
 }
 
 

@@ -403,7 +403,7 @@ class TestRunner:
         assert sorted(len(x) for x in gpu.cuda.alive.values()) == [1 * 2 * 64 * 16 * 2] * 4
 
     def test_rows_are_copied_and_exchanged(self, gpu: Any) -> None:
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         runner.start(2)
         blocks = list(gpu.cuda.alive.values())
         half = len(blocks[0]) // 2
@@ -418,7 +418,7 @@ class TestRunner:
 
     def test_slots_run_within_the_profiles(self, gpu: Any) -> None:
         """Prompts alone in prefill, rows together in decode; each call is bound to the rows of the cache that are its own."""
-        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, "tensorrt-rtx", CONFIG, RUN)
+        runner = trt_runner.TensorRTRunner(gpu.root, gpu.parts, CONFIG, RUN, backend="tensorrt-rtx")
         layers = ((0, 1, False), (1, 2, False), (2, 2, True))
         parts = [SimpleNamespace(first_layer=first, last_layer=last, head=head) for first, last, head in layers]
         session = Session(SimpleNamespace(config=CONFIG, build=RUN, parts=parts, root=gpu.root), runner)

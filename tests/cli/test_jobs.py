@@ -208,7 +208,7 @@ def test_stdin_and_lines_of_a_server_batch(engine):
         ({"tools": [{"type": "function"}]}, "body.tools"),
         ({"response_format": {"type": "json_object"}}, "body.response_format"),
         ({"logit_bias": {"5": -100}}, "body.logit_bias"),
-        ({"reasoning_effort": "low"}, "body.reasoning_effort"),
+        ({"reasoning_effort": "odd"}, "body.reasoning_effort"),
         ({"max_completion_tokens": 7}, "max_completion_tokens"),
     ):
         line = json.dumps({**lines[0], "body": {**body, **change}})

@@ -161,7 +161,7 @@ def test_harmless_keys_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("code", "changes", "word"),
     [
-        ("E103", {"model_type": "mixtral"}, "llama, qwen2, qwen2_moe, qwen3, qwen3_moe"),
+        ("E103", {"model_type": "mixtral"}, "llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_moe"),
         ("E102", {"model_type": ["qwen2"]}, "model_type"),
         ("E103", {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM"),
         ("E110", {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),

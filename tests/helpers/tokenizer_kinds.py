@@ -62,6 +62,16 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def one_token_text() -> Text:
+    """A letter is a token, and so is each tag, which is special."""
+    words = {word: i for i, word in enumerate(["<eos>", "<think>", "</think>", "a", "b", "c", "d"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.add_special_tokens(["<eos>", "<think>", "</think>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return Text(tokenizer, "test", special={"eos_token": "<eos>"})
+
+
 def several_token_text() -> Text:
     """A tokenizer like byte-level BPE: decoding concatenates, tags are three tokens, and their ends may join their neighbours."""
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*PIECES, "<eos>"]))}

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tokenizer_kinds import several_token_text
+from tokenizer_kinds import one_token_text, several_token_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from trtllm_thoughtx.text.answer import split_ids, split_text
 from trtllm_thoughtx.text.text import Text
 
 TAGS = ("<think>", "</think>")
-
-
-def one_token_text() -> Text:
-    words = {word: i for i, word in enumerate(["<eos>", *TAGS, "a", "b", "c", "d"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.add_special_tokens(["<eos>", *TAGS])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return Text(tokenizer, "test", special={"eos_token": "<eos>"})
 
 
 SPLITS = [

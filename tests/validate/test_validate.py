@@ -313,6 +313,7 @@ def with_plan(engine_dir: Path, copy: Path, **wrong: str) -> Path:
     config = json.loads((copy / "config.json").read_text())
     part = config["thoughtx"]["parts"][0]
     sums = {"graph_sha256": part["graph_sha256"], "weights_sha256": part["weights_sha256"], "sha256": hashlib.sha256(b"a plan").hexdigest()}
+    config["thoughtx"]["build"]["backends"].append("tensorrt-rtx")
     part["plans"]["tensorrt-rtx"] = {"file": "rank0.engine", "compute_capabilities": ["8.9"], **sums, **wrong}
     (copy / "config.json").write_text(json.dumps(config))
     made = report.read_manifest(engine_dir)

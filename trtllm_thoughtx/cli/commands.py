@@ -22,12 +22,13 @@ from trtllm_thoughtx.cli.distill import distill  # noqa: F401
 from trtllm_thoughtx.cli.evaluate import evaluate  # noqa: F401
 from trtllm_thoughtx.cli.framework import COMMANDS, command
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, emit, run
+from trtllm_thoughtx.cli.serve import serve_command  # noqa: F401
 from trtllm_thoughtx.config import DTYPES
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
-ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "eval", "bench", "inspect")  # in which one uses them
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "inspect")  # in which one uses them
 
 
 @command(

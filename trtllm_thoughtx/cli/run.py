@@ -23,7 +23,7 @@ from trtllm_thoughtx.runtime.jobs import STOP, Job, Todo, summary
 from trtllm_thoughtx.text.answer import split_ids
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.text.prompts import Prompt, prompt_rows
-from trtllm_thoughtx.text.text import Text, prompt_ids
+from trtllm_thoughtx.text.text import Text, prompt_ids, prompt_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -177,7 +177,7 @@ def run_requests(
             )
 
         def todo(request: Prompt) -> Todo:
-            own = dict(request.settings)
+            own = prompt_settings(request, engine.text)
             size = own.pop("chunk_size", chunk_size)
             settings = engine.default_params(**{**given, **own})
             ids = prompt_ids(request, engine.text, use_template=not no_chat_template)

@@ -24,6 +24,7 @@ from trtllm_thoughtx.tasks.item import Item
 from trtllm_thoughtx.text import prompts
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.prompts import Prompt
+from trtllm_thoughtx.text.text import Text, prompt_settings
 
 SIZES = {task: tuple(range(1, 13 if task == "chain" else 5)) for task in TASKS}
 OWN = ("answer", "task", "match")
@@ -60,6 +61,9 @@ class Question:
     def settings(self) -> dict[str, Any]:
         return {} if self.request is None else self.request.settings
 
+    def settings_for(self, text: Text | None) -> dict[str, Any]:
+        return {} if self.request is None else prompt_settings(self.request, text)
+
     @property
     def mode(self) -> str:
         return FREE if self.thought is None else CUT
@@ -75,7 +79,14 @@ def _more(request: Prompt | None) -> list[Any]:
     """What is asked beside a text."""
     if request is None or request == Prompt(id=request.id, prompt=request.prompt):
         return []
-    return [request.messages, request.input_ids, request.template_kwargs, sorted(request.settings.items()), request.is_raw]
+    return [
+        request.messages,
+        request.input_ids,
+        request.template_kwargs,
+        sorted(request.settings.items()),
+        request.is_raw,
+        *[True] * request.is_closed,
+    ]
 
 
 def generated(

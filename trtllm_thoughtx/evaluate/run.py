@@ -42,7 +42,7 @@ def evaluate(
     before anything runs; with `on_error` row the errors of questions, and those of lines that are none (`bad`), stand in the conditions,
     and the others are asked."""
     load = os.getloadavg()[0]
-    each = [replace(params, **asked.settings) for asked in questions]
+    each = [replace(params, **asked.settings_for(system.text)) for asked in questions]
     streams = [0 if "seed" in asked.settings else place for place, asked in enumerate(questions)]
     prompts, refused = _checked(system, questions, params, each)
     if refused and (on_error == STOP or not prompts):

@@ -27,6 +27,8 @@ class Completion:
     logits: np.ndarray | None = None
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float] | None = None  # of all prompt tokens but the first, where the request keeps them
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
     text_end: int | None = None
     stop_string: str | None = None
     index: int = 0

@@ -144,6 +144,7 @@ class Front:
         self._cancelled: set[int] = set()
         self._begun: set[int] = set()  # those that the scheduler has given a slot
         self._is_closing = self._is_draining = False
+        self.kv_usage = 0.0  # part of the KV cache that requests use, as of the last tick
         self._thread = threading.Thread(target=self._run, name="thoughtx-engine", daemon=True)
         self._thread.start()
 
@@ -168,11 +169,12 @@ class Front:
         chunk_size: int | str | None = None,
         priority: int = 0,
         keeps_logprobs: bool = False,
+        keeps_prompt_logprobs: bool = False,
         on_event: Callable[[Event], None] | None = None,
     ) -> Ticket:
         """Queue a request. `stream`: of its random numbers. `on_event` gets each event, in the engine's thread, and the ticket then gives
         none. E122 for a request that does not fit, `Full`, and the `problem` of an unhealthy front."""
-        request = Request(prompt, params, next(self._numbers), stream, False, keeps_logprobs, chunk_size, priority)
+        request = Request(prompt, params, next(self._numbers), stream, False, keeps_logprobs, chunk_size, priority, keeps_prompt_logprobs)
         check_request(self.engine.session, self.engine.text, request)
         with self._changed:
             load = self.load()
@@ -216,6 +218,7 @@ class Front:
 
     def _take(self) -> bool:
         """What came since the last tick; waits while there is nothing to do. False: the end."""
+        self.kv_usage = self._generation.kv_usage
         with self._changed:
             while not (self._new or self._cancelled or self._is_closing) and self._generation.is_idle:
                 self._changed.wait()

@@ -70,6 +70,13 @@ class Generation:
         self.rows[request.index] = self._row(request)
         self.scheduler.add(request.index, request.priority)
 
+    @property
+    def kv_usage(self) -> float:
+        """Part of the KV cache that requests use now."""
+        batch, build = self.slots.batch, self.session.build
+        taken = [slot for index in [*self.rows] if (slot := self.scheduler.slot_of(index)) is not None]
+        return sum(min(int(batch.used[slot]), build.kv_capacity) for slot in taken) / (self.slots.num_slots * build.kv_capacity)
+
     def has_begun(self, index: int) -> bool:
         """It has a slot."""
         return self.scheduler.slot_of(index) is not None
@@ -163,22 +170,28 @@ class Generation:
             row.thought = self._thought(row)
             fed = batch.tokens[0]
             same = next((i for i, pair in enumerate(zip(fed, row.prompt, strict=False)) if pair[0] != pair[1]), len(fed))
+            same = 0 if request.keeps_prompt_logprobs else same
             self.session.stats.num_read_again += len(fed) - same
             batch.forget(0, same)
-        elif row.is_live:
+        elif row.is_live and not request.keeps_prompt_logprobs:
             row.num_reused = slots.begin(slot, row.prompt, row.chunk_size)
         else:
-            slots.empty(slot, None)
-        batch = slots.view(slot, slot + 1)
+            slots.empty(slot, row.chunk_size)
+        batch, most = slots.view(slot, slot + 1), self.segment
+        if request.keeps_prompt_logprobs:
+            most = min(most, self.session.runner.max_logit_rows)
         while row.is_live and (rest := row.prompt[len(batch.tokens[0]) :]):
-            num = batch.piece(len(rest), self.segment)
-            logits, exit_probs = self.session.call(batch, [rest[:num]], [[num - 1]])
+            num = batch.piece(len(rest), most)
+            places = range(num) if request.keeps_prompt_logprobs else range(num - 1, num)
+            logits, exit_probs = self.session.call(batch, [rest[:num]], [list(places)])
+            if request.keeps_prompt_logprobs:
+                row.judge_prompt(logits[0], rest[1 : num + 1])
             if not self._is_chosen(request):
                 slots.num_filled[slot] = len(batch.tokens[0])
             if num < len(rest):
                 yield
             else:
-                row.offer([], logits[0], exit_probs[0])
+                row.offer([], logits[0, -1:], exit_probs[0, -1:])
 
     # decoding
 

@@ -39,6 +39,7 @@ class Request:
     keeps_logprobs: bool = False
     chunk_size: int | str | None = None
     priority: int = 0
+    keeps_prompt_logprobs: bool = False
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Row:
     logits: list[np.ndarray] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)  # what must be written next ...
     why: str = ""  # ... and why the thinking ends by it
     probes: ProbeAnswers = field(default_factory=ProbeAnswers)
@@ -141,6 +144,12 @@ class Row:
             return thinking.HEAD
         return thinking.PROBE if self.is_settled else None
 
+    def judge_prompt(self, logits: np.ndarray, following: Sequence[int]) -> None:
+        """Logits [tokens, V] of prompt tokens, and the tokens that follow them: one less at the prompt's end."""
+        for values, token in zip(logits, following, strict=False):
+            self.prompt_logprobs.append(log_probability(values, token))
+            self.prompt_top_logprobs.append(top_logprobs(values, self.params.logprobs or 0))
+
     def append(self, token: int, logits: np.ndarray) -> None:
         """Write `token`, which was picked from `logits` [V]."""
         num_top = self.params.logprobs
@@ -181,6 +190,8 @@ class Row:
             logits=np.stack(self.logits) if self.logits else None,
             logprobs=self.logprobs if self.request.keeps_logprobs or num_top is not None else None,
             top_logprobs=self.top_logprobs if num_top is not None else None,
+            prompt_logprobs=self.prompt_logprobs if self.request.keeps_prompt_logprobs else None,
+            prompt_top_logprobs=self.prompt_top_logprobs if self.request.keeps_prompt_logprobs else None,
             text_end=stream.num_chars if stream is not None and stream.is_done else None,
             stop_string=stream.found if stream is not None else None,
             complexity=choice.prompt_entropy if choice else None,

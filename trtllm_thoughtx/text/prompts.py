@@ -7,36 +7,17 @@ Every problem is E140 with the line and its id.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.jsonl import Line, Rows, read_rows
+from trtllm_thoughtx.text.body import ALIASES, CHAT, COMPLETIONS, SETTINGS, TEMPLATE, own_row
 from trtllm_thoughtx.text.chat import template_settings, text_messages
-from trtllm_thoughtx.text.params import GenerationParams
 
 FORMS = ("prompt", "messages", "input_ids")
-TEMPLATE = ("enable_thinking", "chat_template_kwargs")
-SETTINGS = frozenset({one.name for one in fields(GenerationParams)} - {"stop_ids"} | {"chunk_size"})
-ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-# Fields of a body that change no answer, and values of others that change none.
-QUIET = ("model", "user", "metadata", "store", "stream", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key")
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-}
 COLUMNS = (*FORMS, *TEMPLATE, *SETTINGS, *ALIASES, "method", "url", "body")
 FIX = 'write one object per line, such as {"prompt": "What is 2 + 3?"}'
 
@@ -52,6 +33,7 @@ class Prompt:
     template_kwargs: dict[str, Any] | None = None  # of the line alone, over the command's
     settings: dict[str, Any] = field(default_factory=dict)  # likewise: fields of GenerationParams, and chunk_size
     is_raw: bool = False  # the text goes in without a chat template
+    is_closed: bool = False  # no thinking is wanted
     where: str = field(default="the prompt", compare=False)
     place: int = field(default=0, compare=False)  # in its file, from 0: its random stream
 
@@ -63,9 +45,9 @@ def prompt_rows(path: Path) -> Rows[Prompt]:
 
 def prompt_of_row(row: dict[str, Any], line: Line) -> Prompt:
     """The request of a line that holds no other columns than `COLUMNS`; ValueError or ThoughtxError for one that cannot be used."""
-    is_raw = False
+    is_raw = is_closed = False
     if "body" in row:
-        row, is_raw = _body(row)
+        row, is_raw, is_closed = _body(row)
     forms = [form for form in FORMS if form in row]
     if len(forms) != 1:
         raise ValueError(f"exactly one of {', '.join(FORMS)} is needed, found {len(forms)}")
@@ -79,7 +61,8 @@ def prompt_of_row(row: dict[str, Any], line: Line) -> Prompt:
     settings = template_settings(row.get(TEMPLATE[0]), row.get(TEMPLATE[1]), line.where, "E140")
     own = _settings(row)
     place = int(line.place.rpartition(" ")[2]) - 1
-    return Prompt(id=line.id, where=line.where, place=place, template_kwargs=settings or None, settings=own, is_raw=is_raw, **{form: value})
+    more: dict[str, Any] = {"template_kwargs": settings or None, "settings": own, "is_raw": is_raw, "is_closed": is_closed, form: value}
+    return Prompt(id=line.id, where=line.where, place=place, **more)
 
 
 def _settings(row: dict[str, Any]) -> dict[str, Any]:
@@ -98,28 +81,16 @@ def _settings(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _body(row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Of a line of a batch: the same as a row of ours, and whether its text goes in raw."""
+def _body(row: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
+    """Of a line of a batch: the same as a row of ours, whether its text goes in raw, and whether no thinking is wanted."""
     body, url = row["body"], row.get("url", CHAT)
     if not isinstance(body, dict) or url not in (CHAT, COMPLETIONS) or row.get("method", "POST") != "POST":
         raise ValueError(f"only POST to {CHAT} and {COMPLETIONS} with an object as body is answered, not {shown(url, 60)}")
     extra = [name for name in row if name not in ("body", "url", "method")]
     if extra:
         raise ValueError(f"{shown(extra[0], 60)} must stand in the body")
-    body = {name: value for name, value in body.items() if value is not None and name not in QUIET}
-    if "n" in body:
-        body["num_return_sequences"] = body.pop("n")
-    body = {name: value for name, value in body.items() if not any(value == one for one in NEUTRAL.get(name, ()))}
-    if url == CHAT and "logprobs" in body:
-        num, is_wanted = body.pop("top_logprobs", 0), body.pop("logprobs")
-        body |= {"logprobs": num} if is_wanted is not False else {}
-    own = ("messages",) if url == CHAT else ("prompt",)
-    unknown = sorted(name for name in body if ALIASES.get(name, name) not in {*own, *SETTINGS, *TEMPLATE})
-    if unknown:
-        raise ValueError(f"body.{shown(unknown[0], 60)} would change the answer and is not supported")
-    if isinstance(body.get("prompt"), list):
-        body["input_ids"] = body.pop("prompt")
-    return body, url == COMPLETIONS
+    own, is_closed = own_row(body, url)
+    return own, url == COMPLETIONS, is_closed
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -104,6 +104,12 @@ class Text(Tokens):
     def has_template(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def template_source(self) -> str | None:
+        """The chat template itself, where there is a default one."""
+        template = self._templates.get("default")
+        return None if template is None else template.source
+
     def chat(self, prompt: str | Sequence[dict[str, Any]], **options: Unpack[ChatOptions]) -> ChatIds:
         """Token ids of a chat, ready for generation. A text is one user message.
 
@@ -181,6 +187,12 @@ def prompt_ids(prompt: Prompt, text: Text | None, *, use_template: bool = True) 
     if prompt.prompt is not None and (prompt.is_raw or not use_template):
         return text.raw(prompt.prompt)
     return text.chat(prompt.prompt if prompt.prompt is not None else prompt.messages or (), template_kwargs=prompt.template_kwargs)
+
+
+def prompt_settings(prompt: Prompt, text: Text | None) -> dict[str, Any]:
+    """What a prompt sets itself: fields of `GenerationParams`, and chunk_size."""
+    is_cut = prompt.is_closed and text is not None and text.think_ids is not None
+    return {**prompt.settings, **({"max_thinking_tokens": 0} if is_cut else {})}
 
 
 def trace_ids(text: Text, prompt: str, steps: Sequence[str], answer: str) -> list[int]:
