@@ -130,6 +130,7 @@ PACKAGE = Path(cli.__file__).parents[1]
 RUNNING = ("run", "eval", "bench", "validate", "calibrate")
 # module -> the commands whose user reads its messages; a folder holds for its files, the longest entry counts
 READERS = {
+    "serve/": ("serve",),
     "": tuple(cli.COMMANDS),
     "bench.py": ("bench",),
     "build/build.py": ("build",),
