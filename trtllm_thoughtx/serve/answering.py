@@ -15,7 +15,7 @@ from typing import Any
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.runtime.front import Done, Event, Failed, Front, Ticket, Token
+from trtllm_thoughtx.runtime.front import Done, Event, Failed, Front, Full, Ticket, Token
 from trtllm_thoughtx.serve.metrics import Metrics
 from trtllm_thoughtx.serve.wire import Ask, Wanted
 from trtllm_thoughtx.text.body import CHAT
@@ -34,10 +34,6 @@ class Limits:
     body_seconds: float = 30.0
     queue_seconds: float = 600.0
     answer_seconds: float = 3600.0
-
-
-class Full(Exception):
-    """The queue has no room for a request."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,6 @@ class Answering:
     def __init__(self, engine: Engine, front: Front) -> None:
         self.engine, self.front = engine, front
         self.num_slots: int = front.num_slots
-        self.num_queued = self.num_queued_tokens = self.num_running = 0
 
     @property
     def problem(self) -> str | None:
@@ -72,17 +67,19 @@ class Answering:
 
     def begin(self, wanted: Wanted, limits: Limits, metrics: Metrics) -> Answers:
         num, num_tokens = len(wanted.asks), sum(len(ask.ids) for ask in wanted.asks)
-        free = max(0, self.num_slots - self.num_running - self.num_queued)
-        if self.num_queued + num - free > limits.num_queued:
-            raise Full(f"{self.num_queued} answers wait, and at most {limits.num_queued} may")
-        if num > free and self.num_queued_tokens + num_tokens > limits.num_queued_tokens:
-            raise Full(f"prompts of {self.num_queued_tokens} tokens wait, and at most {limits.num_queued_tokens} may")
+        load = self.front.load()
+        free = load.num_slots - load.num_running
+        if load.num_waiting + num - free > limits.num_queued:
+            raise Full(f"{load.num_waiting} answers wait, and at most {limits.num_queued} may")
+        if num > free and load.num_waiting_tokens + num_tokens > limits.num_queued_tokens:
+            raise Full(f"prompts of {load.num_waiting_tokens} tokens wait, and at most {limits.num_queued_tokens} may")
         return Answers(self, wanted, limits, metrics)
 
     def load(self) -> Load:
         config, build = self.engine.config, self.engine.build
         kv_bytes = self.num_slots * build.kv_capacity * config.kv_bytes_per_token(build.dtype)
-        return Load(self.num_running, self.num_queued, self.front.kv_usage, kv_bytes)
+        load = self.front.load()
+        return Load(load.num_running, load.num_waiting, self.front.kv_usage, kv_bytes)
 
 
 class Answers:
@@ -97,9 +94,6 @@ class Answers:
         self._last_token: list[float | None] = [None] * len(wanted.asks)
         self._is_over = [False] * len(wanted.asks)
         self._streams = [self._stream(ask) for ask in wanted.asks]
-        for ask in wanted.asks:
-            owner.num_queued += 1
-            owner.num_queued_tokens += len(ask.ids)
         self._tickets: list[Ticket] = [self._submit(index, ask) for index, ask in enumerate(wanted.asks)]
 
     def _submit(self, index: int, ask: Ask) -> Ticket:
@@ -134,7 +128,7 @@ class Answers:
                 if parts:
                     yield Piece(index, parts)
                 continue
-            self._over(index)
+            self._is_over[index] = True
             if isinstance(event, Failed):
                 self.metrics.failed.labels(event.error.code).inc()
                 raise event.error
@@ -165,27 +159,13 @@ class Answers:
         now, before = time.monotonic(), self._last_token[index]
         if before is None:
             self.metrics.first_token.observe(now - self._began)
-            self._runs(index)
         else:
             self.metrics.inter_token.observe(now - before)
         self._last_token[index] = now
-
-    def _runs(self, index: int) -> None:
-        self.owner.num_queued -= 1
-        self.owner.num_queued_tokens -= len(self.wanted.asks[index].ids)
-        self.owner.num_running += 1
-
-    def _over(self, index: int) -> None:
-        if self._is_over[index]:
-            return
-        if self._last_token[index] is None:
-            self._runs(index)
-        self.owner.num_running -= 1
-        self._is_over[index] = True
 
     def close(self) -> None:
         for index, ticket in enumerate(self._tickets):
             if not self._is_over[index]:
                 ticket.cancel()
-                self._over(index)
+                self._is_over[index] = True
                 self.metrics.failed.labels("gone").inc()

@@ -21,8 +21,9 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.runtime.front import Full
 from trtllm_thoughtx.serve import responses
-from trtllm_thoughtx.serve.answering import Answers, Full
+from trtllm_thoughtx.serve.answering import Answers
 from trtllm_thoughtx.serve.documents import DONE, Choice, Documents, event
 from trtllm_thoughtx.serve.door import HANDLERS, Door, Refusal, Server, error_document, status_of
 from trtllm_thoughtx.serve.wire import BadRequest, Wanted, object_of, read_request
@@ -272,7 +273,7 @@ def _text(server: Server) -> Text:
 
 async def _tokenize(server: Server, request: Request) -> Response:
     body, text = await _body(server, request), _text(server)
-    messages, prompt, special = body.get("messages"), body.get("prompt"), body.get("add_special_tokens", messages_missing(body))
+    messages, prompt, special = body.get("messages"), body.get("prompt"), body.get("add_special_tokens", True)
     if (messages is None) == (prompt is None) or not isinstance(special, bool):
         raise BadRequest("give prompt or messages", "one text, or one chat, is tokenized", "prompt")
     if prompt is not None and not isinstance(prompt, str):
@@ -283,11 +284,6 @@ async def _tokenize(server: Server, request: Request) -> Response:
         kwargs = template_settings(None, body.get("chat_template_kwargs"), "the request's body", "E140")
         ids = await asyncio.to_thread(functools.partial(text.chat, plain_messages(messages, "the request's body"), template_kwargs=kwargs))
     return JSONResponse({"count": len(ids), "max_model_len": server.engine.build.max_seq_len, "tokens": list(ids)})
-
-
-def messages_missing(body: Mapping[str, Any]) -> bool:
-    """A chat has its special tokens from its template."""
-    return body.get("messages") is None
 
 
 async def _detokenize(server: Server, request: Request) -> Response:
