@@ -218,6 +218,13 @@ def test_an_address_that_cannot_be_listened_on(engine_dir, capsys):
     assert "--host" in capsys.readouterr().err
 
 
+def test_more_slots_than_the_engine_has_are_refused(engine_dir, capsys):
+    words = ["--engine_dir", str(engine_dir), "--port", "0", "--max_num_seqs", "99"]
+    assert console.run(cli.serve_command, "thoughtx-serve", words) == 3
+    said = capsys.readouterr().err
+    assert "E122" in said and "at most 4" in said
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "named"),
     [("", 0o600, "no key"), ("short\n", 0o600, "16 characters"), ("k" * 20, 0o644, "others may read"), ("k" * 20 + "é", 0o600, "ASCII")],

@@ -104,7 +104,7 @@ def serve(
             progress.note(f"note: everyone who reaches {host} may use this server; --api_key_file asks for a key")
         engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
         try:
-            _need_text(engine, engine_dir)
+            _check(engine, engine_dir, max_num_seqs)
             front = Front(engine, max_num_seqs, prefill_segment=prefill_segment)
             try:
                 names = served_model_name or (engine_dir.resolve().name,)
@@ -128,7 +128,12 @@ def serve(
             engine.close()
 
 
-def _need_text(engine: Engine, engine_dir: Path) -> None:
+def _check(engine: Engine, engine_dir: Path, max_num_seqs: int | None) -> None:
+    """E122 for an engine that cannot serve what is asked."""
+    if (most := engine.build.max_batch_size) < (max_num_seqs or 1):
+        what, why = f"--max_num_seqs {max_num_seqs} is too many", f"the engine was built for {most} sequences at a time"
+        fix = f"give at most {most}, or build with a larger one: thoughtx-build --max_batch_size {max_num_seqs}"
+        raise ThoughtxError("E122", what, where=str(engine_dir), why=why, fix=fix)
     if engine.text is None:
         what, why = "this engine has no tokenizer, and clients send texts", "it was built from files without a tokenizer.json"
         raise ThoughtxError("E122", what, where=str(engine_dir), why=why, fix="build it from a checkpoint with its tokenizer files")
