@@ -34,7 +34,7 @@ def describe(path: Path) -> dict[str, Any]:
     if kind in ("huggingface", "tensorrt-llm"):
         described = _checkpoint(Checkpoint(Path(path), known=(kind, raw)))
     else:
-        described = {"engine": _engine, "onnx": _onnx, "plan": _plan}[kind](Path(path))
+        described = _engine(Path(path), raw) if kind == "engine" else {"onnx": _onnx, "plan": _plan}[kind](Path(path))
     return {"kind": kind, "path": str(path), **described}
 
 
@@ -82,14 +82,14 @@ def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _engine(path: Path) -> dict[str, Any]:
+def _engine(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     from trtllm_thoughtx.build.engine_dir import EngineDir
 
-    engine = EngineDir.open(path)
+    engine = EngineDir.open(path, raw)
     error = None
     manifest: dict[str, Any] = {}
     try:
-        manifest = report.read_manifest(path)
+        manifest = engine.manifest
         engine.verify()
     except ThoughtxError as refused:
         if refused.code not in ("E120", "E121"):
@@ -101,7 +101,7 @@ def _engine(path: Path) -> dict[str, Any]:
         "backends": list(engine.backends),
         "model": _model(engine.config),
         "build": engine.build.as_dict(),
-        "notes": [*speed_notes(engine.config, engine.build), *text_notes(path, engine.config.vocab_size)],
+        "notes": [*speed_notes(engine.config, engine.build), *text_notes(path, engine.config.vocab_size, {})],
         "parts": [part.as_dict() for part in engine.parts],
         "made_by": manifest.get("command"),
         "made_with": manifest.get("environment"),

@@ -150,10 +150,12 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(root: Path, needed: Sequence[str] = (), unwanted: Sequence[str] = ()) -> None:
-    """Compare size and sha256 of every listed file with the manifest of `root`. `needed` must be listed; `unwanted` must not be there
-    unless listed. E120 lists every difference."""
-    manifest = read_manifest(root)
+def verify_files(
+    root: Path, needed: Sequence[str] = (), unwanted: Sequence[str] = (), *, manifest: Mapping[str, Any] | None = None
+) -> None:
+    """Compare size and sha256 of every listed file with the manifest of `root`, unless it was read already. `needed` must be listed;
+    `unwanted` must not be there unless listed. E120 lists every difference."""
+    manifest = manifest or read_manifest(root)
     rows = {row["name"]: row for row in manifest["outputs"]}
     wrong = []
     for name, row in rows.items():
@@ -200,7 +202,7 @@ def is_current(root: Path, config: Mapping[str, Any], inputs: Callable[[], list[
         manifest = read_manifest(root)
         if manifest["tool"].get("version") != __version__ or manifest["config"] != plain(config) or manifest["inputs"] != inputs():
             return False
-        verify_files(root)
+        verify_files(root, manifest=manifest)
     except ThoughtxError:
         return False
     return True

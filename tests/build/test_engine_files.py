@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import write_tiny
 
 from trtllm_thoughtx import Engine, report
+from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.build.engine_dir import READ_WHERE_PRESENT, EngineDir
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli.params import run
+from trtllm_thoughtx.config import PLUGIN_LIBRARY
 from trtllm_thoughtx.errors import ThoughtxError
 
 CARRIED = {
@@ -32,10 +36,23 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in CARRIED.items():
         (work / "m" / name).write_text(text)
     build(work / "m", work / "e", {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 64, "early_exit_layers": (1,)})
-    (work / "e" / "rank0.engine").write_bytes(b"a plan")
-    rows = report.read_manifest(work / "e")["inputs"]
-    report.write_manifest(work / "e", command="x", inputs=rows, config={}, checks=[], environment={})
+    edit(work / "e", lambda build, parts: (build["backends"].append("tensorrt-rtx"), [add_plan(work / "e", part) for part in parts]))
     return work / "e"
+
+
+def edit(root: Path, change: Callable[[dict[str, Any], list[dict[str, Any]]], object]) -> None:
+    """`change` the build settings and the parts of a config.json, and hash all files again."""
+    raw = json.loads((root / "config.json").read_text())
+    change(raw["thoughtx"]["build"], raw["thoughtx"]["parts"])
+    (root / "config.json").write_text(json.dumps(raw))
+    rows = report.read_manifest(root)["inputs"]
+    report.write_manifest(root, command="x", inputs=rows, config={}, checks=[], environment={})
+
+
+def add_plan(root: Path, part: dict[str, Any], backend: str = "tensorrt-rtx") -> None:
+    file = part["name"] + BACKENDS[backend].plan_suffix
+    part["plans"][backend] = {"file": file}
+    (root / file).write_bytes(b"a plan")
 
 
 @pytest.fixture
@@ -56,10 +73,10 @@ def ways(root: Path) -> dict[str, list[str]]:
     }
 
 
-def assert_refused_by_all(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused_by_all(root: Path, name: str, capsys: pytest.CaptureFixture[str], code: str = "E120") -> None:
     with pytest.raises(ThoughtxError) as caught:
         Engine.load(root)
-    assert caught.value.code == "E120" and name in caught.value.why
+    assert caught.value.code == code and name in caught.value.why
     for command, args in ways(root).items():
         capsys.readouterr()
         status = run(cli.COMMANDS[command], command, args)
@@ -69,7 +86,7 @@ def assert_refused_by_all(root: Path, name: str, capsys: pytest.CaptureFixture[s
             assert (status, said["checks"][0]["status"], said["count"]["passed"]) == (1, "failed", 0)
             assert name in said["checks"][0]["reason"]
         else:
-            assert status == 3 and said["error"]["code"] == "E120", command
+            assert status == 3 and said["error"]["code"] == code, command
             assert name in said["error"]["why"], command
 
 
@@ -83,7 +100,7 @@ def test_the_intact_engine_is_taken_by_all(copy: Path, capsys: pytest.CaptureFix
         status = run(cli.COMMANDS[command], command, args)
         said = json.loads(capsys.readouterr().out)
         assert (status, said["ok"]) == ((0, True) if command != "validate" else (3, False)), command  # there is no golden file
-    assert {"tokenizer.json", "generation_config.json", "rank0.engine", "rank0.head.data", *CARRIED} <= set(names(copy))
+    assert {"tokenizer.json", "generation_config.json", "rank0.head.engine", "rank0.head.data", *CARRIED} <= set(names(copy))
 
 
 @pytest.mark.slow
@@ -112,6 +129,34 @@ def test_a_file_that_would_be_read_cannot_be_added(name: str, intact: Path, copy
     EngineDir.open(copy).verify()
     (copy / name).write_bytes((intact / name).read_bytes() if (intact / name).exists() else b"{}")
     assert_refused_by_all(copy, name, capsys)
+
+
+@pytest.mark.parametrize("name", ["rank0.trt.engine", "rank1.onnx", "rank0.stage7.data", "model.plan", PLUGIN_LIBRARY])
+def test_an_engine_file_that_no_part_or_backend_has_is_refused(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether the manifest lists it or not: what another build left is not passed over."""
+    (copy / name).write_bytes(b"of another build")
+    assert_refused_by_all(copy, name, capsys, "E121")
+    edit(copy, lambda build, parts: None)
+    assert_refused_by_all(copy, name, capsys, "E121")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda build, parts: build["backends"].remove("tensorrt-rtx"), "rank0.stage0 has a plan for tensorrt-rtx, which"),
+        (lambda build, parts: build["backends"].append("tensorrt"), "rank0.stage0 has no plan for tensorrt, which"),
+        (lambda build, parts: parts[1]["plans"].clear(), "rank0.stage1 has no plan for tensorrt-rtx, which"),
+        (lambda build, parts: parts[0].update(data=None), "rank0.stage0 has no weights, and"),
+        (lambda build, parts: build["backends"].remove("onnxruntime"), "rank0.stage0 has weights, and"),
+        (lambda build, parts: build["backends"].append("warp"), "backends cannot be"),
+        (lambda build, parts: build["backends"].clear(), "is empty"),
+    ],
+)
+def test_backends_and_files_that_contradict_each_other_are_malformed(change: Any, says: str, copy: Path) -> None:
+    edit(copy, change)
+    with pytest.raises(ThoughtxError) as caught:
+        EngineDir.open(copy)
+    assert caught.value.code == "E121" and says in caught.value.why
 
 
 def test_what_nobody_reads_may_be_added(copy: Path) -> None:

@@ -14,7 +14,7 @@ from places import TINY
 from quantized_models import fp8
 from tiny import write_tiny
 
-from trtllm_thoughtx import strictjson
+from trtllm_thoughtx import Engine, strictjson
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.checkpoint.convert import convert
 from trtllm_thoughtx.checkpoint.exits import ExitAdapter, ExitHead, ExitWeights, write_exits
@@ -99,6 +99,15 @@ def test_an_import_reads_every_file_once(tmp_path: Path, parsed: Counter[str]) -
     assert checkpoint.is_quantized()
     import_quantized(checkpoint, tmp_path / "c")
     read_once(parsed, tmp_path / "q", "config.json", "model.safetensors")
+
+
+def test_an_engine_reads_every_file_once(tmp_path: Path, parsed: Counter[str]) -> None:
+    write_tiny(tmp_path / "m", tokenizer=True)
+    build(tmp_path / "m", tmp_path / "e", OPTIONS)
+    for look in (describe, lambda root: Engine.load(root).close()):
+        parsed.clear()
+        look(tmp_path / "e")
+        read_once(parsed, tmp_path / "e", "config.json", "manifest.json", "tokenizer_config.json")
 
 
 def test_a_checkpoint_stands_for_its_path(tmp_path: Path) -> None:

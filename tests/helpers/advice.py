@@ -1053,6 +1053,14 @@ RUNS = [
         follow=lambda root: [BUILD.replace("@out", "@e2"), RUN.replace("@e", "@e2")],
     ),
     Row(
+        "a plan that another build left beside an engine",
+        "E121",
+        "remove these files",
+        steps(model(), write("e/rank0.engine", b"x")),
+        RUN,
+        follow=lambda root: (root / "e" / "rank0.engine").unlink(),
+    ),
+    Row(
         "an edited engine",
         "E120",
         "copy the directory again, or make it again",

@@ -174,7 +174,7 @@ class TestInTheRtxParser:
 def test_the_library_is_among_what_is_verified_before_loading(model, tmp_path):
     build(model, tmp_path / "e", {**CHUNKED, "backend": ("onnxruntime",), "dtype": "float16"})
     config = json.loads((tmp_path / "e" / "config.json").read_text())
-    config["thoughtx"]["build"]["plugin"] = "cpp"
+    config["thoughtx"]["build"] |= {"plugin": "cpp", "backends": ["onnxruntime", "tensorrt"]}
     config["thoughtx"]["parts"][0]["plans"]["tensorrt"] = {"file": "rank0.trt.engine"}
     (tmp_path / "e" / "config.json").write_text(json.dumps(config))
     directory = EngineDir.open(tmp_path / "e")

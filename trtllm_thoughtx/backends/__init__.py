@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -78,6 +78,11 @@ BACKENDS = {
         ),
     )
 }
+
+
+def keeps_weights(names: Iterable[str]) -> bool:
+    """Does one of these backends run the graph itself, so that its weights are written beside it?"""
+    return any(not BACKENDS[name].builds_plans for name in names)
 
 
 class Runner(Protocol):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtllm_thoughtx import files, report
-from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.backends import BACKENDS, keeps_weights
 from trtllm_thoughtx.build import engine_dir
 from trtllm_thoughtx.build.flags import PATH
 from trtllm_thoughtx.build.options import OPTIONS, refuse, resolve, speed_notes
@@ -147,7 +147,7 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
     """What a build will do and need, known before any work."""
     weights = [bound.num_bytes for bound in bounds]
     plans = [backend for backend in settings.backends if BACKENDS[backend].builds_plans]
-    copies = len(plans) + _runs_graph(settings)
+    copies = len(plans) + keeps_weights(settings.backends)
     kv = source.config.kv_bytes_per_token(settings.dtype)
     return {
         "checkpoint_dir": str(source.path),
@@ -223,7 +223,7 @@ def _prepare(
     part, onnx_file = bound.graph.part, f"{bound.graph.part.name}.onnx"
     (partial / onnx_file).write_bytes(bound.model)
     data, written = partial / bound.location, None
-    if _runs_graph(settings):
+    if keeps_weights(settings.backends):
         written = external.write_data(bound, source, data, progress)
     entry = PartFiles(
         name=part.name,
@@ -311,11 +311,6 @@ def _products_check(graph: Graph, file: str, fallbacks: list[str]) -> dict[str, 
 def _log_path(output_dir: Path, backend: str) -> Path:
     """Where the builder's messages go, beside the output: they carry times, and the output must repeat byte for byte."""
     return output_dir.parent / f"{output_dir.name}.{backend}.log"
-
-
-def _runs_graph(settings: BuildConfig) -> bool:
-    """Does a backend run the graph itself, so that its weights are written beside it?"""
-    return any(not BACKENDS[backend].builds_plans for backend in settings.backends)
 
 
 def _hashes(parts: list[PartFiles]) -> dict[str, str]:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import __version__, report
-from trtllm_thoughtx.backends import BACKENDS
+from trtllm_thoughtx.backends import BACKENDS, keeps_weights
 from trtllm_thoughtx.build.options import misfits
 from trtllm_thoughtx.checkpoint.directory import kind_of
 from trtllm_thoughtx.checkpoint.exits import is_threshold
@@ -36,6 +37,7 @@ CONFIG = "config.json"
 SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
 # An engine that was built without one of these must not read one that was added later.
 READ_WHERE_PRESENT = tuple(name for name in CARRIED if not name.startswith(("LICENSE", "NOTICE")))
+ENGINE_FILES = (".onnx", ".data", ".engine", ".plan", ".so")  # no such file may lie beside those that config.json names
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class EngineDir:
     parts: list[PartFiles]
 
     @classmethod
-    def open(cls, root: Path) -> EngineDir:
-        """Read and check config.json. E101 when `root` is not an engine directory, E121 when it is malformed."""
+    def open(cls, root: Path, raw: Any = None) -> EngineDir:
+        """Read and check config.json, or `raw`: its content. E101 when `root` is not an engine directory, E121 when it is malformed."""
         root = Path(root)
         where = str(root / CONFIG)
         if not (root / CONFIG).is_file():
             kind_of(root, ("engine",))  # which refuses it
-        raw = read_json(root, CONFIG, code="E121")
+        raw = raw or read_json(root, CONFIG, code="E121")
         if not isinstance(raw, dict) or "thoughtx" not in raw:
             kind_of(root, ("engine",))
             raise ThoughtxError(
@@ -72,19 +74,34 @@ class EngineDir:
             raise _malformed(where, "thoughtx.parts is not a list of parts")
         config = model_config_from_trtllm(_table(raw, "pretrained_config", where), where)
         directory = cls(root, config, build, [_part(part, where) for part in parts])
-        if not directory.backends:
-            raise _malformed(where, "no backend has an engine for every part")
+        if wrong := directory.contradictions():
+            raise _malformed(where, listed(wrong))
         return directory
 
     @property
     def backends(self) -> tuple[str, ...]:
         """What was built, in the order of preference for running."""
-        return tuple(
-            name
-            for name, backend in BACKENDS.items()
-            if name in self.build.backends
-            if all(name in part.plans if backend.builds_plans else part.data for part in self.parts)
-        )
+        return tuple(name for name in BACKENDS if name in self.build.backends)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """E121 when it is missing or malformed."""
+        return report.read_manifest(self.root)
+
+    def contradictions(self) -> list[str]:
+        """Where the files of the parts are not those of `build.backends`, no more and no less."""
+        listed_backends = self.build.backends
+        if not listed_backends:
+            return ["thoughtx.build.backends is empty"]
+        plans = {name for name in listed_backends if BACKENDS[name].builds_plans}
+        wrong = []
+        for part in self.parts:
+            of_part = f"thoughtx.parts: {shown(part.name)} has"
+            wrong += [f"{of_part} no plan for {name}, which build.backends lists" for name in sorted(plans - set(part.plans))]
+            wrong += [f"{of_part} a plan for {shown(name)}, which build.backends does not list" for name in sorted(set(part.plans) - plans)]
+            if keeps_weights(listed_backends) != (part.data is not None):
+                wrong.append(f"{of_part} {'weights' if part.data else 'no weights'}, and build.backends lists {', '.join(listed_backends)}")
+        return wrong
 
     def files_of(self, backend: str) -> list[str]:
         """The files that `backend` loads."""
@@ -114,9 +131,19 @@ class EngineDir:
 
     def verify(self) -> None:
         """Hash every file of the manifest, whichever of them are wanted; what `backends` would load must be among them, and what
-        would be read if it were there. E120 on any difference."""
+        would be read if it were there. E120 on any difference, E121 for a graph, plan or library that no part or backend has."""
         needed = [CONFIG, *(name for backend in self.backends for name in self.files_of(backend))]
-        report.verify_files(self.root, needed, READ_WHERE_PRESENT)
+        mine = {*needed, *(part.onnx for part in self.parts)}
+        surplus = sorted(path.name for path in self.root.iterdir() if path.suffix in ENGINE_FILES and path.name not in mine)
+        if surplus:
+            raise ThoughtxError(
+                "E121",
+                "the directory holds engine files that are not its own",
+                where=shown(str(self.root), 400),
+                why=f"{CONFIG} names no part or backend that would load {', '.join(map(shown, surplus[:20]))}",
+                fix="remove these files, or build an engine again with every backend that is wanted",
+            )
+        report.verify_files(self.root, needed, READ_WHERE_PRESENT, manifest=self.manifest)
 
 
 def config_json(config: ModelConfig, build: BuildConfig, parts: list[PartFiles]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from rich.console import Console
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.errors import Exit
 from trtllm_thoughtx.process import interrupt
+from trtllm_thoughtx.text.answer import split_text
+from trtllm_thoughtx.text.tokens import THINK_TAGS
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "thoughtx-tiny"
 QUESTION, ANSWER = "x1 = 38 x2 = 75 x3 = 09 ?", "22"  # the sample adds modulo 100
@@ -77,12 +79,18 @@ def _made(directories: list[Path]) -> list[list[object]]:
     return rows
 
 
+def _answered(completion: str) -> str:
+    """The first word behind the thinking, by the tags that stand there."""
+    tags = next((tags for tags in THINK_TAGS if tags[1] in completion), THINK_TAGS[0])
+    words = (split_text(completion, tags, is_open=True)[1] or "").split()
+    return words[0] if words else "nothing"
+
+
 def _proved(junit: Path, completion: str) -> tuple[list[list[object]], bool]:
     cases = list(ElementTree.fromstring(files.read_named(junit, 16 << 20)))
     skipped = [(case.get("name"), found.get("message")) for case in cases if (found := case.find("skipped")) is not None]
     failed = [case.get("name") for case in cases if case.find("failure") is not None]
-    _, closed, answer = completion.rpartition("</think>")
-    said = answer.split()[0] if closed and answer.split() else "nothing"
+    said = _answered(completion)
     unchecked: list[list[object]] = [[f"not checked here: {name}", reason] for name, reason in skipped]
     rows: list[list[object]] = [
         ["checks against PyTorch passed", len(cases) - len(skipped) - len(failed)],

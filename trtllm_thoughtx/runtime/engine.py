@@ -59,7 +59,7 @@ class Engine:
         directory = EngineDir.open(Path(engine_dir))
         backend = directory.choose(backend)
         directory.verify()
-        text = Text.load(directory.root)
+        text = Text.load(directory.root, {})  # an engine's config.json holds no settings of generation
         if text is not None:
             text.check_vocab(directory.config.vocab_size)
         runner = open_runner(

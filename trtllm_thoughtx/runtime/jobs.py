@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_thoughtx import report
 from trtllm_thoughtx.errors import ThoughtxError, counted, listed
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
@@ -190,7 +189,7 @@ def together(refused: Sequence[ThoughtxError]) -> ThoughtxError:
 
 def engine_sha256(engine: Engine) -> str:
     """Of what an engine's answers depend on."""
-    return sha256_of([report.read_manifest(engine.directory.root)["outputs"], engine.backend, engine.is_exact])
+    return sha256_of([engine.directory.manifest["outputs"], engine.backend, engine.is_exact])
 
 
 def settings_of(params: GenerationParams, stream: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def identity_of(directory: EngineDir) -> dict[str, Any]:
     """Whose results these are: the model's sizes, the engine's type and mask, and the sha256 of the weights it was made from."""
     config, build = directory.config, directory.build
     chunks = [build.chunk_size, build.sink_tokens, build.left_chunks, build.num_anchors] if build.use_chunked_attention else None
-    inputs = report.read_manifest(directory.root)["inputs"]
+    inputs = directory.manifest["inputs"]
     return {
         "family": config.family,
         "dtype": build.dtype,
@@ -219,7 +219,7 @@ def _files_check(directory: EngineDir) -> Check:
         directory.verify()
     except ThoughtxError as error:
         return Check("files match the manifest", "failed", f"{error.what}: {error.why}")
-    return Check("files match the manifest", "passed", evidence={"num_files": len(report.read_manifest(directory.root)["outputs"])})
+    return Check("files match the manifest", "passed", evidence={"num_files": len(directory.manifest["outputs"])})
 
 
 def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
@@ -249,7 +249,7 @@ def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bise
 
 def _plan_check(directory: EngineDir, backend: str) -> Check:
     """By hash: graph and weights at hand are those recorded when the plan was built, and the plan is that plan."""
-    hashes = {row["name"]: row["sha256"] for row in report.read_manifest(directory.root)["outputs"]}
+    hashes = {row["name"]: row["sha256"] for row in directory.manifest["outputs"]}
     wrong, num = [], 0
     for part in directory.parts:
         plan = part.plans[backend]
