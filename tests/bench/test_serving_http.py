@@ -1,0 +1,70 @@
+"""The open load: the same requests for the same seed, its arithmetic, and one small load on a server that it starts itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+from places import ROOT
+from places import TINY as SAMPLE
+from servers import MAIN
+
+from trtllm_thoughtx.build.build import build
+
+BENCH = ROOT / "bench" / "serving_http.py"
+spec = importlib.util.spec_from_file_location("serving_http", BENCH)
+assert spec is not None and spec.loader is not None
+bench = importlib.util.module_from_spec(spec)
+sys.modules["serving_http"] = bench  # its dataclasses look their module up
+spec.loader.exec_module(bench)
+
+
+def settings(**own):
+    return Namespace(**{"seed": 0, "seconds": 60.0, "burst": 5, "prompts": (3, 9), "answers": (2, 4), **own})
+
+
+def test_the_load_follows_from_its_seed():
+    load = bench.load_of(2.0, settings())
+    assert load == bench.load_of(2.0, settings()) != bench.load_of(2.0, settings(seed=1))
+    assert 60 < len(load) < 180 and all(a.at <= b.at <= 60 for a, b in itertools.pairwise(load))
+    assert {len(one.prompt.split()) for one in load} == set(range(3, 10)) and {one.num_new for one in load} == {2, 3, 4}
+    burst = bench.load_of(math.inf, settings())
+    assert len(burst) == 5 and {one.at for one in burst} == {0.0}
+
+
+def test_tokens_count_only_of_requests_that_were_answered():
+    done = bench.Answer(1.0, 200, "", [1.5, 1.7, 2.0], 2.0, 30, 4)
+    cut = bench.Answer(1.0, 200, "reset", [1.5], 4.0, 30, 0)
+    refused = bench.Answer(1.0, 429, "full", [], 1.1)
+    row = bench.summary(0.5, [done, cut, refused])
+    assert (row["num_requests"], row["num_done"], row["seconds"]) == (3, 1, 4.0)
+    assert row["all_tokens_per_second"] == 8.5 and row["new_tokens_per_second"] == 1.0
+    assert row["first_token"] == {"p50": 0.5, "p99": 0.5} and row["per_token"]["p50"] == pytest.approx(0.5 / 3, abs=1e-3)
+    assert row["between_tokens"]["p50"] == 0.25 and row["errors"] == ["200 reset", "429 full"]
+    nothing = bench.summary(math.inf, [refused])
+    assert nothing["rate"] == "burst" and nothing["num_done"] == 0 and nothing["first_token"] is None
+
+
+def test_a_load_on_a_server_that_it_starts(tmp_path):
+    build(SAMPLE, tmp_path / "thoughtx", {"backend": ("onnxruntime",), "dtype": "float32", "max_batch_size": 2, "max_seq_len": 256})
+    (tmp_path / "serve.py").write_text(MAIN)
+    command = f"{sys.executable} {tmp_path / 'serve.py'} --engine_dir {tmp_path / 'thoughtx'} --port {{port}} --num_threads 1"
+    words = [sys.executable, str(BENCH), "--system", "ours", command, "--rates", "20,inf", "--seconds", "0.2", "--burst", "5"]
+    words += ["--prompts", "2,6", "--answers", "2,5", "--output", str(tmp_path / "load.json"), "--plot", str(tmp_path / "load.png")]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    (system,) = json.loads((tmp_path / "load.json").read_text())["systems"]
+    assert system["model"] == "thoughtx" and system["memory_loaded"]["resident_mib"] > 0
+    for row, rate in zip(system["loads"], (20.0, math.inf), strict=True):
+        load = bench.load_of(rate, settings(seconds=0.2, prompts=(2, 6), answers=(2, 5)))
+        assert row["num_done"] == row["num_requests"] == len(load) and not row["errors"]
+        assert row["num_new_tokens"] == sum(one.num_new for one in load)
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    words[3:5] = ["ours", f"{sys.executable} -c pass"]
+    assert "does not answer" in subprocess.run(words, capture_output=True, text=True).stderr
