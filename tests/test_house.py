@@ -19,8 +19,8 @@ PACKAGE = ROOT / "trtllm_thoughtx"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ".mypy_cache" not in path.parts)
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LIMIT_LINES = 400
-BUDGET = 26866  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
-LIMIT_ENTRIES = 29  # at the top of the package
+BUDGET = 27251  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
+LIMIT_ENTRIES = 30  # at the top of the package
 CODE_OF = {"eval": "evaluate", "inspect": "inspection"}  # commands whose own name would hide Python's
 
 # A file imports from its own row and the rows above it.
@@ -35,6 +35,7 @@ LAYERS = (
     ("backends",),
     ("text",),
     ("build",),
+    ("ship",),
     ("runtime", "inspection"),
     ("validate",),
     ("bench",),

@@ -152,12 +152,13 @@ def test_tables_print_what_they_are_given():
 
 def test_junit_counts_and_carries_reasons(tmp_path):
     checks = [
-        {"name": "a", "status": "passed", "reason": "", "evidence": {"rms": 0.5}},
-        {"name": "b", "status": "failed", "reason": "too far \x00 <&>", "evidence": None},
-        {"name": "c", "status": "skipped", "reason": "no GPU", "evidence": None},
+        report.Check("a", "passed", evidence={"rms": 0.5}),
+        report.Check("b", "failed", "too far \x00 <&>"),
+        report.Check("c", "skipped", "no GPU"),
     ]
-    report.junit(tmp_path / "r.xml", checks)
+    report.junit(tmp_path / "r.xml", checks, "thoughtx-validate")
     suite = ElementTree.fromstring((tmp_path / "r.xml").read_bytes())
+    assert (suite.get("name"), suite[0].get("classname")) == ("thoughtx-validate", "thoughtx.validate")
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("3", "1", "1")
     cases = {case.get("name"): case for case in suite}
     assert cases["c"].find("skipped").get("message") == "no GPU"

@@ -43,6 +43,21 @@ _FIELDS: dict[str, type] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One question and its answer. `evidence` holds numbers and short texts; `reason` says why not, when not passed."""
+
+    name: str
+    status: str  # of STATUSES
+    reason: str = ""
+    evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def count(checks: Sequence[Check]) -> dict[str, int]:
+    """How many of them have each status."""
+    return {status: sum(check.status == status for check in checks) for status in STATUSES}
+
+
 def plain(value: object) -> Any:
     """`value` as JSON types only: dataclasses (by their `document`, where they have one), paths, tuples and NumPy scalars converted, NaN
     and Infinity as None."""
@@ -235,26 +250,25 @@ def check_file_output(path: Path) -> None:
     raise ThoughtxError("E130", "the output file cannot be written", where=shown(str(path), 400), why=why, fix="choose another output path")
 
 
-def junit(path: Path, checks: Sequence[Any]) -> None:
-    """Write `checks` (name, status, reason, evidence) as one JUnit suite; a skipped check carries its reason."""
+def junit(path: Path, checks: Sequence[Check], command: str) -> None:
+    """Write `checks` as one JUnit suite of `command`; a skipped check carries its reason."""
     from xml.etree import ElementTree
 
-    rows = [plain(check) for check in checks]
-    count = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
+    counts = count(checks)
     suite = ElementTree.Element(
         "testsuite",
-        name="thoughtx-validate",
-        tests=str(len(rows)),
-        failures=str(count["failed"]),
-        skipped=str(count["skipped"]),
+        name=command,
+        tests=str(len(checks)),
+        failures=str(counts["failed"]),
+        skipped=str(counts["skipped"]),
         errors="0",
     )
-    for row in rows:
-        case = ElementTree.SubElement(suite, "testcase", classname="thoughtx.validate", name=shown(row["name"]))
-        reason, evidence = shown(row.get("reason") or "", 4000), shown(json.dumps(row.get("evidence"), sort_keys=True), 4000)
-        if row["status"] == "passed":
+    for row in checks:
+        case = ElementTree.SubElement(suite, "testcase", classname=command.replace("-", "."), name=shown(row.name))
+        reason, evidence = shown(row.reason, 4000), shown(json.dumps(plain(row.evidence), sort_keys=True), 4000)
+        if row.status == "passed":
             ElementTree.SubElement(case, "system-out").text = evidence
         else:
-            ElementTree.SubElement(case, "failure" if row["status"] == "failed" else "skipped", message=reason).text = evidence
+            ElementTree.SubElement(case, "failure" if row.status == "failed" else "skipped", message=reason).text = evidence
     with atomic_file(path) as file:
         file.write(ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n")

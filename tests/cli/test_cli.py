@@ -400,7 +400,8 @@ def test_an_output_file_that_cannot_be_written_is_refused_before_the_work(target
 
 def validated(statuses: dict[str, str]):
     """A stand-in for `validate.validate`: this file tests what the command makes of a report."""
-    from trtllm_thoughtx.validate.validate import Check, Report
+    from trtllm_thoughtx.report import Check
+    from trtllm_thoughtx.validate.validate import Report
 
     checks = tuple(Check(name, status, "" if status == "passed" else f"{name} says so", {"rms": 0.5}) for name, status in statuses.items())
     return lambda engine_dir, **options: Report(checks, "a test")

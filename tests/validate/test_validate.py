@@ -18,10 +18,11 @@ from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.report import Check
 from trtllm_thoughtx.validate import parity
 from trtllm_thoughtx.validate.golden import Band, ChunkSpec, Expected, Truth
 from trtllm_thoughtx.validate.reference import Reference
-from trtllm_thoughtx.validate.validate import Check, Report, layers_checks, logits_checks, run_reference, validate
+from trtllm_thoughtx.validate.validate import Report, layers_checks, logits_checks, run_reference, validate
 
 CHUNKED = BuildConfig(max_seq_len=48, max_input_len=32, use_chunked_attention=True, chunk_size=6, sink_tokens=2, left_chunks=1)
 OPTIONS = {"backend": "onnxruntime", "max_seq_len": 48, "max_input_len": 32}

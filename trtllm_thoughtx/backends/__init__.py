@@ -34,6 +34,7 @@ class Backend:
     runner: str
     extra: str = ""
     oldest: tuple[int, ...] = ()
+    bound_to: int = 0  # leading numbers of its version that a plan must share with the runtime; 0: any version from `oldest` on
     plan_suffix: str = ""  # of the plan beside a part's graph; empty: the graph and its weights are the engine
     has_targets: bool = False  # a plan is for the compute capabilities that are named, not for the GPU at hand
     takes_plugins: bool = False
@@ -54,6 +55,7 @@ BACKENDS = {
             name="onnxruntime",
             module="onnxruntime",
             runner="onnxruntime.OnnxRuntimeRunner",
+            oldest=(1, 24),
             runs_graph=True,
             kv_algos=("INT8",),
             dtypes=("float32", "float16"),
@@ -64,6 +66,7 @@ BACKENDS = {
             runner="trt_runner.TensorRTRunner",
             extra="tensorrt",
             oldest=(10, 15),  # the first whose parser has opset 24's attention operators
+            bound_to=4,
             plan_suffix=".trt.engine",
             takes_plugins=True,
         ),
@@ -73,6 +76,7 @@ BACKENDS = {
             runner="trt_runner.TensorRTRunner",
             extra="rtx",
             oldest=(1, 7),
+            bound_to=3,  # a plan is valid for one release
             plan_suffix=".engine",
             has_targets=True,
         ),

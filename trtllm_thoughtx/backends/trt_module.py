@@ -1,17 +1,15 @@
-"""The two modules that share TensorRT's Python API: which to import, what it needs, which GPUs it can build for."""
+"""The two modules that share TensorRT's Python API: which to import, what it needs, which GPUs it can build for, what it says of a plan."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from trtllm_thoughtx.backends import BACKENDS
-from trtllm_thoughtx.errors import ThoughtxError, shown
-
-CUDA_DRIVER = "libcuda.so.1"
+from trtllm_thoughtx.backends.gpu import CUDA_DRIVER, num_gpus
+from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 
 
 def load_module(backend: str) -> Any:
@@ -39,16 +37,37 @@ def load_module(backend: str) -> Any:
     return module
 
 
-def num_gpus() -> int:
-    """GPUs that the CUDA driver sees; 0 without a driver. Asks the driver itself, so that no CUDA package is needed."""
-    try:
-        driver = ctypes.CDLL(CUDA_DRIVER)
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
+def plan_header(module: Any, header: bytes) -> tuple[str, str]:
+    """What TensorRT-RTX itself says of the first bytes of a plan: a status of `report.STATUSES`, and why. The plan is not loaded."""
+    said: list[str] = []
+    validity, bits = module.Runtime(logger(module, said, everything=True)).get_engine_validity(header)
+    wrong = [name for name, bit in module.EngineInvalidityDiagnostics.__members__.items() if int(bits) & int(bit) and name != "CUDA_ERROR"]
+    no_driver = [line for line in said if "cudaError" in line]
+    about_plan = [line for line in said if line not in no_driver]
+    if validity.name != "INVALID":
+        return "passed", "it runs here, and would be faster if it were built for this GPU" if validity.name == "SUBOPTIMAL" else ""
+    if wrong or about_plan:
+        return "failed", "; ".join([*wrong, *about_plan])
+    return "skipped", f"the runtime needs a CUDA driver to judge: {listed(no_driver) or 'it gave no reason'}"
+
+
+def header_bytes(module: Any) -> int:
+    """How much of a plan `plan_header` takes."""
+    return int(module.Runtime(logger(module, [])).engine_header_size)
+
+
+def logger(trt: Any, messages: list[str], *, everything: bool = False) -> Any:
+    """A logger of module `trt` that collects errors, or all messages."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if everything or severity.name.endswith("ERROR"):
+                messages.append(shown(text))
+
+    return Logger()
 
 
 def targets(module: Any, backend: str, compute_capabilities: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.backends.trt_module import load_module, num_gpus
+from trtllm_thoughtx.backends.gpu import num_gpus
+from trtllm_thoughtx.backends.trt_module import load_module, logger
 from trtllm_thoughtx.config import PLUGIN_LIBRARY, BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 
@@ -101,7 +102,7 @@ class TensorRTRunner:
             raise ThoughtxError("E202", f"backend {backend} runs on an NVIDIA GPU", where=str(root), why=why, fix=VALIDATE_ON_CPU)
         self.device = Device()
         self.errors: list[str] = []
-        self.runtime = self.trt.Runtime(_logger(self.trt, self.errors))
+        self.runtime = self.trt.Runtime(logger(self.trt, self.errors))
         if build.plugin == "cpp":
             self._load_library(root / PLUGIN_LIBRARY)
         self.parts = [self._load(root, part.plans[backend].file) for part in parts]
@@ -235,15 +236,3 @@ class TensorRTRunner:
             address = self.device.allocate(num_bytes)
             self.buffers[name] = (address, num_bytes)
         return address
-
-
-def _logger(trt: Any, errors: list[str]) -> Any:
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity.name.endswith("ERROR"):
-                errors.append(shown(text))
-
-    return Logger()

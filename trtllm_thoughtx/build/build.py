@@ -23,6 +23,7 @@ import numpy as np
 
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.backends import BACKENDS, keeps_weights
+from trtllm_thoughtx.backends.gpu import native_capability
 from trtllm_thoughtx.build import engine_dir
 from trtllm_thoughtx.build.flags import PATH
 from trtllm_thoughtx.build.options import OPTIONS, refuse, resolve, speed_notes
@@ -281,7 +282,7 @@ def _build_plan(
         sha256=info.sha256,
         graph_sha256=bound.sha256,
         weights_sha256=ready.entry.weights_sha256,
-        compute_capabilities=settings.compute_capabilities if record.has_targets else ("native",),
+        compute_capabilities=settings.compute_capabilities if record.has_targets else (native_capability(),),
     )
     evidence = {"expected": graph.num_attention, "found": info.num_attention, "form": settings.plugin}
     checks = [{"name": f"attention layers in {file}", "status": "passed", "reason": "", "evidence": evidence}]

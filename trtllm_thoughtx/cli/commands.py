@@ -24,7 +24,7 @@ from trtllm_thoughtx.cli.framework import COMMANDS, command
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, emit, run
 from trtllm_thoughtx.cli.serve import serve_command  # noqa: F401
 from trtllm_thoughtx.config import DTYPES
-from trtllm_thoughtx.errors import Exit
+from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
@@ -114,7 +114,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
     result = validate(engine_dir, progress=Progress(quiet=quiet), **options)
     result = result.strictly() if strict else result
     if junit_file is not None:
-        report.junit(junit_file, result.checks)
+        report.junit(junit_file, result.checks, "thoughtx-validate")
     rows = [[check.status, check.name, check.reason or report.brief(report.plain(check.evidence))] for check in result.checks]
     human = [report.table(f"checks of {engine_dir}", ["status", "check", "evidence or reason"], rows), result.verdict]
     emit("validate", {"engine_dir": engine_dir, **result.document()}, as_json=as_json, ok=result.ok, human=human)
@@ -191,10 +191,26 @@ def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: 
     emit("bench", result, as_json=as_json, human=bench_table(result))
 
 
-@command("inspect", "thoughtx-inspect ./engine", "thoughtx-inspect ./engine/rank0.onnx --json")
+@command(
+    "inspect",
+    "thoughtx-inspect ./engine",
+    "thoughtx-inspect ./engine/rank0.onnx --json",
+    "thoughtx-inspect ./engine --preflight --backend tensorrt-rtx --junit preflight.xml",
+)
 @click.argument("path", type=PATH)
-def inspect(path: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+@click.option("--preflight", is_flag=True, help="Judge whether an engine would load and run on this machine.")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="With --preflight: this backend only.  [default: every one in the directory]")
+@click.option("--junit", "junit_file", type=PATH, help="With --preflight: also write the checks as JUnit XML.")
+def inspect(path: Path, preflight: bool, backend: str | None, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Describe PATH: a model, checkpoint, engine directory, .onnx or .engine file."""
+    if preflight:
+        return _preflight(path, backend, junit_file, as_json)
+    for name, value in (("backend", backend), ("junit", junit_file)):
+        if value is not None:
+            why = "without --preflight nothing is judged"
+            raise ThoughtxError(
+                "E001", f"--{name} needs --preflight", where="thoughtx-inspect", why=why, fix="add --preflight, or leave it out"
+            )
     from trtllm_thoughtx.inspection import describe, description_tables
 
     description = describe(path)
@@ -202,6 +218,20 @@ def inspect(path: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     emit("inspect", description, as_json=as_json, ok=ok, human=description_tables(description))
     if not ok:
         raise click.exceptions.Exit(Exit.REFUSED)
+
+
+def _preflight(path: Path, backend: str | None, junit_file: Path | None, as_json: bool) -> None:
+    from trtllm_thoughtx import report
+    from trtllm_thoughtx.ship.preflight import preflight
+
+    if junit_file is not None:
+        report.check_file_output(junit_file)
+    found = preflight(path, backend)
+    if junit_file is not None:
+        report.junit(junit_file, found.checks, "thoughtx-inspect-preflight")
+    emit("preflight", found, as_json=as_json, ok=found.exit == Exit.OK, human=found.tables())
+    if found.exit != Exit.OK:
+        raise click.exceptions.Exit(found.exit)
 
 
 class _Group(click.Group):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.progress import SILENT, Progress
+from trtllm_thoughtx.report import Check
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
@@ -41,16 +42,6 @@ from trtllm_thoughtx.validate.runs import SEGMENTS, Run, decoded, longest, prefi
 
 WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
 MAX_RAGGED_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question and its answer. `evidence` holds numbers and short texts; `reason` says why not, when not passed."""
-
-    name: str
-    status: str  # passed | failed | skipped
-    reason: str = ""
-    evidence: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class Report:
 
     @property
     def count(self) -> dict[str, int]:
-        return {status: sum(check.status == status for check in self.checks) for status in report.STATUSES}
+        return report.count(self.checks)
 
     def document(self) -> dict[str, Any]:
         return {"expected_from": self.expected_from, "checks": self.checks, "count": self.count}
