@@ -52,12 +52,13 @@ class QuantConfig:
 
     algo: str | None  # a key of `families.formats.FORMATS`; None: the cache alone is quantized
     kv_algo: str | None = None  # FP8 | INT8
-    group_size: int = 128  # input channels that share a scale, 4-bit formats only
+    group_size: int = 128  # input channels that share a scale, in formats with groups
     scale_dtype: str = "float32"  # that scales are stored in: float32 | float16
     prequant: bool = False  # inputs are multiplied by a factor per channel
     zero_point: bool = False  # 4-bit groups have a zero of their own
     input_order: bool = False  # inputs are put in the order of their 4-bit groups first (GPTQ's activation order)
-    embedding: bool = False  # the embedding, and the head that is tied to it, are stored as the linear layers are
+    embedding: bool = False  # the embedding, and a head that the format does not cover, are stored in 8 bits
+    embedding_group: int = 0  # channels of it that share a scale; 0: a row does
     exclude: tuple[str, ...] = ("lm_head",)
 
     def covers(self, module: str) -> bool:

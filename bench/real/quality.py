@@ -170,6 +170,7 @@ def main() -> int:
         reference.mkdir()
         for number, logits in enumerate(logits_of(build(args.model_dir, work / "float32-engine"), rows)):
             np.save(reference / f"{number}.npy", logits)
+    (reference / "rows.json").write_text(json.dumps(rows))  # peers.py reads them
     table: list[dict[str, Any]] = []
     for bits in [int(one) for one in args.units.split(",") if one]:
         copy = work / f"Q{bits}_0"

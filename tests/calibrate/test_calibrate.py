@@ -485,7 +485,7 @@ def test_excluded_layers_stay_as_they_are(tmp_path):
         ({"qformat": "int3"}, "unknown format"),
         ({"qformat": "fp8", "exclude": ("layers.0.mlp",)}, "names no layer"),
         ({"qformat": "fp8", "exclude": ("transformer.*",)}, "every layer is excluded"),
-        ({"qformat": "int4_wo", "group_size": 48}, "4-bit groups do not fit"),
+        ({"qformat": "int4_wo", "group_size": 48}, "groups of inputs do not fit"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, options, word):
@@ -590,9 +590,10 @@ def test_data_that_stand_for_the_users_are_named_before_the_walk(tmp_path, capsy
         ({"qformat": "int4_wo", "plain_rounding": True}, 8, 8, 256),
         ({"qformat": "int4_wo", "calib_seq_len": 16}, 56, 8, 16),
         ({"qformat": "int4_wo", "rounding": "nearest", "calib_seq_len": 16}, 112, 16, 16),
-        ({"qformat": "int8_wo", "calib_seq_len": 32}, 8, 8, 32),
-        ({"qformat": "int8_wo", "calib_size": 24}, 21, 3, 512),
-        ({"qformat": "int8_wo", "kv_cache_dtype": "int8", "calib_seq_len": 32}, 112, 16, 32),
+        ({"qformat": "int8_wo", "group_size": 0, "calib_seq_len": 32}, 8, 8, 32),
+        ({"qformat": "int8_wo", "group_size": 0, "calib_size": 24}, 21, 3, 512),
+        ({"qformat": "int8_wo", "group_size": 0, "kv_cache_dtype": "int8", "calib_seq_len": 32}, 112, 16, 32),
+        ({"qformat": "int8_wo", "calib_seq_len": 32}, 56, 8, 32),
         ({"qformat": "int4_awq", "calib_seq_len": 16}, 56, 8, 16),
     ],
 )

@@ -56,7 +56,7 @@ def plain_engine_of(checkpoint: Path, out: Path, hf: dict[str, np.ndarray], shap
         quant = config.quantization
         for name, mine in (("transformer.vocab_embedding", "model.embed_tokens"), ("lm_head", "lm_head")):
             if quant.embedding and f"{name}.weight" in source.names():
-                scale = source.read(f"{name}.per_channel_scale")
+                scale = source.read(f"{name}.{'weights_scaling_factor' if quant.embedding_group else 'per_channel_scale'}")
                 tensors[f"{mine}.weight"] = grid.unpack(source.read(f"{name}.weight"), scale)
         for layer in range(config.num_layers):
             name, mine = f"transformer.layers.{layer}", f"model.layers.{layer}"
@@ -181,16 +181,20 @@ def fused_graph(engine: Path):
 
 
 def test_every_quantized_product_is_fused(tmp_path):
-    for qformat, num in (("int8_sq", 11), ("int8_wo", 22), ("int4_awq", 11)):
+    for number, (qformat, num, group) in enumerate(
+        (("int8_sq", 11, None), ("int8_wo", 22, 0), ("int8_wo", 11, None), ("int4_awq", 11, None))
+    ):
         write_tiny(tmp_path / "m", **SIZES)
-        calibrate(tmp_path / "m", tmp_path / qformat, qformat=qformat, calib_size=4, calib_seq_len=16, quant_lm_head=True)
-        build(tmp_path / qformat, tmp_path / f"e-{qformat}", OPTIONS)
-        graph, found = fused_graph(tmp_path / f"e-{qformat}")
+        calibrated, engine = tmp_path / f"c{number}", tmp_path / f"e{number}"
+        calibrate(tmp_path / "m", calibrated, qformat=qformat, calib_size=4, calib_seq_len=16, quant_lm_head=True, group_size=group)
+        build(calibrated, engine, OPTIONS)
+        graph, found = fused_graph(engine)
         assert (found.num_products, found.num_rounding) == (11, 0 if qformat == "int8_sq" else 11)
         kinds = [node.op_type for node in graph.node]
-        assert kinds.count("MatMulNBits" if qformat == "int4_awq" else "QGemm") == num and "Gemm" not in kinds
+        in_blocks = qformat == "int4_awq" or (qformat == "int8_wo" and group is None)
+        assert kinds.count("MatMulNBits" if in_blocks else "QGemm") == num and "Gemm" not in kinds
         # INT8 weights: inputs are split once for all that read them, five times a layer less one for gate and up, and for the head
-        assert kinds.count("DequantizeLinear") == (9 if qformat == "int8_wo" else 0)
+        assert kinds.count("ReduceL2" if group == 0 else "Round") == (9 if qformat == "int8_wo" else 0)
         assert found.num_lookups == (qformat != "int8_sq")
 
 
@@ -394,7 +398,8 @@ def test_plans_compute_in_low_precision(tmp_path, qformat):
     """For SM89 and SM120, without a GPU: every product is found among the plan's layers with weights of its type."""
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     write_tiny(tmp_path / "m", dtype="float16", hidden_size=256, intermediate_size=512, vocab_size=128)
-    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32, quant_lm_head=True)
+    rows = 0 if qformat == "int8_wo" else None
+    calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32, quant_lm_head=True, group_size=rows)
     options = {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9", "12.0")}
     made = build(tmp_path / "c", tmp_path / "e", options)
     check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
@@ -434,6 +439,17 @@ def test_a_product_that_the_builder_does_not_fuse_is_named(tmp_path):
     check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
     assert check["status"] == "failed" and "layers.0.attention.qkv" in check["reason"]
     assert "layers.0.mlp.proj" not in check["reason"]
+
+
+@pytest.mark.rtx
+def test_a_plan_of_bytes_in_blocks_is_told_to_hold_16_bits(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
+    write_tiny(tmp_path / "m", dtype="float16", hidden_size=128, intermediate_size=256, vocab_size=128)
+    calibrate(tmp_path / "m", tmp_path / "c", qformat="int8_wo", calib_size=4, calib_seq_len=16)
+    made = build(tmp_path / "c", tmp_path / "e", {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9",)})
+    check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
+    assert check["status"] == "failed" and check["evidence"]["found"] == 0
+    assert any("--group_size 0" in note for note in made["notes"])
 
 
 def test_a_layer_that_fell_back_is_named():

@@ -107,7 +107,7 @@ class OnnxRuntimeRunner:
         products = quant is not None and self.build.dtype == "float32"
         few_bits = quant is not None and quant.algo is not None and FORMATS[quant.algo].number.bits < 8
         return [
-            *([functools.partial(fuse, rounds_rows=few_bits)] if products else []),
+            *([functools.partial(fuse, rounds_inputs=few_bits)] if products else []),
             *([fuse_experts] if self.config.experts is not None else []),
         ]
 

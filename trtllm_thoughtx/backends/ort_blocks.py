@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,16 +40,63 @@ def blocked(raw: np.ndarray, scales: np.ndarray, group: int, zero: np.ndarray | 
 
 
 def blocked_bytes(weight: np.ndarray, scales: np.ndarray, size: int) -> list[np.ndarray]:
-    """The same of an INT8 matrix [out, in] with a scale for each row."""
+    """The same of an INT8 matrix [out, in] with a scale for each row, or for each group of `size` inputs or several times that."""
     num_out, num_in = weight.shape
+    scales = scales.reshape(num_out, -1)
     numbers = (weight.view(np.uint8) ^ np.uint8(INT8.sign)).reshape(num_out, num_in // size, size)
-    return [numbers, np.repeat(scales.reshape(-1, 1), num_in // size, 1)]
+    return [numbers, np.repeat(scales, num_in // size // scales.shape[1], 1)]
 
 
 def blocks_node(x: str, names: Sequence[str], output: str, num_out: int, num_in: int, group: int, *, bits: int = 4) -> onnx.NodeProto:
     """Float inputs by a matrix with a scale for each block of inputs; `names` are those of numbers, scales and zero points."""
     attributes: dict[str, Any] = {"K": num_in, "N": num_out, "bits": bits, "block_size": block_of(group), "accuracy_level": LEVEL}
     return helper.make_node("MatMulNBits", [x, *names], [output], name=output, domain=DOMAIN, **attributes)
+
+
+def split_nodes(
+    x: str, names: Sequence[str], output: str, num_out: int, num_in: int, size: int, done: Container[str] = ()
+) -> list[onnx.NodeProto]:
+    """Float inputs by an INT8 matrix in blocks. Inputs are rounded to 16 bits: to the 8 that `MatMulNBits` would round them to, and the
+    rest to 8 again, as rows of one product, so that the matrix is read once. Layers that read the same inputs split them once: `done`
+    has names that were made before."""
+    halves, two = f"{x}/halves/{size}", f"{output}/two"
+    nodes = [] if halves in done else _halves(x, halves, num_in, size)
+    nodes.append(blocks_node(halves, names, two, num_out, num_in, size, bits=8))
+    nodes.append(helper.make_node("Split", [two], [f"{output}/high", f"{output}/low"], axis=0, num_outputs=2))
+    return [*nodes, helper.make_node("Add", [f"{output}/high", f"{output}/low"], [output], name=output)]
+
+
+def _halves(x: str, halves: str, num_in: int, size: int) -> list[onnx.NodeProto]:
+    """[2 N, in]: multiples of each block's step, which are integers to `MatMulNBits` as well, and what they leave."""
+    constants = {
+        "shape": np.array([-1, num_in // size, size], np.int64),
+        "back": np.array([-1, num_in], np.int64),
+        "axis": np.array([2], np.int64),
+        "step": np.float32(1 / INT8.largest),
+        "smallest": np.float32(2.0**-100),  # the step of a block of zeros
+    }
+    made = {key: f"{halves}/{key}" for key in constants}
+    nodes = [
+        helper.make_node("Constant", [], [made[key]], value=onnx.numpy_helper.from_array(np.asarray(value)))
+        for key, value in constants.items()
+    ]
+    steps: tuple[tuple[str, tuple[str, ...], str, dict[str, Any]], ...] = (
+        ("Reshape", (x, made["shape"]), "blocks", {}),
+        ("Abs", ("blocks",), "sizes", {}),
+        ("ReduceMax", ("sizes", made["axis"]), "largest", {"keepdims": 1}),
+        ("Mul", ("largest", made["step"]), "steps", {}),
+        ("Max", ("steps", made["smallest"]), "over", {}),
+        ("Div", ("blocks", "over"), "units", {}),
+        ("Round", ("units",), "rounded", {}),
+        ("Mul", ("rounded", "over"), "high", {}),
+        ("Sub", ("blocks", "high"), "low", {}),
+        ("Concat", ("high", "low"), "both", {"axis": 0}),
+        ("Reshape", ("both", made["back"]), "", {}),
+    )
+    for op, inputs, out, attributes in steps:
+        names = [one if one == x or one in made.values() else f"{halves}/{one}" for one in inputs]
+        nodes.append(helper.make_node(op, names, [f"{halves}/{out}" if out else halves], **attributes))
+    return nodes
 
 
 @functools.cache

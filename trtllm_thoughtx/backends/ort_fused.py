@@ -6,7 +6,8 @@ So the float32 graph is rewritten while it is read, with the same stored numbers
     INT4 weights           `MatMulNBits`, which rounds its inputs to 8 bits, group by group (accuracy level 4). Its other levels are not
                            faster than float32, and beside 4-bit weights the loss cannot be seen. It takes zero points on the grid.
     INT8 embedding         rows are looked up, and multiplied by their scales. Beside 4-bit layers the head is a `MatMulNBits` as well.
-    INT8 weights           `QGemm`, twice: inputs are rounded to 16 bits, 8 of them in each product. `MatMulNBits` would double the loss.
+    INT8 weights           in blocks `MatMulNBits`, by rows `QGemm`: inputs are rounded to 16 bits, 8 of them in each of two products.
+                           Inputs of 8 bits would double the loss.
     INT8 by INT8           `QGemm`, the graph's own integers. Signed by signed has no kernel on x86; unsigned by unsigned is as exact.
     FP8, odd group sizes   widened to float32 once, where memory has room: no CPU computes with them.
 
@@ -25,7 +26,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from trtllm_thoughtx.backends.ort_blocks import DOMAIN, LONGEST, block_of, blocked, blocked_bytes, blocks_node, session_of, takes_bytes
+from trtllm_thoughtx.backends.ort_blocks import (
+    DOMAIN,
+    LONGEST,
+    block_of,
+    blocked,
+    blocked_bytes,
+    blocks_node,
+    session_of,
+    split_nodes,
+    takes_bytes,
+)
 from trtllm_thoughtx.checkpoint.tensor_file import unpack_four
 from trtllm_thoughtx.families.formats import INT8
 from trtllm_thoughtx.process.machine import available_bytes
@@ -59,8 +70,8 @@ class Fused:
     num_lookups: int = 0  # in quantized matrices
 
 
-def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_rows: bool = False) -> Fused:
-    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers. `rounds_rows`: inputs of
+def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_inputs: bool = False) -> Fused:
+    """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers. `rounds_inputs`: inputs of
     INT8 matrices are rounded to 8 bits, as those of 4-bit layers are."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -91,12 +102,13 @@ def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_rows: bool = False) -
             continue
         if kind == "static":
             products, arrays = _static_product(node, matrix, made, tensors, data)
-        elif kind == "rows" and rounds_rows and (size := block_of(tensors[matrix.input[0]].dims[1], LONGEST)) and takes_bytes():
+        elif kind in ("rows", "bytes") and (size := _size_of(matrix, tensors, rounds_inputs)):
             raw, scales = read_initializer(tensors[matrix.input[0]], data), _scales(matrix, made, tensors, data)
             names = (f"{matrix.input[0]}/blocks", f"{matrix.input[1]}/blocks")
             num_out, num_in = tensors[matrix.input[0]].dims
             arrays = dict(zip(names, blocked_bytes(raw.reshape(num_out, num_in), scales, size), strict=True))
-            products = [blocks_node(node.input[0], names, _output(node), num_out, num_in, size, bits=8)]
+            where = (node.input[0], names, _output(node), num_out, num_in, size)
+            products = bytes_nodes(*where, rounds_inputs=rounds_inputs, done=done)
         elif kind == "rows":
             products, arrays = _rows_product(node, matrix, tensors, data, set(done))
         else:
@@ -143,6 +155,14 @@ def _looked_up(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> list
         return None
     (weight, scale), ids, output = matrix.input[:2], node.input[1], node.output[0]
     rows, wide, scales = f"{output}/rows", f"{output}/wide", f"{output}/scales"
+    if _group(matrix):
+        stored = made[scale].input[0] if scale in made else scale  # in float16: only what is looked up is widened
+        return [
+            helper.make_node("Gather", [weight, ids], [rows], name=rows),
+            helper.make_node("Gather", [stored, ids], [f"{scales}/stored"], name=f"{scales}/stored"),
+            helper.make_node("Cast", [f"{scales}/stored"], [scales], name=scales, to=TensorProto.FLOAT),
+            helper.make_node("DequantizeLinear", [rows, scales], [output], name=output, axis=-1, block_size=_group(matrix)),
+        ]
     return [
         helper.make_node("Gather", [weight, ids], [rows], name=rows),
         helper.make_node("Cast", [rows], [wide], name=wide, to=TensorProto.FLOAT),
@@ -159,13 +179,37 @@ def _matrix(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> onnx.No
 
 
 def _kind(node: onnx.NodeProto, matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto]) -> str:
-    """static: INT8 by INT8; rows, blocks: weight-only, with a scale for each; wide: anything else."""
+    """static: INT8 by INT8; rows, bytes, blocks: weight-only, with a scale for each row, or block of 8 or 4 bits; wide: anything else."""
     source, weight = made.get(node.input[0]), tensors[matrix.input[0]]
     if source is not None and source.op_type == "DequantizeLinear":
         return "static" if weight.data_type == TensorProto.INT8 else "wide"
     if weight.data_type == TensorProto.INT8 and not _group(matrix):
         return "rows"
+    if weight.data_type == TensorProto.INT8 and block_of(_group(matrix)) and takes_bytes():
+        return "bytes"
     return "blocks" if weight.data_type == TensorProto.INT4 and block_of(_group(matrix)) else "wide"
+
+
+def _size_of(matrix: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], rounds_inputs: bool) -> int:
+    num_in, group = tensors[matrix.input[0]].dims[1], _group(matrix)
+    return size_of_bytes(num_in, num_in // group if group else 0, rounds_inputs=rounds_inputs)
+
+
+def size_of_bytes(num_in: int, num_groups: int, *, rounds_inputs: bool) -> int:
+    """Inputs of a block of `MatMulNBits` for an INT8 matrix with so many groups (0: a scale a row); 0 for none. Matrices with a scale a row
+    take it where their inputs are rounded to 8 bits, block by block."""
+    if not num_groups and not rounds_inputs:
+        return 0
+    return block_of(num_in // num_groups if num_groups else num_in, LONGEST) if takes_bytes() else 0
+
+
+def bytes_nodes(
+    x: str, names: Sequence[str], output: str, num_out: int, num_in: int, size: int, *, rounds_inputs: bool, done: Container[str] = ()
+) -> list[onnx.NodeProto]:
+    """Float inputs by an INT8 matrix in blocks: rounded to 8 bits, or to 16."""
+    if rounds_inputs:
+        return [blocks_node(x, names, output, num_out, num_in, size, bits=8)]
+    return split_nodes(x, names, output, num_out, num_in, size, done)
 
 
 def _group(matrix: onnx.NodeProto) -> int:

@@ -11,6 +11,7 @@ from trtllm_thoughtx.families.formats import INT4, INT8, Format
 
 OPERATORS = {
     "rows": "QGemm twice, inputs rounded to 16 bits",
+    "bytes": f"MatMulNBits at accuracy level {ort_blocks.LEVEL}, inputs rounded to 16 bits by blocks",
     "blocks": f"MatMulNBits at accuracy level {ort_blocks.LEVEL}, inputs rounded to 8 bits by blocks",
 }
 
@@ -19,19 +20,19 @@ class FusedProduct:
     """Callable: float32 [tokens, in] -> [tokens, out], without bias. `stored` is int8 [out, in] or uint8 [out, in / 2], `scale` [out] or
     [out, in / group]."""
 
-    def __init__(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, rounds_rows: bool = False) -> None:
-        """`zero` are the stored zero points of a 4-bit matrix; `rounds_rows`: as `ort_fused.fuse` has it."""
+    def __init__(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None, *, rounds_inputs: bool = False) -> None:
+        """`zero` are the stored zero points of a 4-bit matrix; `rounds_inputs`: as `ort_fused.fuse` has it."""
         num_out = len(stored)
-        size = ort_blocks.block_of(stored.shape[1], ort_blocks.LONGEST) if rounds_rows and stored.dtype == np.int8 else 0
+        size = ort_fused.size_of_bytes(stored.shape[1], scale.shape[1] if scale.ndim == 2 else 0, rounds_inputs=rounds_inputs)
         if stored.dtype == np.uint8:
             num_in = 2 * stored.shape[1]
             group = num_in // scale.shape[1]
             arrays = dict(zip("wsz", ort_blocks.blocked(stored, scale, group, zero), strict=False))
             nodes = [ort_blocks.blocks_node("x", [*arrays], "y", num_out, num_in, group)]
-        elif size and ort_blocks.takes_bytes():
+        elif size:
             num_in = stored.shape[1]
             arrays = dict(zip("ws", ort_blocks.blocked_bytes(stored, scale, size), strict=True))
-            nodes = [ort_blocks.blocks_node("x", [*arrays], "y", num_out, num_in, size, bits=8)]
+            nodes = ort_fused.bytes_nodes("x", [*arrays], "y", num_out, num_in, size, rounds_inputs=rounds_inputs)
         else:
             num_in, arrays = stored.shape[1], {"w": stored, "s": scale, **ort_fused.CONSTANTS}
             if not ort_fused.takes_signed_weights():
@@ -54,4 +55,6 @@ def kind_of(form: Format, group_size: int) -> str | None:
         return None
     if (form.number, form.scales) == (INT8, "row"):
         return "rows"
-    return "blocks" if form.number == INT4 and ort_blocks.block_of(group_size) else None
+    if not ort_blocks.block_of(group_size) or (form.number == INT8 and not ort_blocks.takes_bytes()):
+        return None
+    return {INT4: "blocks", INT8: "bytes"}.get(form.number)

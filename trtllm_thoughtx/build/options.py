@@ -13,7 +13,7 @@ from typing import Any
 
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.flags import CHUNK_SIZE, COUNT, LAYERS, MAX_LEN, NATS, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
-from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig
+from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.formats import FORMATS, INT4
 from trtllm_thoughtx.families.size import layer_parameters
@@ -284,14 +284,23 @@ def misfits(build: BuildConfig) -> list[str]:
 
 
 def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
-    """Where an engine is known to be no faster than float32 on a CPU, and what to build instead (`bench/quantized.py` measures it)."""
+    """Where an engine is known to be no faster than float32 on a CPU (`bench/quantized.py` measures it), or a plan no smaller than one of
+    16-bit weights, and what to build instead."""
     quant = config.quantization
-    if quant is None or quant.algo is None or "onnxruntime" not in settings.backends:
+    if quant is None or quant.algo is None:
         return []
+    found = []
+    if FORMATS[quant.algo].of_rows and any(BACKENDS[backend].builds_plans for backend in settings.backends):
+        why = "TensorRT-RTX 1.7 widens INT8 in blocks when it builds, and keeps INT8 with a scale a row"
+        found = [f"the plan holds 16-bit weights: {why}; for plans calibrate with --group_size 0"]
+    return found if "onnxruntime" not in settings.backends else [*found, *_notes_of_cpu(quant, settings)]
+
+
+def _notes_of_cpu(quant: QuantConfig, settings: BuildConfig) -> list[str]:
     if settings.dtype != "float32":
         why = f"onnxruntime widens quantized weights of a {settings.dtype} engine in every step on a CPU"
         return [f"slower than float32: {why}; for CPUs build with --backend onnxruntime --dtype float32"]
-    number = FORMATS[quant.algo].number
+    number = FORMATS[quant.algo or ""].number
     if number.is_float:
         why = f"no CPU computes with {number.name}; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
         return [

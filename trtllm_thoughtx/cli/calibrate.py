@@ -129,17 +129,23 @@ PROGRAMS = (
 @click.option("--fit_exit_head", is_flag=True, help="Fit an exit head that predicts when the answer is known.")
 @click.option("--exit_layers", type=LAYERS, help="Fit exit adapters at these layers, for self-speculative decoding in a staged engine.")
 @click.option("--calib_data", type=PATH, help="JSONL file (chunk report: of traces), .txt file or data set.  [default: generated tasks]")
-@click.option("--calib_size", type=POSITIVE, help="Sequences to take.  [default: 128, an eighth judges; GPTQ 64; int8_wo, chunk report 16]")
-@click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512; GPTQ, int8_wo 256]")
+@click.option("--calib_size", type=POSITIVE, help="Sequences to take.  [default: 128, an eighth judges; GPTQ 64; chunk report 16]")
+@click.option("--calib_seq_len", type=Count(8, 1 << 20), help="Tokens of a sequence, at most.  [default: 512; GPTQ 256]")
 @click.option("--batch_size", type=Count(1, 4096), help="Batch size; does not affect results.  [default: 8, exits 16]")
 @click.option("--self_traces", is_flag=True, default=None, help="Calibrate on the model's own answers to the prompts of the data.")
 @click.option(
     "--private_data", is_flag=True, default=None, help="Do not embed calibration tokens; engines are validated on synthetic sequences."
 )
-@click.option("--group_size", type=Count(2, 1 << 16), help="Group size of 4-bit scales.  [default: int4_wo 32, int4_awq 128, or what fits]")
+@click.option(
+    "--group_size",
+    type=Count(0, 1 << 16),
+    help="Inputs that share a scale; int8_wo 0: a row.  [default: 64, int4_wo 32, int4_awq 128, or what fits]",
+)
 @click.option("--exclude", type=MODULES, help="Layers to leave unquantized, e.g. 'transformer.layers.0.*'.")
 @click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize lm_head as the layers are; a tied one is the embedding.")
-@click.option("--rounding", type=OneOf(("gptq", "nearest")), help="Rounding of weights.  [default: int4_wo, int4_awq gptq, others nearest]")
+@click.option(
+    "--rounding", type=OneOf(("gptq", "nearest")), help="Rounding of weights.  [default: gptq where scales have groups, others nearest]"
+)
 @click.option("--plain_rounding", is_flag=True, default=None, help="Round to nearest without any search, as a baseline.")
 @click.option("--kv_cache_dtype", type=OneOf(("auto", *KV_ALGOS)), help="int8: onnxruntime; fp8: tensorrt-llm.  [default: auto]")
 @click.option("--sensitivity", is_flag=True, default=None, help="Also measure each layer's sensitivity to quantization.")

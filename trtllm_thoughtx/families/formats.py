@@ -58,6 +58,7 @@ class Format:
     search: str | None = None  # smoothquant | awq: factors per input channel
     zeros: str | None = None  # that groups may have: `points` on the number's grid, or numbers that are `added`
     has_order: bool = False  # inputs may be put in the order of their groups
+    of_rows: str | None = None  # the same with a scale a row in place of groups, for matrices that no group divides, or on demand
 
     @property
     def is_weight_only(self) -> bool:
@@ -85,7 +86,8 @@ FORMATS = {
     for row in (
         Format(algo="FP8", number=FP8, scales="tensor", inputs="static", qformat="fp8"),
         Format(algo="W8A8_SQ_PER_CHANNEL", number=INT8, inputs="static", qformat="int8_sq", search="smoothquant"),
-        Format(algo="W8A16", number=INT8, scale_name="per_channel_scale", qformat="int8_wo"),
+        Format(algo="W8A16", number=INT8, scale_name="per_channel_scale"),  # int8_wo by rows
+        Format(algo="W8A16_GPTQ", number=INT8, scales="group", qformat="int8_wo", of_rows="W8A16"),
         Format(algo="W4A16_AWQ", number=INT4, scales="group", qformat="int4_awq", search="awq"),
         Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo", zeros="points"),
         Format(algo="FP8_PER_CHANNEL", number=FP8, inputs="static"),  # ours
@@ -94,7 +96,7 @@ FORMATS = {
         Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
     )
 }
-OF_EMBEDDING = "W8A16"  # embeddings are stored so, beside layers of any format
+OF_EMBEDDING = "W8A16_GPTQ"  # embeddings are stored so, or by its rows, beside layers of any format
 QUANT_ALGOS = {row.qformat: row.algo for row in FORMATS.values() if row.qformat}  # --qformat -> quant_algo
 KV_ALGOS = {number.name.lower(): number.name for number in (FP8, INT8)}  # --kv_cache_dtype -> kv_cache_quant_algo
 

@@ -5,6 +5,7 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     FP8                   weight F8_E4M3, weights_scaling_factor [1], activation_scaling_factor [1]
     W8A8_SQ_PER_CHANNEL   weight I8, weights_scaling_factor [out], activation_scaling_factor [1], prequant_scaling_factor [in]
     W8A16                 weight I8, per_channel_scale [out]
+    W8A16_GPTQ            weight I8, weights_scaling_factor [out, in / group_size]
     W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]; with zero points zero U8, of as many
     W4A16_AWQ             as W4A16 without zero points, and prequant_scaling_factor [in]
     W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size], with activation order input_order I32 [in]
@@ -15,7 +16,7 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
 value = stored * scale (+ zero, of its group), in W4A16 (stored - zero) * scale; an input is multiplied by the prequant factor first.
 Column j of a matrix with an order belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low
 half. Scales are F32, or F16 where the section says `scale_dtype`. With `has_quantized_embedding` the embedding and the head are stored as
-W8A16. Both keys are ours. Weight-only matrices keep
+W8A16, or with an `embedding_group_size` as W8A16_GPTQ with scales in F16. These keys are ours. Weight-only matrices keep
 this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only unquantized and FP8 checkpoints go to `trtllm-build` as
 they are. Zero points and orders are keys and tensors that it does not know.
 """
@@ -48,8 +49,15 @@ def stored_as(quant: QuantConfig | None, module: str) -> QuantConfig | None:
     if quant is None:
         return None
     if quant.embedding and (module == TABLE or (module == "lm_head" and not quant.covers(module))):
-        return QuantConfig(algo=OF_EMBEDDING)
+        return embedding_of(quant)
     return quant if module != TABLE and quant.covers(module) else None
+
+
+def embedding_of(quant: QuantConfig) -> QuantConfig:
+    """How a quantized embedding is stored."""
+    if quant.embedding_group:
+        return QuantConfig(algo=OF_EMBEDDING, group_size=quant.embedding_group, scale_dtype="float16")
+    return QuantConfig(algo=FORMATS[OF_EMBEDDING].of_rows)
 
 
 def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -75,6 +83,9 @@ def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str,
 def check_groups(config: ModelConfig, fields: Fields) -> None:
     """E102 when a matrix with a scale per group cannot be cut into groups of `group_size` input channels."""
     quant = config.quantization
+    if quant is not None and quant.embedding_group and config.hidden_size % quant.embedding_group:
+        size, hidden = quant.embedding_group, config.hidden_size
+        fields.wrong("quantization.embedding_group_size", f"is {size}, which does not cut {hidden} channels into groups")
     if quant is not None and quant.algo is not None and FORMATS[quant.algo].scales == "group":
         for num_in in (config.hidden_size, config.q_size, config.intermediate_size):
             if num_in % quant.group_size or quant.group_size % 2:
@@ -122,6 +133,7 @@ def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
         **({"has_input_order": True} if quant and quant.input_order else {}),
         **({"scale_dtype": quant.scale_dtype} if quant and quant.scale_dtype != "float32" else {}),
         **({"has_quantized_embedding": True} if quant and quant.embedding else {}),
+        **({"embedding_group_size": quant.embedding_group} if quant and quant.embedding_group else {}),
     }
 
 
@@ -148,6 +160,9 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     embedding = table.boolean("has_quantized_embedding", False)
     if embedding and form is None:
         table.unsupported("quantization.has_quantized_embedding is true", "the layers are not quantized")
+    embedding_group = table.integer("embedding_group_size", 0, 1 << 16, 0)
+    if embedding_group and not embedding:
+        table.unsupported(f"quantization.embedding_group_size is {embedding_group}", "the embedding is not quantized")
     scale_dtype = table.get("scale_dtype", "float32")
     if scale_dtype not in SCALE_TYPES or (scale_dtype != "float32" and (form is None or form.scales != "group")):
         table.unsupported(f"quantization.scale_dtype is {shown(scale_dtype)}", "scales are float32, those of groups also float16")
@@ -169,5 +184,6 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
         zero_point=zero_point,
         input_order=input_order,
         embedding=embedding,
+        embedding_group=embedding_group,
         exclude=tuple(excluded),
     )

@@ -28,8 +28,8 @@ from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.weights import WeightSource
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.formats import FORMATS, OF_EMBEDDING
-from trtllm_thoughtx.families.quantization import TABLE, linear_modules
+from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.quantization import TABLE, embedding_of, linear_modules
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence, spread
@@ -78,7 +78,7 @@ class Walk:
         """Looks rows of the embedding up as the quantized model does."""
         if self.quant.embedding:
             tensors = tensor_file.read_all(self.root, table.FILE)
-            return lambda ids: table.looked_up(tensors, TABLE, ids)
+            return lambda ids: table.looked_up(tensors, TABLE, ids, embedding_of(self.quant))
         weight = read(self.source, f"{TABLE}.weight")
         return lambda ids: weight[torch.tensor(list(ids), device=weight.device)]
 
@@ -87,15 +87,16 @@ class Walk:
         if not self.quant.embedding or self.quant.covers("lm_head"):
             return None
         if self.source.config.tied:
-            return table.found(tensor_file.read_all(self.root, table.FILE), TABLE)
-        return table.found(tensor_file.read_all(self.root, "head.safetensors"), "lm_head")
+            return table.found(tensor_file.read_all(self.root, table.FILE), TABLE, embedding_of(self.quant))
+        return table.found(tensor_file.read_all(self.root, "head.safetensors"), "lm_head", embedding_of(self.quant))
 
     def product_of_head(self, one: Found) -> FusedProduct | None:
         """The same on onnxruntime's operators."""
         if ORT not in self.ways:
             return None
-        few_bits = FORMATS[self.algo].number.bits < FORMATS[OF_EMBEDDING].number.bits
-        return FusedProduct(grid.pack(one.matrix, one.scale, OF_EMBEDDING), one.scale.numpy(force=True), rounds_rows=few_bits)
+        algo = embedding_of(self.quant).algo or ""
+        few_bits = FORMATS[self.algo].number.bits < FORMATS[algo].number.bits
+        return FusedProduct(grid.pack(one.matrix, one.scale, algo), one.scale.numpy(force=True), rounds_inputs=few_bits)
 
     def run(self, progress: Progress) -> None:
         """Every layer and the head; what is there already is kept."""
@@ -122,7 +123,7 @@ class Walk:
     def _embed(self) -> None:
         weight = read(self.source, f"{TABLE}.weight")
         if self.quant.embedding:
-            tensor_file.write_all(self.root / table.FILE, table.rounded(weight, TABLE))
+            tensor_file.write_all(self.root / table.FILE, table.rounded(weight, TABLE, embedding_of(self.quant)))
         looked_up = self.embedded()
         for row, ids in enumerate([*self.data.rows, *self.data.judging * (1 + len(self.ways))]):
             as_it_was = row in self.held or (row < self.num_rows and not self.compensates)
@@ -246,7 +247,7 @@ class Walk:
             one, product = found.get("lm_head"), self._products(found).get("lm_head") if ORT in self.ways else None
         elif self.quant.embedding:
             if not self.source.config.tied:
-                extra = table.rounded(head.weight, "lm_head")
+                extra = table.rounded(head.weight, "lm_head", embedding_of(self.quant))
                 tensor_file.write_all(self.root / "head.safetensors", extra)
             one = self.head_of_embedding()
             product = self.product_of_head(one) if one else None

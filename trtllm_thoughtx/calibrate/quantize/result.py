@@ -9,7 +9,8 @@ from typing import Any
 from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
-from trtllm_thoughtx.families.formats import FORMATS, OF_EMBEDDING
+from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.quantization import embedding_of
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
 GRAPH = "the graph as it stands"
@@ -80,7 +81,7 @@ def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping
     of the embedding."""
     wide, counted = wide_bits(config), judged_modules(modules, quant)
     total = sum(facts["num_weights"] for facts in counted.values())
-    of_table = FORMATS[OF_EMBEDDING].number.bits if quant.embedding else wide
+    of_table = stored_bits(embedding_of(quant)) if quant.embedding else wide
     used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
     return {
         "num_weights": total,

@@ -14,6 +14,7 @@ from trtllm_thoughtx.families.formats import FORMATS, QUANT_ALGOS
 from trtllm_thoughtx.families.quantization import TABLE, linear_modules
 
 GROUPS, SHORT_GROUPS = (128, 64, 32, 16), (32, 16, 64, 128)  # that fit first; of formats with zero points
+BYTE_GROUPS = (64, 32, 128, 16)  # of 8-bit formats
 
 
 def rounding_of(quant: QuantConfig, rounding: str | None, plain: bool) -> str:
@@ -46,16 +47,7 @@ def quant_config(
     if qformat not in QUANT_ALGOS:
         why = f"known are {', '.join(QUANT_ALGOS)}"
         raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
-    algo, size = QUANT_ALGOS[qformat], group_size or 128
-    if FORMATS[algo].scales == "group":
-        widths = (config.hidden_size, config.q_size, config.intermediate_size)
-        wanted = SHORT_GROUPS if FORMATS[algo].zeros else GROUPS
-        fitting = [g for g in wanted if all(width % g == 0 for width in widths)]
-        size = group_size or (fitting[0] if fitting else 0)
-        if not size or size % 2 or any(width % size for width in widths):
-            why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
-            fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
-            raise ThoughtxError("E001", "4-bit groups do not fit this model", where=f"--group_size {size or 16}", why=why, fix=fix)
+    algo, size = _sizes(config, QUANT_ALGOS[qformat], group_size)
     excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
     table_stays = any(fnmatch.fnmatchcase(TABLE, pattern) for pattern in exclude)
     quant = QuantConfig(
@@ -65,6 +57,7 @@ def quant_config(
         prequant=FORMATS[algo].search is not None and not plain,
         zero_point=FORMATS[algo].zeros is not None and not plain,
         embedding=FORMATS[algo].is_weight_only and not table_stays,
+        embedding_group=size if FORMATS[algo].of_rows and not table_stays else 0,
         exclude=excluded,
     )
     known = [*linear_modules(config), TABLE]
@@ -75,6 +68,24 @@ def quant_config(
     if not any(quant.covers(module) for module in known if module != TABLE):
         raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
     return quant
+
+
+def _sizes(config: ModelConfig, algo: str, group_size: int | None) -> tuple[str, int]:
+    """(format, inputs of a group); a format that has rows as well takes them for a group size of 0, and where no group fits."""
+    form = FORMATS[algo]
+    if form.scales != "group":
+        return algo, group_size or 128
+    widths = (config.hidden_size, config.q_size, config.intermediate_size)
+    wanted = BYTE_GROUPS if form.of_rows else SHORT_GROUPS if form.zeros else GROUPS
+    fitting = [g for g in wanted if all(width % g == 0 for width in widths)]
+    if form.of_rows and (group_size == 0 or (group_size is None and not fitting)):
+        return form.of_rows, 128
+    size = group_size or (fitting[0] if fitting and group_size is None else 0)
+    if not size or size % 2 or any(width % size for width in widths):
+        why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
+        fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
+        raise ThoughtxError("E001", "groups of inputs do not fit this model", where=f"--group_size {group_size or 0}", why=why, fix=fix)
+    return algo, size
 
 
 def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
