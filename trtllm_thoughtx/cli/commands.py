@@ -98,6 +98,8 @@ def build(
 @click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
 @click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
+@click.option("--prompts", type=PATH, help="JSONL file of prompts to compare as well, as thoughtx-run reads it.")
+@click.option("--private_data", is_flag=True, help="Record only the hashes of --prompts.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Validate this backend only.  [default: every backend in the directory]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
 @framework.exact_option

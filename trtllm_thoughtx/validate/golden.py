@@ -10,8 +10,9 @@ downloaded checkpoint, every size is checked, and a file made for another model 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trtllm_thoughtx.strictjson import parse_json
 SCHEMA = "thoughtx.golden/1"
 KEY = "thoughtx.golden"
 MAX_BYTES = 4 << 30
+GIVEN = "given_"  # how the names of prompts that a user gave begin
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Prompt:
     chunk_size: int | None  # what the engine is given; None without chunked attention
     mask: ChunkSpec | None  # what the reference is given; None is full causal attention
     layers: bool = False  # compare every layer's hidden state too
+
+    @property
+    def is_given(self) -> bool:
+        return self.name.startswith(GIVEN)
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids, which a golden file may have in their place."""
+        return hashlib.sha256(np.array(self.ids, "<i4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -81,8 +92,8 @@ class Expected:
     truths: Mapping[str, Truth]
 
 
-def write_golden(path: Path, expected: Expected) -> None:
-    """Write `expected` to `path` at once or not at all."""
+def write_golden(path: Path, expected: Expected, *, is_private: bool = False) -> None:
+    """Write `expected` to `path` at once or not at all. `is_private`: prompts that a user gave are stored by hash only."""
     tensors: dict[str, np.ndarray] = {}
     rows = []
     for prompt in expected.prompts:
@@ -91,7 +102,8 @@ def write_golden(path: Path, expected: Expected) -> None:
         if truth.hidden:
             tensors[f"{prompt.name}.hidden"] = np.stack(truth.hidden).astype("<f4")
         bands = [dataclasses.astuple(band) for band in (truth.logits_band, *truth.hidden_bands)]
-        rows.append({**dataclasses.asdict(prompt), "bands": bands})
+        hidden = {"ids": prompt.sha256} if is_private and prompt.is_given else {}
+        rows.append({**dataclasses.asdict(prompt), **hidden, "bands": bands})
     story = {"schema": SCHEMA, "source": expected.source, "identity": expected.identity, "prompts": rows}
     metadata = {KEY: json.dumps(story, sort_keys=True, allow_nan=False)}
     ordered = {name: tensors[name] for name in sorted(tensors)}
@@ -99,8 +111,9 @@ def write_golden(path: Path, expected: Expected) -> None:
         tensor_file.write_to(out, tensor_file.entries_of(ordered), ordered.values(), metadata)
 
 
-def read_golden(path: Path, identity: dict[str, Any]) -> Expected:
-    """Read a golden file for the engine with this `identity`; E150 when it is malformed or another's."""
+def read_golden(path: Path, identity: dict[str, Any], given: Sequence[Prompt] = ()) -> Expected:
+    """Read a golden file for the engine with this `identity`; E150 when it is malformed or another's. `given`: prompts of the user, for
+    those that the file has by hash only."""
     where = shown(str(path), 400)
     data = read_named(path, MAX_BYTES, code="E150")
     try:
@@ -109,6 +122,7 @@ def read_golden(path: Path, identity: dict[str, Any]) -> Expected:
     except ThoughtxError as error:
         raise _malformed(where, f"{error.what}: {error.why}") from error
     story = _story(outer.get("__metadata__"), where)
+    _reveal(story["prompts"], given, where)
     prompts, bands = _prompts(story, where)
     _same_identity(story["identity"], identity, where)
     arrays = {}
@@ -138,6 +152,23 @@ def _story(metadata: Any, where: str) -> dict[str, Any]:
     if story["schema"] != SCHEMA:
         raise _malformed(where, f"schema is {shown(story['schema'])}, this version reads {SCHEMA}")
     return story
+
+
+def _reveal(rows: list[Any], given: Sequence[Prompt], where: str) -> None:
+    """Put the token ids of `given` where the file has their hash."""
+    known = {prompt.sha256: prompt.ids for prompt in given}
+    hidden = [row for row in rows if isinstance(row, dict) and isinstance(row.get("ids"), str)]
+    missing = [row.get("name") for row in hidden if row["ids"] not in known]
+    if missing:
+        why = f"their sha256 is no prompt's of this engine's tokenizer: {listed([shown(name) for name in missing])}"
+        what = "the golden file has prompts by hash only, and they are not at hand"
+        fix = "give the file that it was recorded with: --prompts FILE.jsonl"
+        raise ThoughtxError("E150", what, where=where, why=why if given else "it was recorded with --private_data", fix=fix)
+    if given and not hidden:
+        why = "it holds the token ids of all its prompts, and values for no others"
+        raise ThoughtxError("E001", "this golden file needs no --prompts", where=where, why=why, fix="leave --prompts out, or record again")
+    for row in hidden:
+        row["ids"] = list(known[row["ids"]])
 
 
 def _prompts(story: dict[str, Any], where: str) -> tuple[tuple[Prompt, ...], dict[str, tuple[Band, ...]]]:

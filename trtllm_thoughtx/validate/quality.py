@@ -106,25 +106,31 @@ def _is_row(row: object, vocab: int) -> bool:
 
 def prompts_of(rows: Sequence[Sequence[int]], build: BuildConfig, vocab_size: int) -> tuple[Prompt, ...]:
     """The stored sequences as prompts, cut to what the engine takes, each under the engine's own mask."""
-    size, mask = None, None
-    if build.use_chunked_attention:
-        size = build.chunk_size
-        mask = ChunkSpec(size, build.sink_tokens, build.left_chunks, build.num_anchors)
+    size, mask = mask_of(build)
     cut = [tuple(row[: build.max_seq_len]) for row in rows]
     return tuple(Prompt(f"held_out_{i}", ids, tuple(spread(len(ids), vocab_size)), size, mask) for i, ids in enumerate(cut))
+
+
+def mask_of(build: BuildConfig) -> tuple[int | None, ChunkSpec | None]:
+    """(chunk size, mask) of an engine as it was built; None twice for full attention."""
+    if not build.use_chunked_attention:
+        return None, None
+    return build.chunk_size, ChunkSpec(build.chunk_size, build.sink_tokens, build.left_chunks, build.num_anchors)
 
 
 def checks(engine: Engine, backend: str, expected: Expected, limits: Limits) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(name, what is wrong or nothing, evidence) of each check on an engine that is loaded."""
     alone: dict[str, np.ndarray] = {}
-    seen = Divergence()
+    seen = {False: Divergence(), True: Divergence()}  # of the plan's prompts, and of those that the user gave
     for prompt in expected.prompts:
         alone[prompt.name] = engine.forward([prompt.ids], chunk_size=prompt.chunk_size)[0]
         rows = list(prompt.rows)
         targets = [prompt.ids[p + 1] if p + 1 < len(prompt.ids) else -1 for p in rows]
-        seen.add(expected.truths[prompt.name].logits, alone[prompt.name][rows], targets)
+        seen[prompt.is_given].add(expected.truths[prompt.name].logits, alone[prompt.name][rows], targets)
     told = {"limits": limits.source, "max_kl": limits.max_kl, "min_top1_agreement": limits.min_top1_agreement}
-    yield f"{backend}: answers within the limits", limits.broken(seen.summary()), {**seen.summary(), **told}
+    for is_given in sorted({prompt.is_given for prompt in expected.prompts}):
+        found, name = seen[is_given].summary(), "answers to --prompts" if is_given else "answers"
+        yield f"{backend}: {name} within the limits", limits.broken(found), {**found, **told}
     for name, run in _other_runs(engine, expected.prompts):
         same = Divergence()
         for prompt, first, logits in run:

@@ -37,6 +37,7 @@ from trtllm_thoughtx.report import Check
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
+from trtllm_thoughtx.validate.given import given_prompts
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
 from trtllm_thoughtx.validate.runs import SEGMENTS, Run, decoded, longest, prefilled
 
@@ -87,24 +88,31 @@ def validate(
     backend: str | None = None,
     seed: int = 0,
     exact: bool = False,
+    prompts: Path | None = None,
+    private_data: bool = False,
     progress: Progress = SILENT,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
 
     `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
+    `prompts`: a JSONL file of prompts that are checked beside the plan's; with `private_data` a recorded file has only their hashes.
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
     Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
     """
     _check_request(reference, golden, record)
+    if private_data and (record is None or prompts is None):
+        why, fix = "it says how a recorded file keeps the prompts that were given", "add --record FILE and --prompts FILE.jsonl"
+        raise ThoughtxError("E001", "--private_data needs --record and --prompts", where="--private_data", why=why, fix=fix)
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
     checks = [_files_check(directory)]
     if checks[0].status == "failed":
         why = "the files do not match their manifest, so nothing was loaded"
         return Report((*checks, *(Check(f"{name}: runs", "skipped", why) for name in backends)), "nothing")
-    expected = read_expected(directory, reference, golden, seed, progress)
+    given = () if prompts is None else given_prompts(prompts, directory)
+    expected = read_expected(directory, reference, golden, seed, progress, given)
     if record is not None:
-        golden_file.write_golden(Path(record), expected)
+        golden_file.write_golden(Path(record), expected, is_private=private_data)
     for name in backends:
         checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress)
     return Report(tuple(checks), expected.source)
@@ -143,17 +151,20 @@ def identity_of(directory: EngineDir) -> dict[str, Any]:
     }
 
 
-def read_expected(directory: EngineDir, reference: Path | None, golden: Path | None, seed: int, progress: Progress) -> Expected:
-    """From a golden file, or from the reference."""
+def read_expected(
+    directory: EngineDir, reference: Path | None, golden: Path | None, seed: int, progress: Progress, given: tuple[Prompt, ...] = ()
+) -> Expected:
+    """From a golden file, or from the reference. `given`: prompts beside those of the plan."""
     identity = identity_of(directory)
     if golden is not None:
-        return golden_file.read_golden(Path(golden), identity)
+        return golden_file.read_golden(Path(golden), identity, given)
     assert reference is not None
     _check_same_model(directory, Path(reference))
-    prompts = None
-    if directory.config.quantization is not None:
-        prompts = quality.prompts_of(quality.read_limits(directory)[1], directory.build, directory.config.vocab_size) or None
-    return run_reference(Path(reference), directory.config, directory.build, identity, seed, progress, prompts)
+    config, build, prompts = directory.config, directory.build, tuple[Prompt, ...]()
+    if config.quantization is not None:
+        prompts = quality.prompts_of(quality.read_limits(directory)[1], build, config.vocab_size)
+    prompts = (*(prompts or parity.plan_prompts(config, build, seed)), *given)
+    return run_reference(Path(reference), config, build, identity, seed, progress, prompts)
 
 
 def run_reference(
@@ -267,7 +278,9 @@ def logits_checks(engine: Engine, backend: str, expected: Expected, step: Callab
         if len(prompt.ids) > 1:
             _decoded(engine, judge, f"decode {prompt.name}", [prompt], [max(1, len(prompt.ids) - parity.NUM_DECODED)])
         step()
-    _ragged(engine, judge, alone)
+    _ragged(engine, judge, alone, [prompt for prompt in expected.prompts if not prompt.is_given])
+    if given := [prompt for prompt in expected.prompts if prompt.is_given]:
+        _ragged(engine, judge, alone, given, " of --prompts")
     _segments(engine, judge, alone)
     return judge.checks
 
@@ -319,15 +332,15 @@ def _decoded(engine: Engine, judge: _Judge, name: str, prompts: Sequence[Prompt]
     judge.add(name, judge.verdicts(run), num_steps=max(steps), num_rows=num_rows)
 
 
-def _ragged(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray]) -> None:
-    prompts = _batch(judge.expected.prompts, engine.build.max_batch_size)
+def _ragged(engine: Engine, judge: _Judge, alone: dict[str, np.ndarray], prompts: Sequence[Prompt], which: str = "") -> None:
+    prompts = _batch(prompts, engine.build.max_batch_size)
     if len(prompts) < 2:
-        judge.skip("ragged prefill", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
+        judge.skip(f"ragged prefill{which}", f"max_batch_size is {engine.build.max_batch_size}, or there is one prompt only")
         return
     run, lengths = prefilled(engine, prompts), " ".join(str(len(p.ids)) for p in prompts)
-    judge.add("ragged prefill", judge.verdicts(run), lengths=lengths)
-    judge.add("ragged equals alone", judge.verdicts(run, alone), lengths=lengths)
-    _decoded(engine, judge, "ragged decode", prompts, [-(-len(p.ids) // 2) for p in prompts])
+    judge.add(f"ragged prefill{which}", judge.verdicts(run), lengths=lengths)
+    judge.add(f"ragged equals alone{which}", judge.verdicts(run, alone), lengths=lengths)
+    _decoded(engine, judge, f"ragged decode{which}", prompts, [-(-len(p.ids) // 2) for p in prompts])
 
 
 def _batch(prompts: Sequence[Prompt], size: int) -> list[Prompt]:
