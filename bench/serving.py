@@ -48,17 +48,17 @@ def fixed_groups(engine: Engine, prompts: Sequence[list[int]], num_new: Sequence
     session, written = engine.session, list[list[int]]()
     for start in range(0, len(prompts), num_slots):
         rows, most = prompts[start : start + num_slots], num_new[start : start + num_slots]
-        batch = session.start(rows, None)
-        logits, new = session.prefill(batch, list(rows)), [list[int]() for _ in rows]
-        while True:
+        batch, width = session.start(rows, None), max(map(len, rows))
+        padded = [[*prompt, *[prompt[-1]] * (width - len(prompt))] for prompt in rows]
+        logits = session.step(batch, padded, [[len(prompt) - 1] for prompt in rows])[:, 0]
+        for row, prompt in enumerate(rows):
+            batch.forget(row, len(prompt))
+        new = [list[int]() for _ in rows]
+        for _ in range(max(most)):
             for row, tokens in enumerate(new):
-                if len(tokens) < most[row]:
-                    tokens.append(int(logits[row].argmax()))
-            feeding = [[tokens[-1]] if len(batch.tokens[row]) < len(rows[row]) + most[row] - 1 else [] for row, tokens in enumerate(new)]
-            if not any(feeding):
-                break
-            logits = session.step(batch, feeding, [[0]] * len(rows))[:, 0]
-        written += new
+                tokens.append(int(logits[row].argmax()))
+            logits = session.step(batch, [tokens[-1:] for tokens in new], [[0]] * len(rows))[:, 0]
+        written += [tokens[:num] for tokens, num in zip(new, most, strict=True)]
     return written
 
 

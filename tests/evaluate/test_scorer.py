@@ -92,6 +92,33 @@ def test_what_greedy_decoding_writes_is_greedy(engine):
     assert [is_greedy for _, is_greedy in found] == [True, False] and found[0][0] > found[1][0]
 
 
+def test_a_context_that_choices_share_is_read_once(engine):
+    """Whatever stands between them; choices that differ in their last token are one row of logits."""
+    engine.generate([], GenerationParams())
+    context, other = list(range(40)), list(range(20, 60))
+    pairs = [(context, [1, 2, 3]), (other, [5]), (context, [7, 8]), (other, [6]), (context, [9]), (context, [1, 2, 4])]
+    found = Scorer(opened(engine)).score(pairs)
+    for (before, after), (score, is_greedy) in zip(pairs, found, strict=True):
+        wanted, greedy = expected_score(engine, before, after)
+        assert score == pytest.approx(wanted, abs=1e-6) and is_greedy == greedy
+    Scorer(opened(engine)).score(pairs)
+    assert engine.stats.num_reused == 2 * 38 and engine.stats.work.num_head_rows == 3 + 1 + 2 + 1
+    assert engine.stats.work.num_layer_tokens == engine.config.num_layers * (42 + 3 + 2 + 40)
+
+
+def test_a_bounded_cache_scores_the_same_with_what_it_can_keep(made, tmp_path):
+    sizes = {"max_seq_len": LENGTH, "max_batch_size": 2, "use_chunked_attention": True, "chunk_size": 24, "sink_tokens": 2}
+    build(made / "m", tmp_path / "e", {"backend": ("onnxruntime",), "dtype": "float32", "max_input_len": 9, "left_chunks": 1, **sizes})
+    engine = Engine.load(tmp_path / "e", num_threads=1)
+    context = list(range(LENGTH - 8))
+    pairs = [(context[:num], list(range(num, num + more))) for num in (20, 30, LENGTH - 8) for more in (1, 2, 5)]
+    for (before, after), (score, is_greedy) in zip(pairs, Scorer(opened(engine)).score(pairs), strict=True):
+        wanted, greedy = expected_score(engine, before, after)
+        assert score == pytest.approx(wanted, abs=1e-6) and is_greedy == greedy
+    assert engine.stats.num_reused > 0
+    engine.close()
+
+
 def test_rows_of_a_batch_do_not_disturb_each_other(model):
     together = model.loglikelihood(asked(*PAIRS))
     for pair, (score, is_greedy) in zip(PAIRS, together, strict=True):
@@ -190,7 +217,7 @@ class Writes:
     def __init__(self, text: Any, replies: dict[str, str]) -> None:
         self.text, self.replies, self.num_written = text, replies, 0
 
-    def logits(self, rows: Any, firsts: Any) -> list[np.ndarray]:
+    def score(self, jobs: Any) -> Any:
         raise AssertionError("answers are asked for")
 
     def write(self, rows: Any, params: list[GenerationParams], streams: Any, is_done: Any) -> Iterable[tuple[int, Written]]:

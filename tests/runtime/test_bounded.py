@@ -85,15 +85,23 @@ def test_every_call_finds_exactly_what_is_visible(seed):
             written = np.arange(feeds["write_indices"][place], feeds["write_indices"][place] + len(p))
             assert written[-1] < build.kv_capacity
 
-    while any(pending):
-        new = batch.cut(pending, rng.randint(1, 20))
-        for row in range(3):
-            for alone, feeds in batch.upkeep(row) if new[row] else ():
+    def fed(first, end, widths):
+        for row in range(first, end):
+            for alone, feeds in batch.upkeep(row):
                 assert alone.first == row
                 check(feeds, [row])
-        check(batch.feed(new, [[max(len(x) - 1, 0)] for x in new]))
-        pending = [row[len(part) :] for row, part in zip(pending, new, strict=True)]
-    assert all(batch.tokens)
+        new = [[0] * width for width in widths]
+        check(batch.view(first, end).feed(new, [[0]] * len(new)), range(first, end))
+
+    for row in rng.sample(range(3), 3):  # prompts alone, then steps of neighbours
+        alone = batch.view(row, row + 1)
+        for num in alone.pieces(len(pending[row]), rng.randint(1, 20)):
+            fed(row, row + 1, [num])
+    for _ in range(rng.randint(1, 60)):
+        first = rng.randrange(3)
+        end = rng.randint(first + 1, 3)
+        fed(first, end, [1] * (end - first))
+    assert [len(row) for row in batch.tokens] >= [len(row) for row in pending]
 
 
 def test_the_cache_has_the_size_of_the_window(model, tmp_path):

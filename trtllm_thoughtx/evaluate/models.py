@@ -16,15 +16,16 @@ import torch
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.evaluate.systems import STEPPED, IsDone, Written, need_text
+from trtllm_thoughtx.evaluate.systems import IsDone, Job, Written, need_text
 from trtllm_thoughtx.runtime import answers
-from trtllm_thoughtx.runtime.logits import log_probability
+from trtllm_thoughtx.runtime.logits import Score, Scores, log_probability
 from trtllm_thoughtx.runtime.sampling import Sampler
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.validate.reference import load_model, version
 
 SUFFIXES = (".safetensors", ".json", ".jinja")  # the files that decide what a model answers
+FEW = 32  # tokens of a continuation
 
 
 class ModelSystem:
@@ -135,9 +136,22 @@ class ModelSystem:
         ends_at = [stream.num_chars if stream.is_done else None for stream in streams_of]
         return [Written(written[row], logprobs[row], str(reasons[row]), seconds[row], text_end=ends_at[row]) for row in range(num)]
 
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        if len(rows) > 1 and max(map(len, rows)) - min(firsts) > STEPPED:  # logits of so many positions: one row at a time
-            return [self.logits([row], [first])[0] for row, first in zip(rows, firsts, strict=True)]
+    def score(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Score]]]:
+        """In batches; one at a time where there would be logits of many positions."""
+        start = 0
+        while start < len(jobs):
+            few = all(len(continuations[0]) <= FEW for _, continuations in jobs[start : start + self.batch_size])
+            batch = jobs[start : start + (self.batch_size if few else 1)]
+            rows = [[*context, *continuations[0][:-1]] for context, continuations in batch]
+            firsts = [len(context) - 1 for context, _ in batch]
+            for place, (logits, (_, continuations)) in enumerate(zip(self._logits(rows, firsts), batch, strict=True), start):
+                scores = Scores(continuations)
+                scores.add(logits)
+                yield place, scores.found
+            start += len(batch)
+
+    def _logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
+        """Of each row those of the places from `firsts` on."""
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)  # padded on the right, which a causal mask hides
         for place, row in enumerate(rows):
             ids[place, : len(row)] = torch.tensor(list(row))

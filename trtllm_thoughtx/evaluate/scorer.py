@@ -12,12 +12,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.systems import System
 from trtllm_thoughtx.progress import Stage
-from trtllm_thoughtx.runtime.logits import log_softmax
 from trtllm_thoughtx.text.answer import split_text
 from trtllm_thoughtx.text.params import GenerationParams
 
@@ -68,7 +65,7 @@ class Scorer:
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """(context, continuation) ids -> (sum of log-probabilities in nats, whether greedy decoding would write it)."""
         room = self.source.max_length
-        jobs: dict[tuple[tuple[int, ...], int], list[int]] = {}  # choices of one token share a row
+        jobs: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}  # choices that differ in their last token are one
         for index, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
                 why = "the tokenizer drops it, or joins it to the last word before it"
@@ -76,18 +73,16 @@ class Scorer:
                 raise ThoughtxError("E140", "a text to be scored has no tokens", where=f"request {index}", why=why, fix=fix)
             if len(continuation) > room:
                 raise _too_long(f"a continuation of {len(continuation)} tokens", room)
-            whole = (*context, *continuation)[-room - 1 :]
             self.num_truncated += len(context) + len(continuation) > room + 1
-            jobs.setdefault((whole[:-1], len(whole) - len(continuation) - 1), []).append(index)
+            jobs.setdefault((tuple(context[-(room + 1 - len(continuation)) :]), tuple(continuation[:-1])), []).append(index)
         self.num_alike += len(pairs) - len({(tuple(context), tuple(continuation)) for context, continuation in pairs})
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        order = sorted(jobs, key=lambda job: -len(job[0]))
-        for start in range(0, len(order), self.source.batch_size):
-            batch = order[start : start + self.source.batch_size]
-            for job, logits in zip(batch, self.source.logits([row for row, _ in batch], [first for _, first in batch]), strict=True):
-                for index in jobs[job]:
-                    scores[index] = _log_likelihood(logits, pairs[index][1])
-                self._advance(len(jobs[job]))
+        order = sorted(jobs, key=lambda job: (-len(job[0]), job))  # a context that two have is read once
+        asked = [(context, tuple(tuple(pairs[index][1]) for index in jobs[context, begun])) for context, begun in order]
+        for place, found in self.source.score(asked):
+            for index, score in zip(jobs[order[place]], found, strict=True):
+                scores[index] = score
+            self._advance(len(found))
         return scores
 
     def complete(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -155,17 +150,6 @@ class Scorer:
     def _advance(self, num: int) -> None:
         if self.stage is not None:
             self.stage.advance(num)
-
-
-def _log_likelihood(logits: np.ndarray, ids: Sequence[int]) -> tuple[float, bool]:
-    """Of `ids` under float [len(ids), vocab]. E123 when a logit is not finite."""
-    values = np.asarray(logits, np.float64)
-    if not np.isfinite(values).all():
-        why = "the numbers left the range of the engine's type, or the weights are damaged"
-        fix = "build the engine with more range (thoughtx-build --dtype float32) and compare it with its checkpoint (thoughtx-validate)"
-        raise ThoughtxError("E123", "logits are not finite", where="a text to be scored", why=why, fix=fix)
-    log_probs = log_softmax(values)[np.arange(len(ids)), list(ids)]
-    return float(log_probs.sum()), bool((values.argmax(axis=1) == np.array(ids)).all())
 
 
 def _too_long(what: str, room: int) -> ThoughtxError:

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.runtime.answers import sha256_of
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.generation import CANCELLED, check
 from trtllm_thoughtx.runtime.jobs import engine_sha256
+from trtllm_thoughtx.runtime.logits import Score
 from trtllm_thoughtx.runtime.row import Request
 from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.text import Text
 
 TRUNCATED = ("length", "capacity")
-STEPPED = 32  # continuations up to this long are fed token by token: the logits of a whole prompt may take gigabytes
 IsDone = Callable[[int, list[int]], bool]  # (row, its new ids so far)
+Job = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]  # a context, and continuations that differ in their last token at most
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class System(Protocol):
         """Of what its answers depend on."""
         ...
 
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        """For each of at most `batch_size` rows: float [length - first, vocab], the logits of positions first .. length - 1."""
+    def score(self, jobs: Sequence[Job]) -> Iterable[tuple[int, list[Score]]]:
+        """Places of jobs with the scores of their continuations, each as soon as it is there. E123 where a logit is not finite."""
         ...
 
     def close(self) -> None: ...
@@ -136,12 +135,17 @@ class EngineSystem:
             said = one.thinking_stop, one.num_layer_tokens, one.is_open, one.text_end
             yield row, Written(one.output_ids, one.logprobs or [], reason, one.seconds, *said)
 
-    def logits(self, rows: Sequence[Sequence[int]], firsts: Sequence[int]) -> list[np.ndarray]:
-        assert not isinstance(self.chunk_size, str)
-        if max(len(row) - first for row, first in zip(rows, firsts, strict=True)) <= STEPPED:
-            return self.engine.decode_logits(rows, [first + 1 for first in firsts], chunk_size=self.chunk_size)
-        whole = self.engine.forward(rows, chunk_size=self.chunk_size)
-        return [logits[first:] for logits, first in zip(whole, firsts, strict=True)]
+    def score(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Score]]]:
+        params = GenerationParams(max_new_tokens=1)
+        requests = [
+            Request(context, params, place, 0, chunk_size=self.chunk_size, continuations=continuations)
+            for place, (context, continuations) in enumerate(jobs)
+        ]
+        for place, one in self.engine.complete(requests, num_slots=self.batch_size):
+            if isinstance(one, ThoughtxError):
+                raise one
+            assert one.scores is not None
+            yield place, one.scores
 
     def close(self) -> None:
         self.engine.close()

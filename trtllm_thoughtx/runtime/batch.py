@@ -10,22 +10,19 @@ no query sees any more. Before a row enters its next chunk, those tokens of this
 copied.
 
 Neighbouring rows are a batch of their own (`view`): their part of the cache is contiguous, so a call takes them and leaves the others.
-
-A row's tokens are right-padded to the call's width. Padding is written to the slots behind the row's last token, where it is marked
-empty until real tokens overwrite it. When a row is so near the end of its section that padding would not fit, the call starts
-earlier and feeds the row's last tokens again: that writes the same values to the same slots.
+The rows of a call are fed equally many tokens, so nothing is padded: a prompt is read alone, and rows that decode are fed one each.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from trtllm_thoughtx.config import BuildConfig
 
-COLUMNS = ("slots", "used", "layer_tokens", "offsets")  # numbers of each row
+COLUMNS = ("slots", "used", "layer_tokens")  # numbers of each row
 LIVE_STEP = 16  # live slots are counted in steps, so that not every token is a new shape
 
 
@@ -40,7 +37,6 @@ class Batch:
         self.slots = np.full((num_rows, build.kv_capacity), -1, np.int64)  # the position that a slot holds, -1: none
         self.used = np.zeros(num_rows, np.int64)  # slots of a row from here on were never written
         self.layer_tokens = np.zeros(num_rows, np.int64)  # work done for each row: tokens times layers
-        self.offsets = np.zeros(num_rows, np.int64)  # where in the last call of `feed` each row's new tokens begin
 
     def view(self, start: int, end: int) -> Batch:
         """The rows `start` to `end` - 1, as a batch that shares all that is known of them; until `clear`, `copy` or `exchange`."""
@@ -96,24 +92,6 @@ class Batch:
         assert self.chunk_size is not None
         return self.build.num_kept + position % ((self.build.left_chunks + 1) * int(self.chunk_size[row]))
 
-    def cut(self, pending: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        """The beginnings of `pending` tokens of each row that one call takes: within their sections, at most `most` of each."""
-        widths, limit = [], self.build.kv_capacity
-        for row, tokens in enumerate(pending):
-            length = len(self.tokens[row])
-            first, end = self.section(row, length if tokens else max(length - 1, 0))
-            widths.append(min(len(tokens), most, end - length))
-            limit = min(limit, end - first)
-        return [list(tokens[: min(width, limit)]) for tokens, width in zip(pending, widths, strict=True)]
-
-    def segments(self, pending: Sequence[Sequence[int]], most: int) -> Iterator[list[list[int]]]:
-        """`pending` tokens of each row, cut to calls; each must be fed before the next is taken."""
-        rest = [list(tokens) for tokens in pending]
-        while any(rest):
-            new = self.cut(rest, most)
-            rest = [tokens[len(taken) :] for tokens, taken in zip(rest, new, strict=True)]
-            yield new
-
     def forget(self, row: int, length: int) -> None:
         """Take back all but the first `length` tokens of a row. Bounded caches: only within the chunk that was fed last."""
         del self.tokens[row][length:]
@@ -126,6 +104,13 @@ class Batch:
         room = min(num_tokens, self.section(0, length)[1] - length)
         num = min(room, most)
         return num - 1 if room - num == 1 and num > 2 else num
+
+    def pieces(self, num_tokens: int, most: int) -> Iterator[int]:
+        """`num_tokens` of this row in pieces; each must be fed before the next is taken."""
+        while num_tokens > 0:
+            num = self.piece(num_tokens, most)
+            num_tokens -= num
+            yield num
 
     def upkeep(self, row: int) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Calls that must run before a row is fed: when it is at the end of a chunk, those of the tokens that outlive it."""
@@ -144,32 +129,21 @@ class Batch:
             yield alone, alone._again(length - 1, 1, build.sink_tokens + turn)
 
     def feed(self, new: list[list[int]], logit_rows: list[list[int]]) -> dict[str, np.ndarray]:
-        """Append `new` tokens to the rows (`cut` says how many fit) and return the inputs of one call.
+        """Append `new` tokens to the rows, equally many to each (`piece` says how many fit), and return the inputs of one call.
 
-        `logit_rows`: per row, which of its new tokens (0: the first) to project to logits; rows must ask for equally many, at least
-        one; a row without new tokens gets the logits of its last token again.
+        `logit_rows`: per row, which of its new tokens (0: the first) to project to logits; rows must ask for equally many, at least one.
         """
-        width = max(1, max(len(row) for row in new))
-        starts, rows = [], []
-        for row, (history, extra, wanted) in enumerate(zip(self.tokens, new, logit_rows, strict=True)):
-            first = len(history)
+        width, starts, slots = len(new[0]), [], []
+        for row, (history, extra) in enumerate(zip(self.tokens, new, strict=True)):
+            start = len(history)
             history.extend(extra)
-            assert history and len(history) <= self.build.max_seq_len, (len(history), self.build.max_seq_len)
-            start = self._start(row, width, first if extra else first - 1)
-            assert first == len(history) or self.section(row, first) == self.section(row, len(history) - 1), "cut() was not asked"
-            rows.append([first - start + i if extra else len(history) - 1 - start for i in wanted])
+            assert len(extra) == width and 0 < len(history) <= self.build.max_seq_len, (len(extra), width, len(history))
+            assert len(history) <= self.section(row, start)[1], "piece() was not asked"
+            slot = self.slot(row, start)
+            self.slots[row, slot : slot + width] = np.arange(start, len(history))
             starts.append(start)
-            self.offsets[row] = first - start
-            at = self.slot(row, start)
-            self.slots[row, at : at + width] = -1
-            self.slots[row, at : at + len(history) - start] = np.arange(start, len(history))
-        return self._feeds(width, starts, [self.slot(row, start) for row, start in enumerate(starts)], rows)
-
-    def _start(self, row: int, width: int, first: int) -> int:
-        """The position from which a call of this width feeds the row: `first`, or earlier where padding would leave the section."""
-        begin, end = self.section(row, first)
-        assert end - begin >= width, (begin, end, width)
-        return min(first, end - width)
+            slots.append(slot)
+        return self._feeds(width, starts, slots, logit_rows)
 
     def refeed(self, num: int) -> dict[str, np.ndarray]:
         """Inputs of a call that takes the last `num` tokens of the one row again, all of them projected to logits."""
@@ -184,9 +158,8 @@ class Batch:
     def _feeds(self, width: int, starts: list[int], slots: list[int], logit_rows: list[list[int]]) -> dict[str, np.ndarray]:
         ids, positions = [], []
         for history, start in zip(self.tokens, starts, strict=True):
-            window = history[start : start + width]
-            ids.append(window + [window[-1]] * (width - len(window)))
-            positions.append([min(start + i, start + len(window) - 1) for i in range(width)])
+            ids.append(history[start : start + width])
+            positions.append(range(start, start + width))
         np.maximum(self.used, np.add(slots, width), out=self.used)
         live = min(self.build.kv_capacity, -(-int(self.used.max()) // LIVE_STEP) * LIVE_STEP)
         feeds = {

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trtllm_thoughtx.runtime.logits import Score
+
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len) | cancelled;
+    """One answer. `stop_reason` is eos | stop | length (max_new_tokens) | capacity (the engine's max_seq_len) | cancelled | scored;
     `logits` float32 [new tokens, vocab], those that each token was picked from, and `logprobs` (natural, temperature 1), when asked for.
     `top_logprobs` are the likeliest tokens at each place, as `GenerationParams.logprobs` asks for them. `text_end`: only so many characters
     of the decoded ids are the text, because `stop_string`, or a stop token, follows; None: all of them. `index`: which of the prompt's
@@ -29,6 +31,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     prompt_logprobs: list[float] | None = None  # of all prompt tokens but the first, where the request keeps them
     prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+    scores: list[Score] | None = None  # of the request's continuations
     text_end: int | None = None
     stop_string: str | None = None
     index: int = 0

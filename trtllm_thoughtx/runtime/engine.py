@@ -123,7 +123,7 @@ class Engine:
         self.runner.close()
 
     def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]:
-        """Prefill ragged rows in segments of at most `piece` tokens; float32 logits [length, vocab] of every position of each row."""
+        """Read rows in segments of at most `piece` tokens; float32 logits [length, vocab] of every position of each row."""
         return self.forward_layers(ids, chunk_size=chunk_size, piece=piece)[0]
 
     def forward_layers(
@@ -136,21 +136,21 @@ class Engine:
         return self.session.forward(self.session.start(ids, chunk_size), ids, piece)
 
     def decode_logits(self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None) -> list[np.ndarray]:
-        """Teacher-forced decoding: prefill the first `num_prompt[b]` tokens of each row, then feed one token a step.
+        """Teacher-forced decoding: read the first `num_prompt[b]` tokens of each row, then feed a token a step to all rows that have one.
 
         Returns float32 logits [length - num_prompt + 1, vocab] per row, for positions num_prompt-1 .. length-1.
         """
-        session = self.session
-        batch = session.start(ids, chunk_size)
-        first = session.prefill(batch, [list(row[:n]) for row, n in zip(ids, num_prompt, strict=True)])
-        logits = [[row] for row in first]
-        for step in range(max(len(row) - n for row, n in zip(ids, num_prompt, strict=True))):
-            new = [list(row[n + step : n + step + 1]) for row, n in zip(ids, num_prompt, strict=True)]
-            out = session.step(batch, new, [[0]] * len(new))[:, 0]
-            for row, token, value in zip(logits, new, out, strict=True):
-                if token:
-                    row.append(value)
-        return [np.stack(row) for row in logits]
+        session, steps = self.session, [len(row) - num for row, num in zip(ids, num_prompt, strict=True)]
+        batch, order = session.start(ids, chunk_size), sorted(range(len(ids)), key=lambda row: -steps[row])
+        logits: dict[int, list[np.ndarray]] = {}
+        for slot, row in enumerate(order):
+            logits[row] = [session.extend(batch.view(slot, slot + 1), ids[row][: num_prompt[row]])]
+        for step in range(max(steps)):
+            live = [row for row in order if steps[row] > step]
+            new = [[ids[row][num_prompt[row] + step]] for row in live]
+            for row, values in zip(live, session.step(batch.view(0, len(live)), new, [[0]] * len(live))[:, 0], strict=True):
+                logits[row].append(values)
+        return [np.stack(logits[row]) for row in range(len(ids))]
 
     def complexity(self, prompts: Sequence[Sequence[int]]) -> list[float]:
         """The prompt entropy, in nats, of each prompt: how unsure the model is of what follows its tokens (`chunks`)."""

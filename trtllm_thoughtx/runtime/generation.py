@@ -20,7 +20,7 @@ from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.drafts import MAX_DRAFTS, OFF, TRUST, TRUSTED, Drafter, check_policy
-from trtllm_thoughtx.runtime.row import Request, Row
+from trtllm_thoughtx.runtime.row import SCORED, Request, Row
 from trtllm_thoughtx.runtime.scheduler import Scheduler
 from trtllm_thoughtx.runtime.session import Session
 from trtllm_thoughtx.runtime.slots import Slots
@@ -106,7 +106,7 @@ class Generation:
 
     def _row(self, request: Request) -> Row:
         build, params = self.session.build, request.params
-        row = Row(request, list(request.prompt), self.eos_ids, build.max_seq_len)
+        row = Row(request, request.fed, self.eos_ids, build.max_seq_len)
         row.exit_threshold = build.exit_threshold if isinstance(params.exit_threshold, str) else params.exit_threshold
         if self.text is not None and (params.stop or params.stop_token_ids):
             row.stream = self.text.stop_stream(params)
@@ -123,6 +123,8 @@ class Generation:
     def _thought(self, row: Row) -> Thinking | None:
         """Follows the row's thinking. A thinking that must not begin is closed in the prompt."""
         text, params, stop = self.text, row.params, None
+        if row.request.continuations:
+            return None
         prompt = row.request.prompt  # which knows how its template closes a thinking: no list does
         if text is None or text.think_ids is None:
             return None
@@ -153,7 +155,11 @@ class Generation:
         if self._filling is None:
             row.began = clock()
             self._filling = self._pieces(row, self._slot(index))
-        if next(self._filling, DONE) is not DONE:
+        try:
+            if next(self._filling, DONE) is not DONE:
+                return
+        except ThoughtxError as error:
+            self._failed(index, error)
             return
         self._filling = None
         self.slots.exchange(*self.scheduler.filled())
@@ -170,22 +176,22 @@ class Generation:
             row.thought = self._thought(row)
             fed = batch.tokens[0]
             same = next((i for i, pair in enumerate(zip(fed, row.prompt, strict=False)) if pair[0] != pair[1]), len(fed))
-            same = 0 if request.keeps_prompt_logprobs else same
+            same = min(same, row.first_wanted)
             self.session.stats.num_read_again += len(fed) - same
             batch.forget(0, same)
-        elif row.is_live and not request.keeps_prompt_logprobs:
-            row.num_reused = slots.begin(slot, row.prompt, row.chunk_size)
+        elif row.is_live:
+            row.num_reused = slots.begin(slot, row.prompt[: row.first_wanted + 1], row.chunk_size)
         else:
             slots.empty(slot, row.chunk_size)
         batch, most = slots.view(slot, slot + 1), self.segment
-        if request.keeps_prompt_logprobs:
+        if row.first_wanted < len(row.prompt) - 1:
             most = min(most, self.session.runner.max_logit_rows)
         while row.is_live and (rest := row.prompt[len(batch.tokens[0]) :]):
             num = batch.piece(len(rest), most)
-            places = range(num) if request.keeps_prompt_logprobs else range(num - 1, num)
-            logits, exit_probs = self.session.call(batch, [rest[:num]], [list(places)])
-            if request.keeps_prompt_logprobs:
-                row.judge_prompt(logits[0], rest[1 : num + 1])
+            wanted = list(range(max(0, row.first_wanted - len(batch.tokens[0])), num))
+            logits, exit_probs = self.session.call(batch, [rest[:num]], [wanted or [num - 1]])
+            if wanted:
+                row.look_at(logits[0], rest[wanted[0] + 1 : num + 1])
             if not self._is_chosen(request):
                 slots.num_filled[slot] = len(batch.tokens[0])
             if num < len(rest):
@@ -250,21 +256,27 @@ class Generation:
     def _advance(self, row: Row) -> None:
         """Let a row write as far as its logits reach: at its end it has written a token that is not fed yet, or it has ended."""
         index = row.request.index
+        if row.request.continuations:
+            row.reason = SCORED
         try:
             self._probe(row)
             while row.is_live and self._write(row):
                 self._probe(row)
         except ThoughtxError as error:
-            if error.code != "E123":
-                raise
-            self._leave(index)
-            self._ended.append((index, error))
+            self._failed(index, error)
             return
         if not row.is_live:
             self.session.stats.num_decoded += max(0, len(row.output) - 1)
             done = self._completion(index)
             self._leave(index)
             self._ended.append((index, done))
+
+    def _failed(self, index: int, error: ThoughtxError) -> None:
+        """E123 is the affair of the request that met it; any other error is the engine's."""
+        if error.code != "E123":
+            raise error
+        self._leave(index)
+        self._ended.append((index, error))
 
     def _write(self, row: Row) -> bool:
         """Write one token; whether there are logits for another one: it was drafted."""
@@ -339,7 +351,7 @@ def check_request(session: Session, text: Text | None, request: Request) -> None
     """E122 for one that this engine cannot follow, before any work."""
     check(session, text, request.params)
     chunks.check(session, request.chunk_size)
-    session.check_prompt(request.index, request.prompt)
+    session.check_prompt(request.index, request.fed)
 
 
 def check(session: Session, text: Text | None, params: GenerationParams) -> None:

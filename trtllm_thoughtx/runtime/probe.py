@@ -61,7 +61,7 @@ def ask(session: Session, batch: Batch, closing: Sequence[int], num_tokens: int,
     answer: list[int] = []
     logs: list[float] = []
     while True:
-        logits = session.extend(batch, [pending])[0]
+        logits = session.extend(batch, pending)
         token = int(logits.argmax())
         logs.append(log_probability(logits, token))
         if token not in stops:

@@ -14,7 +14,7 @@ import numpy as np
 
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
-from trtllm_thoughtx.runtime.logits import log_probability, top_logprobs
+from trtllm_thoughtx.runtime.logits import Scores, log_probability, top_logprobs
 from trtllm_thoughtx.runtime.lookup import Lookup
 from trtllm_thoughtx.runtime.probe import ProbeAnswers
 from trtllm_thoughtx.runtime.sampling import Sampler
@@ -23,13 +23,16 @@ from trtllm_thoughtx.text.params import GenerationParams
 from trtllm_thoughtx.text.stream import StopStream
 from trtllm_thoughtx.text.thinking import Thinking
 
+SCORED = "scored"
 STREAMS_APART = 1 << 40  # the random streams of a prompt's several answers: no request has so many prompts
 
 
 @dataclass(frozen=True)
 class Request:
     """What one row is asked for. `index`: its number among the requests; `stream`: of its random numbers; `chunk_size`: tokens, "auto", or
-    None: as the engine was built. One of higher `priority` waits less (see `scheduler`)."""
+    None: as the engine was built. One of higher `priority` waits less (see `scheduler`).
+
+    With `continuations`, equally long and different in their last token at most, nothing is written: they are scored behind the prompt."""
 
     prompt: Sequence[int]
     params: GenerationParams
@@ -40,6 +43,12 @@ class Request:
     chunk_size: int | str | None = None
     priority: int = 0
     keeps_prompt_logprobs: bool = False
+    continuations: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def fed(self) -> list[int]:
+        """What is read: the prompt, and what follows it in all continuations."""
+        return [*self.prompt, *(self.continuations[0][:-1] if self.continuations else ())]
 
 
 @dataclass
@@ -82,6 +91,15 @@ class Row:
     @functools.cached_property
     def lookup(self) -> Lookup:
         return Lookup([*self.prompt, *self.output])
+
+    @functools.cached_property
+    def scores(self) -> Scores:
+        return Scores(self.request.continuations)
+
+    @property
+    def first_wanted(self) -> int:
+        """The first place of what is fed whose logits are looked at."""
+        return 0 if self.request.keeps_prompt_logprobs else len(self.request.prompt if self.request.continuations else self.prompt) - 1
 
     @property
     def params(self) -> GenerationParams:
@@ -144,9 +162,11 @@ class Row:
             return thinking.HEAD
         return thinking.PROBE if self.is_settled else None
 
-    def judge_prompt(self, logits: np.ndarray, following: Sequence[int]) -> None:
-        """Logits [tokens, V] of prompt tokens, and the tokens that follow them: one less at the prompt's end."""
-        for values, token in zip(logits, following, strict=False):
+    def look_at(self, logits: np.ndarray, following: Sequence[int]) -> None:
+        """Logits [tokens, V] from `first_wanted` on, as they come, and the tokens that follow there: one less at the end."""
+        if self.request.continuations:
+            self.scores.add(logits)
+        for values, token in zip(logits, following, strict=False) if self.request.keeps_prompt_logprobs else ():
             self.prompt_logprobs.append(log_probability(values, token))
             self.prompt_top_logprobs.append(top_logprobs(values, self.params.logprobs or 0))
 
@@ -191,6 +211,7 @@ class Row:
             logprobs=self.logprobs if self.request.keeps_logprobs or num_top is not None else None,
             top_logprobs=self.top_logprobs if num_top is not None else None,
             prompt_logprobs=self.prompt_logprobs if self.request.keeps_prompt_logprobs else None,
+            scores=self.scores.found if self.request.continuations and self.reason == SCORED else None,
             prompt_top_logprobs=self.prompt_top_logprobs if self.request.keeps_prompt_logprobs else None,
             text_end=stream.num_chars if stream is not None and stream.is_done else None,
             stop_string=stream.found if stream is not None else None,

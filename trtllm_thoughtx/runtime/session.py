@@ -112,23 +112,22 @@ class Session:
         """One call of all parts, after those that keep what the next chunk still needs; logits [B, K, vocab], and what an exit head says
         there, [B, K, 2], zeros without one."""
         self.upkeep(batch, new)
-        counts = list(map(len, new))
-        rows = [len(wanted) if extra else 0 for wanted, extra in zip(logit_rows, new, strict=True)]
+        counts, rows = list(map(len, new)), list(map(len, logit_rows))
         out = self.run_parts(batch, batch.feed(new, logit_rows), 0, len(self.directory.parts), counts, rows)
         logits = out["logits"]
         return logits, out["exit"] if "exit" in out else np.zeros((*logits.shape[:2], 2), np.float32)
 
     def upkeep(self, batch: Batch, new: Sequence[Sequence[int]]) -> None:
         """The calls that must come before `new` is fed: see `Batch.upkeep`."""
-        for row, tokens in enumerate(new):
-            for alone, feeds in batch.upkeep(row) if tokens else ():
+        for row in range(len(new)):
+            for alone, feeds in batch.upkeep(row):
                 self.run_parts(alone, feeds, 0, len(self.directory.parts), [0], [0])
                 self.stats.work.num_layer_tokens += feeds["positions"].shape[1] * self.config.num_layers
 
     def run_parts(
         self, batch: Batch, feeds: Mapping[str, np.ndarray], first: int, last: int, num_tokens: Sequence[int], num_rows: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row, padding left out."""
+        """`Runner.run`, with its work counted: `num_tokens` and `num_rows` (of logits) of each row."""
         parts = self.directory.parts[first:last]
         num_layers = parts[-1].last_layer - parts[0].first_layer
         for row, number in enumerate(num_tokens):
@@ -136,36 +135,26 @@ class Session:
         self.stats.work.add(num_layers, sum(num_tokens), sum(num_rows), sum(self.part_bytes[first:last]))
         return self.runner.run(feeds, first, last, batch.first)
 
-    def prefill(self, batch: Batch, rows: list[list[int]]) -> np.ndarray:
-        """Feed the rest of whole rows; float32 logits [B, vocab] of each row's last token, which must not be fed yet."""
-        return self.extend(batch, [row[len(fed) :] for fed, row in zip(batch.tokens, rows, strict=True)])
-
-    def extend(self, batch: Batch, pending: Sequence[Sequence[int]]) -> np.ndarray:
-        """Feed each row its tokens, in as many calls as they take; float32 logits [B, vocab] of the last of them, zeros without any."""
-        logits = np.zeros((len(pending), self.config.vocab_size), np.float32)
-        for new in batch.segments(pending, self.build.max_input_len):
-            out = self.step(batch, new, [[max(len(extra) - 1, 0)] for extra in new])[:, 0]
-            is_new = [bool(extra) for extra in new]
-            logits[is_new] = out[is_new]
+    def extend(self, batch: Batch, tokens: Sequence[int]) -> np.ndarray:
+        """Feed the one row tokens, in as many calls as they take; float32 logits [vocab] of the last of them."""
+        for num in batch.pieces(len(tokens), self.build.max_input_len):
+            fed, tokens = list(tokens[:num]), tokens[num:]
+            logits = self.step(batch, [fed], [[num - 1]])[0, 0]
         return logits
 
     def forward(
         self, batch: Batch, rows: Sequence[Sequence[int]], max_segment: int | None
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Feed whole rows in segments of at most `max_segment` tokens. Of every position of each row: float32 logits [length, vocab],
-        and hidden states [length, H] by layer (0: embedding) and row, where the runner taps them."""
-        limit = min(self.build.max_input_len, self.runner.max_logit_rows)
-        logits: list[list[np.ndarray]] = [[] for _ in rows]
-        layers: list[list[list[np.ndarray]]] = []
-        for new in batch.segments(rows, min(max_segment or limit, limit)):
-            width = max(map(len, new))
-            out = self.step(batch, new, [[min(i, max(len(extra) - 1, 0)) for i in range(width)] for extra in new])
-            hidden = [states.reshape(len(rows), width, -1) for _, states in sorted(self.runner.tapped.items())]
-            layers = layers or [[[] for _ in rows] for _ in hidden]
-            for row, (extra, offset) in enumerate(zip(new, batch.offsets, strict=True)):
-                if not extra:
-                    continue
-                logits[row].append(out[row, : len(extra)])
-                for layer, states in zip(layers, hidden, strict=True):
-                    layer[row].append(states[row, offset : offset + len(extra)].astype(np.float32))
-        return [np.concatenate(row) for row in logits], [[np.concatenate(row) for row in layer] for layer in layers]
+        """Feed whole rows, one after the other, in segments of at most `max_segment` tokens. Of every position of each row: float32 logits
+        [length, vocab], and hidden states [length, H] by layer (0: embedding) and row, where the runner taps them."""
+        most = min(max_segment or self.build.max_input_len, self.build.max_input_len, self.runner.max_logit_rows)
+        logits, layers = list[np.ndarray](), list[list[np.ndarray]]()
+        for row, tokens in enumerate(rows):
+            alone, found, hidden = batch.view(row, row + 1), list[np.ndarray](), list[list[np.ndarray]]()
+            for num in alone.pieces(len(tokens), most):
+                first = len(alone.tokens[0])
+                found.append(self.step(alone, [list(tokens[first : first + num])], [list(range(num))])[0])
+                hidden.append([states.reshape(num, -1).astype(np.float32) for _, states in sorted(self.runner.tapped.items())])
+            logits.append(np.concatenate(found))
+            layers.append([np.concatenate(pieces) for pieces in zip(*hidden, strict=True)])
+        return logits, [list(layer) for layer in zip(*layers, strict=True)]
