@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 JOBS ?= 2
 MODEL ?= smollm2
 
-.PHONY: help setup demo serve check test lint bench real sample plugin clean
+.PHONY: help setup demo serve check test lint bench real oracles sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ real: $(STAMP) ## a real model the whole way, checked: make real [MODEL=smollm2|
 	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[real]"
 	@$(VENV)/bin/python bench/real/fetch.py --model $(MODEL)
 	@$(VENV)/bin/python bench/real/path.py --model_dir real-out/$(MODEL)
+
+oracles: $(STAMP) ## .oracles: other people's tools that judge what is shipped; without it their tests are skipped (80 packages)
+	test -x .oracles/bin/python || $(PYTHON) -m venv .oracles
+	.oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ship/oracles.txt
 
 sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample-out (hours on two cores; resumable)
 	@$(VENV)/bin/python -m trtllm_thoughtx.distill.sample --output_dir sample-out --seed 0

@@ -66,6 +66,7 @@ def bench(
     batch_size: int = 1,
     num_threads: int | None = None,
     exact: bool = False,
+    verify_key: Path | None = None,
     repeats: int = 5,
     warmup: int = 1,
     seed: int = 0,
@@ -79,7 +80,7 @@ def bench(
         _check_against(against)
     load = os.getloadavg()[0]
     began = time.perf_counter()
-    engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
+    engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
     load_seconds = time.perf_counter() - began
     limits = [
         ("batch_size", batch_size, engine.build.max_batch_size, "max_batch_size"),

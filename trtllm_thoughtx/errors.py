@@ -42,6 +42,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E121": (Exit.REFUSED, "an engine directory is malformed"),
     "E122": (Exit.REFUSED, "the request does not fit the engine's limits"),
     "E123": (Exit.REFUSED, "the engine computed numbers that are not finite"),
+    "E124": (Exit.REFUSED, "an engine directory is not signed by the given key, or not as it was signed"),
+    "E125": (Exit.REFUSED, "a key cannot be used to sign or verify"),
     "E130": (Exit.REFUSED, "the output path cannot be used"),
     "E140": (Exit.REFUSED, "a prompt or prompts file is malformed"),
     "E150": (Exit.REFUSED, "a golden file is malformed or belongs to another model"),

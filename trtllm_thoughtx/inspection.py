@@ -28,13 +28,17 @@ ONNX_LIMIT = (1 << 31) - 1  # a protobuf message cannot be larger
 SHOWN_APART = ("files", "kind", "error", "inputs", "outputs", "operators", "functions", "parts", "checks")
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """The facts about `path` as JSON types; `kind` says what it is. Raises the error of whoever would read it for use."""
+def describe(path: Path, verify_key: Path | None = None) -> dict[str, Any]:
+    """The facts about `path` as JSON types; `kind` says what it is. Raises the error of whoever would read it for use, and E124 for an
+    engine that `verify_key` did not sign."""
     kind, raw = checkpoint.kind_and_config(Path(path))
+    if verify_key is not None and kind != "engine":
+        why, fix = "this is none, and only they are signed", "leave --verify_key out"
+        raise ThoughtxError("E001", "--verify_key is for engine directories", where=shown(str(path)), why=why, fix=fix)
     if kind in ("huggingface", "tensorrt-llm"):
         described = _checkpoint(Checkpoint(Path(path), known=(kind, raw)))
     else:
-        described = _engine(Path(path), raw) if kind == "engine" else {"onnx": _onnx, "plan": _plan}[kind](Path(path))
+        described = _engine(Path(path), raw, verify_key) if kind == "engine" else {"onnx": _onnx, "plan": _plan}[kind](Path(path))
     return {"kind": kind, "path": str(path), **described}
 
 
@@ -82,19 +86,21 @@ def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _engine(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+def _engine(path: Path, raw: dict[str, Any], verify_key: Path | None) -> dict[str, Any]:
     from trtllm_thoughtx.build.engine_dir import EngineDir
+    from trtllm_thoughtx.ship.signature import SIGNATURE, verify
 
     engine = EngineDir.open(path, raw)
-    error = None
+    error = signed = None
     manifest: dict[str, Any] = {}
     try:
         manifest = engine.manifest
-        engine.verify()
+        signed = verify(engine, verify_key)
     except ThoughtxError as refused:
         if refused.code not in ("E120", "E121"):
             raise
         error = refused.as_dict()
+    is_signed = os.path.lexists(path / SIGNATURE)
     listed = {row["name"]: row["sha256"] for row in manifest.get("outputs", [])}
     rows = [{**row, "sha256": listed.get(row["name"])} for row in _file_rows(path)]
     facts: dict[str, Any] = {
@@ -108,6 +114,7 @@ def _engine(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "created": manifest.get("created"),
         "checks": manifest.get("checks"),
         "matches_manifest": error is None,
+        "signature": f"by the key {signed.key}" if signed else "not verified (--verify_key)" if is_signed else None,
         "unlisted_files": [row["name"] for row in rows if row["sha256"] is None and row["name"] != report.MANIFEST],
         "files": rows,
     }

@@ -21,7 +21,7 @@ from trtllm_thoughtx.cli import entry
 from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
-NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "inspect")
+NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "sign", "inspect")
 HEAVY = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "yaml", "rich", "tokenizers", "jinja2"}
 
 
@@ -290,6 +290,7 @@ def wanted_flags(name: str, path: Path, other: Path) -> list[object]:
         "validate": ["--engine_dir", path, "--reference", SAMPLE],
         "run": ["--engine_dir", path, "--input_ids", "1"],
         "bench": ["--engine_dir", path],
+        "sign": ["--engine_dir", path, "--key", other],
         "inspect": [path],
     }[name]
 

@@ -148,6 +148,9 @@ READERS = {
     "build/engine_dir.py": ("run", "eval", "bench", "validate"),
     "evaluate/": ("eval",),
     "files.py": ("convert", "build", "calibrate", "distill"),
+    "inspection.py": ("inspect",),
+    "ship/": ("sign",),
+    "ship/preflight.py": ("inspect",),
     "validate/golden.py": ("validate",),
     "validate/quality.py": ("validate",),
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output

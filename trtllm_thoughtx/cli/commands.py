@@ -28,7 +28,8 @@ from trtllm_thoughtx.errors import Exit, ThoughtxError
 from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
-ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "inspect")  # in which one uses them
+# in which one uses them
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "sign", "inspect")
 
 
 @command(
@@ -103,6 +104,7 @@ def build(
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Validate this backend only.  [default: every backend in the directory]")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the prompts.")
 @framework.exact_option
+@framework.verify_key_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
 @click.option("--strict", is_flag=True, help="Count skipped checks as failures.")
 @click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
@@ -155,6 +157,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @framework.template_options
 @framework.thinking_options
 @framework.exact_option
+@framework.verify_key_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--output_logits_npy", type=PATH, help="Write float32 logits [new tokens, vocabulary] of one request.")
 def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
@@ -182,6 +185,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 @click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @framework.exact_option
+@framework.verify_key_option
 @click.option("--repeats", type=Count(1, 1000), default=5, help="Timed runs; the median is reported.")
 @click.option("--warmup", type=Count(0, 1000), default=1, help="Warm-up runs before timing.")
 @click.option("--seed", type=Count(0, (1 << 63) - 1), default=0, help="Seed of the random prompts.")
@@ -194,6 +198,24 @@ def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: 
 
 
 @command(
+    "sign",
+    "thoughtx-sign --engine_dir ./engine --key key.pem",
+    "thoughtx-sign --engine_dir ./engine --key next.pem --force",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to sign.")
+@click.option("--key", type=PATH, required=True, help="Private key (PEM): EC P-256, P-384, P-521 or Ed25519.")
+@click.option("--force", is_flag=True, help="Replace a signature.")
+def sign(engine_dir: Path, key: Path, force: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Sign an engine directory, with its provenance and bill of materials."""
+    from trtllm_thoughtx.inspection import summary_table
+    from trtllm_thoughtx.ship.sign import sign
+
+    signed = sign(engine_dir, key, force=force)
+    following = f"next: thoughtx-inspect {engine_dir} --verify_key PUB.pem (openssl pkey -in {key} -pubout -out PUB.pem)"
+    emit("sign", signed, as_json=as_json, human=[summary_table("signed", signed), following])
+
+
+@command(
     "inspect",
     "thoughtx-inspect ./engine",
     "thoughtx-inspect ./engine/rank0.onnx --json",
@@ -203,10 +225,20 @@ def bench(engine_dir: Path, as_json: bool, quiet: bool, debug: bool, **options: 
 @click.option("--preflight", is_flag=True, help="Judge whether an engine would load and run on this machine.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="With --preflight: this backend only.  [default: every one in the directory]")
 @click.option("--junit", "junit_file", type=PATH, help="With --preflight: also write the checks as JUnit XML.")
-def inspect(path: Path, preflight: bool, backend: str | None, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+@framework.verify_key_option
+def inspect(
+    path: Path,
+    preflight: bool,
+    backend: str | None,
+    junit_file: Path | None,
+    verify_key: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
     """Describe PATH: a model, checkpoint, engine directory, .onnx or .engine file."""
     if preflight:
-        return _preflight(path, backend, junit_file, as_json)
+        return _preflight(path, backend, junit_file, verify_key, as_json)
     for name, value in (("backend", backend), ("junit", junit_file)):
         if value is not None:
             why = "without --preflight nothing is judged"
@@ -215,20 +247,20 @@ def inspect(path: Path, preflight: bool, backend: str | None, junit_file: Path |
             )
     from trtllm_thoughtx.inspection import describe, description_tables
 
-    description = describe(path)
+    description = describe(path, verify_key)
     ok = description.get("matches_manifest") is not False
     emit("inspect", description, as_json=as_json, ok=ok, human=description_tables(description))
     if not ok:
         raise click.exceptions.Exit(Exit.REFUSED)
 
 
-def _preflight(path: Path, backend: str | None, junit_file: Path | None, as_json: bool) -> None:
+def _preflight(path: Path, backend: str | None, junit_file: Path | None, verify_key: Path | None, as_json: bool) -> None:
     from trtllm_thoughtx import report
     from trtllm_thoughtx.ship.preflight import preflight
 
     if junit_file is not None:
         report.check_file_output(junit_file)
-    found = preflight(path, backend)
+    found = preflight(path, backend, verify_key)
     if junit_file is not None:
         report.junit(junit_file, found.checks, "thoughtx-inspect-preflight")
     emit("preflight", found, as_json=as_json, ok=found.exit == Exit.OK, human=found.tables())

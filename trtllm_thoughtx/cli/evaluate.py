@@ -25,7 +25,7 @@ SOURCES = ("tasks", "dataset", "harness")
 OF_TASKS = ("num_items", "sizes", "lengths", "cut_share", "split")
 OF_DATASET = ("match", "limit")
 ONLY_HARNESS = ("data_dir", "num_fewshot", "chat_template")
-OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", "enable_thinking", "chat_template_kwargs")
+OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", "verify_key", "enable_thinking", "chat_template_kwargs")
 
 
 @framework.command(
@@ -61,6 +61,7 @@ OF_HARNESS = (*ONLY_HARNESS, "limit", "max_new_tokens", "temperature", "exact", 
 @framework.template_options
 @framework.thinking_options
 @framework.exact_option
+@framework.verify_key_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--memory_context", type=COUNT, help="Measure memory at this many tokens; 0: do not.  [default: 2048 with --compare, else 0]")
 @click.option("--output", type=PATH, help="Save every answer to this JSON file, for a later --compare.")

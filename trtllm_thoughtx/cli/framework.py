@@ -72,6 +72,12 @@ def exact_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--exact", is_flag=True, help=text)(function)
 
 
+def verify_key_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that asks for a signature; every command that loads an engine has it."""
+    text = "Public key (PEM) with which the engine must be signed; otherwise nothing of it is loaded."
+    return click.option("--verify_key", type=PATH, help=text)(function)
+
+
 def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
     """Filters, penalties and stops; `run` and `eval` share them."""
     for option in reversed((

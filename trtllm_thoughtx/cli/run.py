@@ -141,6 +141,7 @@ def run_requests(
     chunk_size: int | str | None = None,
     num_threads: int | None = None,
     exact: bool = False,
+    verify_key: Path | None = None,
     output: Path | None = None,
     resume: bool = False,
     on_error: str = STOP,
@@ -161,7 +162,7 @@ def run_requests(
     if output_logits_npy is not None:
         report.check_file_output(output_logits_npy)
     answers = None if output is None else Answers(output, resume=resume)
-    engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
+    engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
     try:
         unread = _template_notes(engine.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
         given = {name: value for name, value in sampling.items() if value is not None}

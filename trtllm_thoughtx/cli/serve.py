@@ -9,7 +9,7 @@ import click
 
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.flags import COUNT, PATH, POSITIVE, Count, FiniteFloat, OneOf
-from trtllm_thoughtx.cli.framework import command, exact_option
+from trtllm_thoughtx.cli.framework import command, exact_option, verify_key_option
 from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.progress import Progress
 
@@ -38,6 +38,7 @@ SECONDS = FiniteFloat(0, 1e6, min_open=True)
 @click.option("--reasoning_efforts", metavar="LIST", help="Thinking tokens of reasoning_effort, e.g. low=256,high=unlimited.")
 @click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
 @exact_option
+@verify_key_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")
 @click.option("--no_access_log", is_flag=True, help="Do not write a line for each request on stderr.")
 def serve_command(

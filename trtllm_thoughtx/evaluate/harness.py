@@ -93,6 +93,7 @@ def run_harness(
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     exact: bool = False,
+    verify_key: Path | None = None,
     template: tuple[str | None, str | None] = (None, None),
     return_samples: bool = False,
     progress: Progress = SILENT,
@@ -112,7 +113,7 @@ def run_harness(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thoughtx-harness-")))
         loaded = {name: _load_task(name, rows.get(name), num_fewshot, folder) for name in names}
-        model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact)
+        model, scorer = _model(system, use_chat_template, think_tags, max_new_tokens, stack, exact=exact, verify_key=verify_key)
         if scorer is not None:
             scorer.text.set_template(*template)
         config = {} if scorer is None else scorer.text.generation_config
@@ -224,7 +225,14 @@ def _stock_tasks() -> Any:
 
 
 def _model(
-    system: Any, use_chat_template: bool, think_tags: Any, max_new_tokens: int | None, stack: contextlib.ExitStack, *, exact: bool
+    system: Any,
+    use_chat_template: bool,
+    think_tags: Any,
+    max_new_tokens: int | None,
+    stack: contextlib.ExitStack,
+    *,
+    exact: bool,
+    verify_key: Path | None,
 ) -> tuple[Any, Scorer | None]:
     """An lm-eval model, and its scorer where it is one of ours. What is opened here is closed with `stack`."""
     from lm_eval.api.model import LM
@@ -237,7 +245,7 @@ def _model(
         source = EngineSystem(system, batch_size=system.build.max_batch_size)
     elif isinstance(system, (str, Path)):
         batch_size = EngineDir.open(Path(system)).build.max_batch_size if kind_of(Path(system), SYSTEMS) == "engine" else MODEL_BATCH
-        source = open_system(Path(system), batch_size=batch_size, exact=exact)
+        source = open_system(Path(system), batch_size=batch_size, exact=exact, verify_key=verify_key)
         stack.callback(source.close)
     else:
         source = system

@@ -64,6 +64,7 @@ def evaluation(
     backend: str | None = None,
     num_threads: int | None = None,
     exact: bool = False,
+    verify_key: Path | None = None,
     chunk_size: int | str | None = None,
     memory_context: int | None = None,
     output: Path | None = None,
@@ -116,12 +117,13 @@ def evaluation(
     if earlier is not None:
         check_same_questions([(one.id, " | ".join(one.accepted), one.match) for one in asked], earlier)
     paths = (path, *((compare,) if compare is not None and earlier is None else ()))
-    exacts = [exact and (one is path or kind_of(one, SYSTEMS) == "engine") for one in paths]
-    for one, is_exact in zip(paths, exacts, strict=True):
-        asking.check(one, is_exact)
+    of_engines = {"exact": exact, "verify_key": verify_key}
+    owns = [of_engines if one is path or kind_of(one, SYSTEMS) == "engine" else {} for one in paths]
+    for one, own in zip(paths, owns, strict=True):
+        asking.check(one, own)
     results: list[Result] = []
-    for one, is_exact in zip(paths, exacts, strict=True):
-        results.append(asking.ask(one, is_exact, done))
+    for one, own in zip(paths, owns, strict=True):
+        results.append(asking.ask(one, own, done))
         if output is not None and one is path:
             record.save(results[0], output)
     results += [earlier] if earlier is not None else []
@@ -148,6 +150,7 @@ def harness_evaluation(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     exact: bool = False,
+    verify_key: Path | None = None,
     enable_thinking: str | None = None,
     chat_template_kwargs: str | None = None,
     progress: Progress = SILENT,
@@ -166,6 +169,7 @@ def harness_evaluation(
         max_new_tokens=max_new_tokens,
         temperature=temperature or None,
         exact=exact,
+        verify_key=verify_key,
         progress=progress,
     )
     return Evaluation(path=str(path), harness=found)
@@ -178,7 +182,8 @@ def _usage(what: str, why: str, fix: str) -> ThoughtxError:
 @dataclass(frozen=True)
 class Asking:
     """What is asked of each system, and how. `given` names the settings that a flag set, `options` how a system is opened;
-    `context` is the length at which memory is measured, 0 not; `bad` are the lines that are no questions."""
+    `context` is the length at which memory is measured, 0 not; `bad` are the lines that are no questions. A method's `of_engine` are flags
+    that only an engine has."""
 
     questions: Sequence[Question]
     params: GenerationParams
@@ -190,13 +195,13 @@ class Asking:
     bad: Sequence[Bad]
     on_error: str
 
-    def check(self, path: Path, exact: bool) -> None:
+    def check(self, path: Path, of_engine: Mapping[str, Any]) -> None:
         """Refuse what can be refused before anything is loaded."""
         flags = {name: self.options[name] for name in ("backend", "batch_size", "chunk_size")}
-        check_system(path, **flags, exact=exact, engine_flags=tuple(self.params.engine_flags))
+        check_system(path, **flags, **of_engine, engine_flags=tuple(self.params.engine_flags))
 
-    def ask(self, path: Path, exact: bool, answers: Answers | None) -> Result:
-        progress, system = self.progress, open_system(path, exact=exact, **self.options)
+    def ask(self, path: Path, of_engine: Mapping[str, Any], answers: Answers | None) -> Result:
+        progress, system = self.progress, open_system(path, **of_engine, **self.options)
         try:
             unread = system.text.set_template(*self.template)
             unread += [] if system.text.has_template else ["chat template (the checkpoint has none: questions go in as they are)"]
@@ -213,7 +218,7 @@ class Asking:
             system.close()
         if self.context:
             progress.note(f"measuring the memory of {path.name} at {self.context} tokens")
-            result.conditions["memory"] = memory.measure(path, self.context, self.options["backend"], exact=exact)
+            result.conditions["memory"] = memory.measure(path, self.context, self.options["backend"], exact=of_engine.get("exact", False))
         return result
 
 

@@ -90,8 +90,10 @@ class EngineSystem:
         chunk_size: int | str | None = None,
         *,
         exact: bool = False,
+        verify_key: Path | None = None,
     ) -> None:
-        self.engine = engine if isinstance(engine, Engine) else Engine.load(engine, backend, num_threads, exact=exact)
+        loaded = engine if isinstance(engine, Engine) else Engine.load(engine, backend, num_threads, exact=exact, verify_key=verify_key)
+        self.engine = loaded
         self.chunk_size, path = chunk_size, self.engine.directory.root if isinstance(engine, Engine) else engine
         build = self.engine.build
         self.text = need_text(self.engine.text, path)

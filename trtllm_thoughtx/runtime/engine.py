@@ -30,6 +30,7 @@ from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.pace import Pace
 from trtllm_thoughtx.runtime.row import STREAMS_APART, Request
 from trtllm_thoughtx.runtime.session import Session
+from trtllm_thoughtx.ship.signature import verify
 from trtllm_thoughtx.text.params import GenerationParams, token_ids
 from trtllm_thoughtx.text.text import Text
 
@@ -51,14 +52,16 @@ class Engine:
         *,
         tap_layers: bool = False,
         exact: bool = False,
+        verify_key: Path | str | None = None,
     ) -> Engine:
         """Check every file against the manifest, then load them. E120 when they differ, E201/E202 when the backend cannot run here.
 
+        `verify_key`: a public key (PEM) that must have signed the directory with thoughtx-sign or model-signing, else E124.
         `exact`: a quantized graph runs on onnxruntime as it stands, not on that runtime's faster operators.
         """
         directory = EngineDir.open(Path(engine_dir))
         backend = directory.choose(backend)
-        directory.verify()
+        verify(directory, verify_key)
         text = Text.load(directory.root, {})  # an engine's config.json holds no settings of generation
         if text is not None:
             text.check_vocab(directory.config.vocab_size)

@@ -82,6 +82,7 @@ def serve(
     backend: str | None = None,
     num_threads: int | None = None,
     exact: bool = False,
+    verify_key: Path | None = None,
     progress: Progress = SILENT,
     access_log: bool = True,
     ready: Any = None,
@@ -102,7 +103,7 @@ def serve(
     with _listening(host, port) as listener:
         if host not in LOOPBACK and not keys:
             progress.note(f"note: everyone who reaches {host} may use this server; --api_key_file asks for a key")
-        engine = Engine.load(engine_dir, backend, num_threads, exact=exact)
+        engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
         try:
             _check(engine, engine_dir, max_num_seqs)
             front = Front(engine, max_num_seqs, prefill_segment=prefill_segment)

@@ -1,6 +1,6 @@
 """Would this engine load and run on this machine? Every fact that its directory states, beside what the machine has.
 
-    files            hashes of the manifest
+    files            hashes of the manifest, and the signature
     platform         a plan is for one operating system and one kind of CPU
     runtime version  a TensorRT plan runs on the release that built it; a graph on any onnxruntime from the oldest supported on
     plan header      what TensorRT-RTX says of the first bytes of each plan
@@ -16,6 +16,7 @@ judged, never as passed.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import struct
@@ -34,6 +35,7 @@ from trtllm_thoughtx.errors import Exit, ThoughtxError, shown
 from trtllm_thoughtx.files import human_bytes
 from trtllm_thoughtx.process.machine import available_bytes
 from trtllm_thoughtx.report import Check
+from trtllm_thoughtx.ship.signature import SIGNATURE, file_checks
 
 MISSING = "not installed"
 ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -72,26 +74,20 @@ class Preflight:
         return [report.table(f"preflight of {self.engine_dir}", ["status", "check", "evidence or reason"], rows), said]
 
 
-def preflight(engine_dir: Path, backend: str | None = None) -> Preflight:
-    """Judge `backend`, or every one of the directory. E101 and E121 for what is no engine directory."""
+def preflight(engine_dir: Path, backend: str | None = None, verify_key: Path | None = None) -> Preflight:
+    """Judge `backend`, or every one of the directory, and whether `verify_key` signed it. E101 and E121 for what is no engine directory,
+    E125 for what is no key."""
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
     made_with = directory.manifest["environment"]
-    checks = [_files(directory)]
-    intact = checks[0].status == "passed"
+    checks = file_checks(directory, verify_key)
+    intact = not any(check.status == "failed" for check in checks)
+    if verify_key is None and os.path.lexists(directory.root / SIGNATURE):
+        checks.append(Check("signature", "skipped", "no public key was given: --verify_key PUB.pem"))
     found = gpus() if any(BACKENDS[name].builds_plans for name in backends) else []
     for name in backends:
         checks += _of_backend(directory, name, made_with, found, intact=intact)
     return Preflight(str(engine_dir), tuple(backends), tuple(checks))
-
-
-def _files(directory: EngineDir) -> Check:
-    try:
-        directory.verify()
-    except ThoughtxError as error:
-        return Check("files match the manifest", "failed", f"{error.what}: {error.why}")
-    rows = directory.manifest["outputs"]
-    return Check("files match the manifest", "passed", evidence={"files": len(rows), "bytes": sum(row["bytes"] for row in rows)})
 
 
 def _of_backend(directory: EngineDir, name: str, made_with: Mapping[str, Any], found: list[Gpu], *, intact: bool) -> Iterator[Check]:

@@ -35,6 +35,7 @@ from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.report import Check
 from trtllm_thoughtx.runtime.engine import Engine
+from trtllm_thoughtx.ship.signature import file_checks
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, quality
 from trtllm_thoughtx.validate.given import given_prompts
@@ -90,6 +91,7 @@ def validate(
     exact: bool = False,
     prompts: Path | None = None,
     private_data: bool = False,
+    verify_key: Path | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
@@ -97,6 +99,7 @@ def validate(
     `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
     `prompts`: a JSONL file of prompts that are checked beside the plan's; with `private_data` a recorded file has only their hashes.
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
+    `verify_key` adds a check: that this public key signed the directory.
     Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
     """
     _check_request(reference, golden, record)
@@ -105,9 +108,9 @@ def validate(
         raise ThoughtxError("E001", "--private_data needs --record and --prompts", where="--private_data", why=why, fix=fix)
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
-    checks = [_files_check(directory)]
-    if checks[0].status == "failed":
-        why = "the files do not match their manifest, so nothing was loaded"
+    checks = file_checks(directory, verify_key)
+    if any(check.status == "failed" for check in checks):
+        why = f"the files do not match their {'manifest' if verify_key is None else 'manifest and signature'}, so nothing was loaded"
         return Report((*checks, *(Check(f"{name}: runs", "skipped", why) for name in backends)), "nothing")
     given = () if prompts is None else given_prompts(prompts, directory)
     expected = read_expected(directory, reference, golden, seed, progress, given)
@@ -214,14 +217,6 @@ def _check_same_model(directory: EngineDir, reference: Path) -> None:
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _files_check(directory: EngineDir) -> Check:
-    try:
-        directory.verify()
-    except ThoughtxError as error:
-        return Check("files match the manifest", "failed", f"{error.what}: {error.why}")
-    return Check("files match the manifest", "passed", evidence={"num_files": len(directory.manifest["outputs"])})
 
 
 def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
