@@ -13,6 +13,10 @@ import pytest
 
 import trtllm_thoughtx  # noqa: F401  # before any test imports onnxruntime: it turns the telemetry off
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its share of the cores: threads of one would spin where the others work
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::count] or os.sched_getaffinity(0))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are imported; models here are too small for two threads
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads this when it is imported, which other packages may do
 
 BEGAN = pytest.StashKey[float]()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from places import TINY as SAMPLE
 
+from trtllm_thoughtx import jsonl
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli import params as console
 
@@ -47,10 +50,15 @@ def command(engine: Path, *words: object, main: str = MAIN) -> list[str]:
     return [sys.executable, "-c", main, "--engine_dir", str(engine), "--num_threads", "1", *map(str, words)]
 
 
-def done(engine: Path, *words: object, given: str | None = None, status: int = 0, main: str = MAIN) -> dict[str, Any]:
-    made = subprocess.run(command(engine, *words, "--json", main=main), input=given, capture_output=True, text=True, check=False)
-    assert made.returncode == status, made.stderr
-    return json.loads(made.stdout) | {"stderr": made.stderr}
+def done(engine: Path, *words: object, given: str = "", status: int = 0, main: str = MAIN) -> dict[str, Any]:
+    """What a command in this process says, `given` on its stdin; only what is struck needs a process of its own."""
+    name, out, err = "eval" if main == EVAL else "run", io.StringIO(), io.StringIO()
+    args = [*command(engine, *words, "--json")[3:]]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(jsonl, "_stdin", lambda: given.encode())  # which reads it once in a process
+        made = console.run(cli.COMMANDS[name], f"thoughtx-{name}", args)
+    assert made == status, err.getvalue()
+    return json.loads(out.getvalue()) | {"stderr": err.getvalue()}
 
 
 def struck(engine: Path, *words: object, least: int, kill: signal.Signals, main: str = MAIN) -> str:
@@ -74,6 +82,7 @@ def told(rows: list[dict[str, Any]]) -> dict[tuple[str, int], Any]:
     return {(row["id"], row["index"]): row["output_ids"] for row in rows}
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_gives_the_same_answers(engine, tmp_path):
     """Killed behind several lines, one of them torn; sampled, so that a stream that depended on the start would show."""
     rows = [{"prompt": ASK.format(i), "id": f"q{i}", "num_return_sequences": 1 + i % 2} for i in range(12)]
@@ -261,6 +270,7 @@ def document(path: Path) -> dict[str, Any]:
     return body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["task", "dataset"])
 def test_a_killed_evaluation_goes_on_to_the_same_document(engine, tmp_path, kind):
     """Sampled, in batches, so that a stream or a batch that depended on the start would show."""
