@@ -7,6 +7,7 @@ VENV := .venv
 STAMP := $(VENV)/.stamp
 JOBS ?= 2
 MODEL ?= smollm2
+export PYTHONDONTWRITEBYTECODE := # the tests start many processes: without bytecode each compiles the package again
 
 .PHONY: help setup demo serve check test lint bench real oracles sample plugin clean
 
@@ -35,10 +36,10 @@ serve: $(STAMP) ## the demo's engine behind the API, on port 8000
 	@$(VENV)/bin/thoughtx-serve --engine_dir demo-out/engine
 
 check: lint ## lint, types and the quick tests, all the time: two to three minutes on two cores
-	@$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow"
+	@$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test: $(STAMP) ## all tests that this machine can run: seven to eight minutes on two cores
-	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --cpu 10
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cpu 10
 
 lint: $(STAMP) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy and torch are i
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads this when it is imported, which other packages may do
 
 BEGAN = pytest.StashKey[float]()
+LONGEST = ("test_readme.py", "test_outside.py", "test_slots.py", "test_parity.py", "test_drafts.py", "test_kernel.py")
 HANGS_AFTER = 1800  # seconds; far above what any test takes on a busy machine, so that only a test that waits for ever meets it
 
 
@@ -41,6 +42,12 @@ def no_hanging() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with much to do come first, so that no worker of `--dist loadfile --no-loadscope-reorder` ends long after the others."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST), -num_slow[item.path]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

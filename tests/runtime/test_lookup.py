@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from places import LONGCOT as SAMPLE
+from shallow import shallow
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
@@ -28,8 +28,9 @@ class Always(Pace):
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("lookup"), {}
+    shallow(root / "model", 2)
     for name, options in CACHES.items():
-        build(SAMPLE, root / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256, **options})
+        build(root / "model", root / name, {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256, **options})
         made[name] = Engine.load(root / name, num_threads=1)
     yield made
     for engine in made.values():
@@ -64,6 +65,7 @@ def test_more_are_drafted_while_they_hold():
     assert looked.drafts(9) == [4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_answer_is_what_it_is_without(engines, cache, temperature):

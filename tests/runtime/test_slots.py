@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from places import LONGCOT as SAMPLE
+from shallow import shallow
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
@@ -42,8 +42,9 @@ POISON = 1e4  # finite, as whatever a slot may hold
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("slots"), {}
+    shallow(root / "model", 2)
     for name, options in CACHES.items():
-        build(SAMPLE, root / name, {**BASE, **options})
+        build(root / "model", root / name, {**BASE, **options})
         made[name] = Engine.load(root / name, num_threads=1)
     yield made
     for engine in made.values():
