@@ -24,6 +24,7 @@ from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.process.machine import release_freed
 from trtllm_thoughtx.runtime import chunks
 from trtllm_thoughtx.runtime.completion import Completion, Stats
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
@@ -75,6 +76,7 @@ class Engine:
             tap_layers=tap_layers,
             exact=exact,
         )
+        release_freed()  # sessions pack their weights, and have copies of them until then: a third of the memory at this moment
         return cls(Session(directory, runner), backend, text)
 
     @property
