@@ -26,7 +26,7 @@ from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.layers import Walk  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.model import Head, Layer, Rotary, read  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.result import limits_of  # noqa: E402
-from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search  # noqa: E402
+from trtllm_thoughtx.calibrate.quantize.search import Inputs, Quantized, search  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.watch import Judge, picks_of  # noqa: E402
 from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QuantConfig  # noqa: E402
@@ -332,7 +332,7 @@ def test_a_channel_that_was_quiet_in_few_sequences_keeps_its_headroom():
 
 
 def test_clipping_on_held_out_rows_is_counted():
-    found = Found(torch.ones(1, 4), torch.ones(1), grid.input_scale(1.0, "FP8"), torch.tensor([1.0, 1.0, 1.0, 2.0]), None, 0.0, 0.0)
+    found = Quantized(torch.ones(1, 4), torch.ones(1), grid.input_scale(1.0, "FP8"), torch.tensor([1.0, 1.0, 1.0, 2.0]), None, 0.0, 0.0)
     judge = Judge(found, "FP8")
     judge.add(torch.tensor([[0.5, -0.9, 1.5, 0.4], [0.1, 0.2, -3.0, 0.9]]), torch.ones(2, 1), torch.full((2, 1), 1.1))
     facts = judge.facts()

@@ -86,9 +86,9 @@ def test_a_chosen_chunk_gives_what_a_named_one_gives(model, tmp_path, seed):
     assert 0 < read_again <= sum(min(len(row), engine.build.max_chunk_size) for row in rows)
     for row, one, nats in zip(rows, chosen, measured, strict=True):
         if len(row) <= min(chunks.NUM_ROWS, engine.build.max_input_len):
-            assert one.complexity == pytest.approx(nats, abs=1e-5)
+            assert one.prompt_entropy == pytest.approx(nats, abs=1e-5)
         named = engine.generate([row], params, chunk_size=one.chunk_size, return_logits=True)[0]
-        assert named.output_ids == one.output_ids and named.complexity is None
+        assert named.output_ids == one.output_ids and named.prompt_entropy is None
     engine.close()
 
 
@@ -99,7 +99,7 @@ def test_rows_of_a_batch_get_chunks_of_their_own(model, tmp_path):
     together = engine.generate(rows, GenerationParams(max_new_tokens=4, ignore_eos=True))
     alone = [engine.generate([row], GenerationParams(max_new_tokens=4, ignore_eos=True))[0] for row in rows]
     assert [one.output_ids for one in together] == [one.output_ids for one in alone]
-    np.testing.assert_allclose([one.complexity for one in together], [one.complexity for one in alone], rtol=1e-6)
+    np.testing.assert_allclose([one.prompt_entropy for one in together], [one.prompt_entropy for one in alone], rtol=1e-6)
     engine.close()
 
 
@@ -117,7 +117,7 @@ def test_an_easy_prompt_is_answered_in_a_single_step(tmp_path):
     engine.close()
     ran = CliRunner().invoke(thoughtx, ["run", "--engine_dir", str(tmp_path / "e"), "--prompt", "x1 = 38 x2 = 75 ?", "--json"])
     row = json.loads(ran.stdout)["results"][0]
-    assert row["single_step"] and row["complexity"] == pytest.approx(single.complexity) and row["output_ids"] == single.output_ids
+    assert row["single_step"] and row["complexity"] == pytest.approx(single.prompt_entropy) and row["output_ids"] == single.output_ids
     assert "a single step" in ran.stderr
 
 

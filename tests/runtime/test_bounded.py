@@ -35,7 +35,7 @@ def load(model, out, **options):
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.slow
 def test_a_bounded_cache_changes_nothing(model, tmp_path, seed):
-    """Random settings; ragged batches, pieces and decoding across many chunks, at the largest chunk and at a smaller one."""
+    """Random settings; ragged batches, segments and decoding across many chunks, at the largest chunk and at a smaller one."""
     rng = random.Random(seed)
     settings = {
         "chunk_size": rng.choice([1, 2, 3, 4, 8, 16]),
@@ -95,7 +95,7 @@ def test_every_call_finds_exactly_what_is_visible(seed):
 
     for row in rng.sample(range(3), 3):  # prompts alone, then steps of neighbours
         alone = batch.view(row, row + 1)
-        for num in alone.pieces(len(pending[row]), rng.randint(1, 20)):
+        for num in alone.segments(len(pending[row]), rng.randint(1, 20)):
             fed(row, row + 1, [num])
     for _ in range(rng.randint(1, 60)):
         first = rng.randrange(3)

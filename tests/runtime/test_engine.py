@@ -1,4 +1,4 @@
-"""The engine as its users see it: batches, pieces, decoding, limits, hashes. Everything runs on onnxruntime."""
+"""The engine as its users see it: batches, segments, decoding, limits, hashes. Everything runs on onnxruntime."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_rows_do_not_see_each_other(chunked):
         np.testing.assert_array_equal(chunked.forward([row])[0], logits)
 
 
-@pytest.mark.parametrize("piece", [1, 3, 7, 8, 16])
-def test_pieces_of_prefill_change_nothing(chunked, piece):
-    for mine, whole in zip(chunked.forward(ROWS, piece=piece), chunked.forward(ROWS), strict=True):
+@pytest.mark.parametrize("segment", [1, 3, 7, 8, 16])
+def test_segments_of_prefill_change_nothing(chunked, segment):
+    for mine, whole in zip(chunked.forward(ROWS, segment=segment), chunked.forward(ROWS), strict=True):
         np.testing.assert_allclose(mine, whole, atol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_stop_ids_end_a_row(full):
 def test_a_forward_pass_is_work_like_any_other(chunked):
     """Its tokens, its rows of logits and the calls that keep sinks for later chunks, on top of those of the last `generate`."""
     chunked.generate([], GenerationParams())
-    chunked.forward(ROWS, piece=8)
+    chunked.forward(ROWS, segment=8)
     work, num_tokens = chunked.stats.work, sum(map(len, ROWS))
     assert work.num_head_rows == num_tokens and work.num_layer_tokens >= num_tokens * chunked.config.num_layers
     assert work.num_layer_tokens < 2 * num_tokens * chunked.config.num_layers and work.num_calls >= max(map(len, ROWS)) // 8

@@ -11,16 +11,16 @@ from trtllm_thoughtx.runtime.scheduler import HEAD_START, Scheduler
 
 
 class Simulated:
-    """Requests of so many pieces and tokens, on a scheduler whose exchanges are played on a list of slots."""
+    """Requests of so many segments and tokens, on a scheduler whose exchanges are played on a list of slots."""
 
     def __init__(self, num_slots, *, fills_first=False, choose_slot=lambda request, free: free[0]):
         self.scheduler = Scheduler(num_slots, fills_first=fills_first, choose_slot=choose_slot)
         self.slots = [None] * num_slots  # whose contents a slot holds
-        self.left = {}  # request -> [pieces, tokens]
+        self.left = {}  # request -> [segments, tokens]
         self.ended, self.admitted = [], []
 
-    def add(self, request, pieces, tokens, priority=0):
-        self.left[request] = [pieces, tokens]
+    def add(self, request, segments, tokens, priority=0):
+        self.left[request] = [segments, tokens]
         self.scheduler.add(request, priority)
 
     def end(self, request):
@@ -89,12 +89,12 @@ def test_who_came_first_is_first_and_all_end(num_slots, fills_first, jobs):
     the work takes."""
     run, tick, waiting = Simulated(num_slots, fills_first=fills_first), 0, list(enumerate(jobs))
     while waiting or not run.scheduler.is_idle:
-        for request, (_, pieces, tokens, priority) in [one for one in waiting if one[1][0] <= tick]:
-            run.add(request, pieces, tokens, priority)
+        for request, (_, segments, tokens, priority) in [one for one in waiting if one[1][0] <= tick]:
+            run.add(request, segments, tokens, priority)
         waiting = [one for one in waiting if one[1][0] > tick]
         run.tick()
         tick += 1
-        assert tick <= 20 + sum(pieces + tokens for _, pieces, tokens, _ in jobs) + len(jobs)
+        assert tick <= 20 + sum(segments + tokens for _, segments, tokens, _ in jobs) + len(jobs)
     assert sorted(run.ended) == list(range(len(jobs)))
     for priority in range(3):
         equals = [request for request in run.admitted if jobs[request][3] == priority]

@@ -1,8 +1,8 @@
 """Requests beside each other: each gets the tokens that it gets alone, to the bit, whatever comes, goes and is reused.
 
-Bits: on one thread, onnxruntime's CPU kernels compute a row of a batch as they compute it alone, and a piece of a prompt as any other piece
-of two tokens or more. One token a call is computed by other kernels, and differs by rounding; so no token of a prompt is fed alone unless
-it always is. `test_pieces_of_two_or_more_give_the_same_bits` shows that this holds here.
+Bits: on one thread, onnxruntime's CPU kernels compute a row of a batch as they compute it alone, and a segment of a prompt as any other
+segment of two tokens or more. One token a call is computed by other kernels, and differs by rounding; so no token is fed alone unless
+it always is. `test_segments_of_two_or_more_give_the_same_bits` shows that this holds here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CACHES = {
     "anchors": {**CHUNKS, "chunk_size": 16, "sink_tokens": 3, "left_chunks": 2, "num_anchors": 2},
 }
 SAME = (
-    *("stop_reason", "stop_string", "text_end", "logprobs", "top_logprobs", "chunk_size", "complexity", "single_step", "num_steps"),
+    *("stop_reason", "stop_string", "text_end", "logprobs", "top_logprobs", "chunk_size", "prompt_entropy", "single_step", "num_steps"),
     *("num_thinking_tokens", "thinking_stop", "num_probes", "num_probes_skipped"),
 )
 POISON = 1e4  # finite, as whatever a slot may hold
@@ -144,7 +144,7 @@ def test_each_request_gets_what_it_gets_alone(engines, cache, data):
         for name in (
             "stop_reason",
             "chunk_size",
-            "complexity",
+            "prompt_entropy",
             "single_step",
             "num_steps",
             "num_thinking_tokens",
@@ -157,14 +157,14 @@ def test_each_request_gets_what_it_gets_alone(engines, cache, data):
 
 
 @pytest.mark.parametrize("length", [150, 37, 16, 2])
-def test_pieces_of_two_or_more_give_the_same_bits(engines, length):
+def test_segments_of_two_or_more_give_the_same_bits(engines, length):
     """What prefix reuse and segments of prompts rest on, on this machine."""
     engine, rng = engines["full"], random.Random(length)
     row = [rng.randrange(4, 200) for _ in range(length)]
     whole = engine.forward([row])[0]
-    for piece in (2, 3, 5, 16, 17, 64):
-        if length % piece != 1:
-            assert np.array_equal(engine.forward([row], piece=piece)[0], whole), piece
+    for segment in (2, 3, 5, 16, 17, 64):
+        if length % segment != 1:
+            assert np.array_equal(engine.forward([row], segment=segment)[0], whole), segment
     together = engine.forward([row, [5, 6, 7], row[::-1]])[0]
     assert np.array_equal(together, whole)
 
@@ -213,7 +213,7 @@ def test_a_bounded_cache_reuses_within_its_last_chunk_and_not_beyond(engines):
     gone = engine.generate([[*stem, 7], [*stem[:100], 9, 9]], params)
     assert gone[1].num_reused_tokens == 0
     other_chunks = engine.generate([[*stem, 7], [*stem, 8]], params, chunk_size=16)
-    assert other_chunks[1].num_reused_tokens == 149  # the last two tokens are fed in one piece, as they are without reuse
+    assert other_chunks[1].num_reused_tokens == 149  # the last two tokens are fed in one segment, as they are without reuse
     assert engine.generate([[*stem, 7], [*stem, 8]], params, chunk_size="auto")[1].num_reused_tokens == 0
 
 
@@ -286,7 +286,7 @@ def test_a_true_result_of_on_token_ends_that_request(engines):
 
 
 def test_slots_that_are_too_small_a_piece_reuse_nothing(engines):
-    """Pieces of three tokens and fewer cannot be kept from ending in a single one."""
+    """Segments of three tokens and fewer cannot be kept from ending in a single one."""
     session = engines["full"].session
     assert Slots(session, 2, 4, reuses=True).reuses and not Slots(session, 2, 3, reuses=True).reuses
 

@@ -37,7 +37,7 @@ class Fake:
         self.mask: Callable[[ChunkSpec], ChunkSpec] = lambda chunk: chunk
         self.late = 0  # decode reads the row this many positions late
         self.leak = 0.0  # added to all rows but the first of a batch
-        self.piece_noise = 0.0
+        self.segment_noise = 0.0
 
     def _run(self, ids: Sequence[int], chunk_size: int | None, layers: bool = False) -> tuple[np.ndarray, list[np.ndarray]]:
         size = chunk_size or self.build.chunk_size
@@ -45,9 +45,9 @@ class Fake:
         logits, hidden = self.model.run(ids, chunk=chunk, layers=layers)
         return logits.astype(np.float32), hidden
 
-    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]:
+    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, segment: int | None = None) -> list[np.ndarray]:
         rows = [self._run(row, chunk_size)[0] for row in ids]
-        return [row + self.leak * (b > 0) + (self.piece_noise if piece == 7 else 0) for b, row in enumerate(rows)]
+        return [row + self.leak * (b > 0) + (self.segment_noise if segment == 7 else 0) for b, row in enumerate(rows)]
 
     def forward_layers(
         self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None

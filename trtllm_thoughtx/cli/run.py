@@ -116,7 +116,7 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
         "stop_string": done.stop_string,
         "logprobs": _logprobs(done, text),
         "chunk_size": done.chunk_size,
-        "complexity": done.complexity,
+        "complexity": done.prompt_entropy,
         "single_step": done.single_step,
         "num_steps": done.num_steps,
         "num_thinking_tokens": done.num_thinking_tokens,

@@ -97,18 +97,18 @@ class Batch:
         del self.tokens[row][length:]
         self.slots[row, self.slots[row] >= length] = -1
 
-    def piece(self, num_tokens: int, most: int) -> int:
+    def segment(self, num_tokens: int, most: int) -> int:
         """How many of `num_tokens` that wait one call of this row takes: in its section, at most `most`, and a single one only where it
-        must be. (A call of one token may round otherwise than one of several: pieces that begin elsewhere give the same bits.)"""
+        must be. (A call of one token may round otherwise than one of several: segments that begin elsewhere give the same bits.)"""
         length = len(self.tokens[0])
         room = min(num_tokens, self.section(0, length)[1] - length)
         num = min(room, most)
         return num - 1 if room - num == 1 and num > 2 else num
 
-    def pieces(self, num_tokens: int, most: int) -> Iterator[int]:
-        """`num_tokens` of this row in pieces; each must be fed before the next is taken."""
+    def segments(self, num_tokens: int, most: int) -> Iterator[int]:
+        """`num_tokens` of this row in segments; each must be fed before the next is taken."""
         while num_tokens > 0:
-            num = self.piece(num_tokens, most)
+            num = self.segment(num_tokens, most)
             num_tokens -= num
             yield num
 
@@ -129,7 +129,7 @@ class Batch:
             yield alone, alone._again(length - 1, 1, build.sink_tokens + turn)
 
     def feed(self, new: list[list[int]], logit_rows: list[list[int]]) -> dict[str, np.ndarray]:
-        """Append `new` tokens to the rows, equally many to each (`piece` says how many fit), and return the inputs of one call.
+        """Append `new` tokens to the rows, equally many to each (`segment` says how many fit), and return the inputs of one call.
 
         `logit_rows`: per row, which of its new tokens (0: the first) to project to logits; rows must ask for equally many, at least one.
         """
@@ -138,7 +138,7 @@ class Batch:
             start = len(history)
             history.extend(extra)
             assert len(extra) == width and 0 < len(history) <= self.build.max_seq_len, (len(extra), width, len(history))
-            assert len(history) <= self.section(row, start)[1], "piece() was not asked"
+            assert len(history) <= self.section(row, start)[1], "segment() was not asked"
             slot = self.slot(row, start)
             self.slots[row, slot : slot + width] = np.arange(start, len(history))
             starts.append(start)

@@ -83,7 +83,7 @@ def _first_chunk_entropy(session: Session, batch: Batch, prompt: Sequence[int], 
     while rest := head[len(batch.tokens[0]) :]:
         if batch.tokens[0]:
             yield
-        num = batch.piece(len(rest), most)
+        num = batch.segment(len(rest), most)
         total += num * float(entropy(session.step(batch, [rest[:num]], [spread(num, min(rows, num))])[0]).mean())
     return total / len(head)
 

@@ -16,7 +16,7 @@ class Completion:
     `top_logprobs` are the likeliest tokens at each place, as `GenerationParams.logprobs` asks for them. `text_end`: only so many characters
     of the decoded ids are the text, because `stop_string`, or a stop token, follows; None: all of them. `index`: which of the prompt's
     `num_return_sequences` this is.
-    `complexity` (prompt entropy, nats) and `single_step` where the engine chose the chunk size: see `chunks`.
+    `prompt_entropy` (nats) and `single_step` where the engine chose the chunk size: see `chunks`.
 
     `is_open`: the thinking was open where `output_ids` begin (see `answer`).
     `num_steps` and `num_thinking_tokens` count what was written between the thinking tags; `thinking_stop` says why it ended (see
@@ -35,7 +35,7 @@ class Completion:
     text_end: int | None = None
     stop_string: str | None = None
     index: int = 0
-    complexity: float | None = None
+    prompt_entropy: float | None = None
     single_step: bool = False
     is_open: bool = False
     num_steps: int = 0

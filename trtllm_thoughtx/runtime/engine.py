@@ -127,18 +127,18 @@ class Engine:
     def close(self) -> None:
         self.runner.close()
 
-    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None) -> list[np.ndarray]:
-        """Read rows in segments of at most `piece` tokens; float32 logits [length, vocab] of every position of each row."""
-        return self.forward_layers(ids, chunk_size=chunk_size, piece=piece)[0]
+    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, segment: int | None = None) -> list[np.ndarray]:
+        """Read rows in segments of at most `segment` tokens; float32 logits [length, vocab] of every position of each row."""
+        return self.forward_layers(ids, chunk_size=chunk_size, segment=segment)[0]
 
     def forward_layers(
-        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, piece: int | None = None
+        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, segment: int | None = None
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """`forward`, and hidden states by layer (0: embedding, i: after layer i) and row, float32 [length, hidden].
 
         Needs `Engine.load(..., tap_layers=True)`.
         """
-        return self.session.forward(self.session.start(ids, chunk_size), ids, piece)
+        return self.session.forward(self.session.start(ids, chunk_size), ids, segment)
 
     def decode_logits(self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None) -> list[np.ndarray]:
         """Teacher-forced decoding: read the first `num_prompt[b]` tokens of each row, then feed a token a step to all rows that have one.
@@ -157,7 +157,7 @@ class Engine:
                 logits[row].append(values)
         return [np.stack(logits[row]) for row in range(len(ids))]
 
-    def complexity(self, prompts: Sequence[Sequence[int]]) -> list[float]:
+    def prompt_entropy(self, prompts: Sequence[Sequence[int]]) -> list[float]:
         """The prompt entropy, in nats, of each prompt: how unsure the model is of what follows its tokens (`chunks`)."""
         return chunks.prompt_entropies(self.session, prompts)
 

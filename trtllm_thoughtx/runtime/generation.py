@@ -2,7 +2,7 @@
 that it gets alone.
 
 A tick (`scheduler`) feeds each running row the token that it wrote last, all rows in one call, and each row writes the next one (more where
-drafts are accepted; what a row writes is its own affair, see `row`). Then one piece of one prompt is fed, in a call of its own.
+drafts are accepted; what a row writes is its own affair, see `row`). Then one segment of one prompt is fed, in a call of its own.
 Upkeep of bounded caches, probes and drafts are calls of one row. So no call has padding, and none holds tokens of a row whose sums could
 depend on its neighbours.
 """
@@ -92,7 +92,7 @@ class Generation:
         return done
 
     def tick(self) -> list[tuple[int, Outcome]]:
-        """One step of each running row, and a piece of a prompt; the requests that ended by it."""
+        """One step of each running row, and a segment of a prompt; the requests that ended by it."""
         plan, stats, self._ended = self.scheduler.plan(), self.session.stats, []
         began = clock()
         if plan.decode:
@@ -150,11 +150,11 @@ class Generation:
         return self.slots.choose(() if self._is_chosen(row.request) else row.prompt, row.chunk_size, free)
 
     def _fill(self, row: Row) -> None:
-        """Feed the next piece of a prompt. When all of it is in, the row runs, and writes its first token."""
+        """Feed the next segment of a prompt. When all of it is in, the row runs, and writes its first token."""
         index = row.request.index
         if self._filling is None:
             row.began = clock()
-            self._filling = self._pieces(row, self._slot(index))
+            self._filling = self._segments(row, self._slot(index))
         try:
             if next(self._filling, DONE) is not DONE:
                 return
@@ -166,7 +166,7 @@ class Generation:
         self.session.stats.num_prefilled += len(row.request.prompt)
         self._advance(row)
 
-    def _pieces(self, row: Row, slot: int) -> Generator[None, None, None]:
+    def _segments(self, row: Row, slot: int) -> Generator[None, None, None]:
         """Feeds a prompt; stops between two calls. The slot stays the row's all the time."""
         slots, request = self.slots, row.request
         if self._is_chosen(request):
@@ -187,7 +187,7 @@ class Generation:
         if row.first_wanted < len(row.prompt) - 1:
             most = min(most, self.session.runner.max_logit_rows)
         while row.is_live and (rest := row.prompt[len(batch.tokens[0]) :]):
-            num = batch.piece(len(rest), most)
+            num = batch.segment(len(rest), most)
             wanted = list(range(max(0, row.first_wanted - len(batch.tokens[0])), num))
             logits, exit_probs = self.session.call(batch, [rest[:num]], [wanted or [num - 1]])
             if wanted:

@@ -215,7 +215,7 @@ class Row:
             prompt_top_logprobs=self.prompt_top_logprobs if self.request.keeps_prompt_logprobs else None,
             text_end=stream.num_chars if stream is not None and stream.is_done else None,
             stop_string=stream.found if stream is not None else None,
-            complexity=choice.prompt_entropy if choice else None,
+            prompt_entropy=choice.prompt_entropy if choice else None,
             single_step=choice is not None and choice.single_step,
             is_open=thought is not None and thought.was_open,
             num_steps=thought.num_steps if thought else 0,

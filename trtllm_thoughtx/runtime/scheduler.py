@@ -1,7 +1,7 @@
 """Which requests run: who waits, who has which slot, and what a tick does. It knows no clock, no engine and no token.
 
-A tick decodes one token of each running row, then takes at most one piece of one prompt, so that the time between two tokens of a
-row is bounded by one step and one piece. Who came first is first; a request of priority p is as one that came p * `HEAD_START` ticks
+A tick decodes one token of each running row, then takes at most one segment of one prompt, so that the time between two tokens of a
+row is bounded by one step and one segment. Who came first is first; a request of priority p is as one that came p * `HEAD_START` ticks
 earlier, so that whoever waits is overtaken only so long. A slot has room for a whole sequence: what was admitted can end, and nothing
 is evicted.
 

@@ -137,7 +137,7 @@ class Session:
 
     def extend(self, batch: Batch, tokens: Sequence[int]) -> np.ndarray:
         """Feed the one row tokens, in as many calls as they take; float32 logits [vocab] of the last of them."""
-        for num in batch.pieces(len(tokens), self.build.max_input_len):
+        for num in batch.segments(len(tokens), self.build.max_input_len):
             fed, tokens = list(tokens[:num]), tokens[num:]
             logits = self.step(batch, [fed], [[num - 1]])[0, 0]
         return logits
@@ -151,10 +151,10 @@ class Session:
         logits, layers = list[np.ndarray](), list[list[np.ndarray]]()
         for row, tokens in enumerate(rows):
             alone, found, hidden = batch.view(row, row + 1), list[np.ndarray](), list[list[np.ndarray]]()
-            for num in alone.pieces(len(tokens), most):
+            for num in alone.segments(len(tokens), most):
                 first = len(alone.tokens[0])
                 found.append(self.step(alone, [list(tokens[first : first + num])], [list(range(num))])[0])
                 hidden.append([states.reshape(num, -1).astype(np.float32) for _, states in sorted(self.runner.tapped.items())])
             logits.append(np.concatenate(found))
-            layers.append([np.concatenate(pieces) for pieces in zip(*hidden, strict=True)])
+            layers.append([np.concatenate(segments) for segments in zip(*hidden, strict=True)])
         return logits, [list(layer) for layer in zip(*layers, strict=True)]

@@ -13,14 +13,14 @@ from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.session import Session
 
 LEAST_REUSED = 16  # tokens: fewer are not worth a copy
-LEAST_PIECE = 4  # tokens of a piece, so that none has to be a single one
+LEAST_SEGMENT = 4  # tokens of a segment, so that none has to be a single one
 
 
 class Slots:
-    """`most`: tokens of a piece of a prompt."""
+    """`most`: tokens of a segment of a prompt."""
 
     def __init__(self, session: Session, num_slots: int, most: int, *, reuses: bool) -> None:
-        self.session, self.num_slots, self.reuses = session, num_slots, reuses and most >= LEAST_PIECE
+        self.session, self.num_slots, self.reuses = session, num_slots, reuses and most >= LEAST_SEGMENT
         self.batch: Batch = session.begin(num_slots)
         self.num_filled = [0] * num_slots  # leading tokens of a slot that were fed as a prompt, and may be copied
         self.last_used = [0] * num_slots  # when, in turns
@@ -84,5 +84,5 @@ class Slots:
         length = next((i for i in range(most) if held[i] != prompt[i]), most)
         first, end = batch.section(slot, length)
         if min(end, len(prompt)) - length == 1 and length > first:
-            length -= 1  # a piece of one token is left where it would not have been
+            length -= 1  # a segment of one token is left where it would not have been
         return length if length >= LEAST_REUSED and batch.can_forget(slot, length) else 0

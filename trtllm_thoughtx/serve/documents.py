@@ -126,7 +126,7 @@ class Documents:
                     "num_steps": one.num_steps,
                     "num_thinking_tokens": one.num_thinking_tokens,
                     "chunk_size": one.chunk_size,
-                    "prompt_entropy": one.complexity,
+                    "prompt_entropy": one.prompt_entropy,
                     "single_step": one.single_step,
                     "num_layer_tokens": one.num_layer_tokens,
                     "seed": self.wanted.asks[choice.index].params.seed,

@@ -17,7 +17,7 @@ Run = list[tuple[Prompt, int, np.ndarray]]  # of each prompt the logits [positio
 
 def prefilled(engine: Engine, prompts: Sequence[Prompt], segment: int | None = None) -> Run:
     """In one batch; in segments of so many tokens."""
-    found = engine.forward([p.ids for p in prompts], chunk_size=prompts[0].chunk_size, piece=segment)
+    found = engine.forward([p.ids for p in prompts], chunk_size=prompts[0].chunk_size, segment=segment)
     return [(prompt, 0, logits) for prompt, logits in zip(prompts, found, strict=True)]
 
 

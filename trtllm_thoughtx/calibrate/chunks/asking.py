@@ -76,7 +76,7 @@ class Asker:
         """Of each question's prompt, in nats, as an engine with this window measures it."""
         system = self._open(window, {})
         try:
-            return system.engine.complexity([prompt_of(asked, system.text) for asked in questions])
+            return system.engine.prompt_entropy([prompt_of(asked, system.text) for asked in questions])
         finally:
             system.close()
 

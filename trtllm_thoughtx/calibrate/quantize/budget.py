@@ -20,7 +20,7 @@ from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.layers import STORED_LEN, Walk, add_stored
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, device, read
 from trtllm_thoughtx.calibrate.quantize.products import on_head, quantized
-from trtllm_thoughtx.calibrate.quantize.search import Found
+from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.progress import Progress
@@ -143,7 +143,7 @@ def _embedded(walk: Walk, rows: Sequence[Sequence[int]]) -> Streams:
     return [table[torch.tensor(list(ids), device=table.device)] for ids in rows]
 
 
-def _grids(walk: Walk, file: str) -> dict[str, Found]:
+def _grids(walk: Walk, file: str) -> dict[str, Quantized]:
     """The quantized layers of one of the calibration's layer files, by module."""
     tensors = tensor_file.read_all(walk.root, file)
     found = {}
@@ -156,7 +156,7 @@ def _grids(walk: Walk, file: str) -> dict[str, Found]:
                 torch.from_numpy(tensors[f"{module}.{key}"].copy()).to(device()) if f"{module}.{key}" in tensors else None
                 for key in ("activation_scaling_factor", "prequant_scaling_factor")
             ]
-            found[module] = Found(matrix, torch.from_numpy(scale.astype(np.float32)), extra[0], extra[1], None, 0.0, 0.0)
+            found[module] = Quantized(matrix, torch.from_numpy(scale.astype(np.float32)), extra[0], extra[1], None, 0.0, 0.0)
     return found
 
 
@@ -172,7 +172,7 @@ def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
 
 
 def _forward(
-    walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Found], products: Mapping[str, FusedProduct] = MappingProxyType({})
+    walk: Walk, layer: Layer, x: torch.Tensor, grids: Mapping[str, Quantized], products: Mapping[str, FusedProduct] = MappingProxyType({})
 ) -> torch.Tensor:
     def linear(module: str, h: torch.Tensor) -> torch.Tensor:
         name = f"{layer.name}.{module}"
@@ -186,7 +186,7 @@ def _judged(
     rows: Sequence[Sequence[int]],
     clean: Streams,
     variants: Mapping[Any, tuple[Streams, bool]],
-    head_grid: Found | None,
+    head_grid: Quantized | None,
     product: FusedProduct | None = None,
     *,
     all_judge: bool = False,

@@ -21,7 +21,7 @@ from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.quantize import grid, kv, table
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.quantize.products import on_head, operators_of, quantized
-from trtllm_thoughtx.calibrate.quantize.search import Found
+from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.calibrate.quantize.states import States
 from trtllm_thoughtx.calibrate.quantize.watch import Judge, Watch, choose, picks_of, stored_tensors
 from trtllm_thoughtx.checkpoint import tensor_file
@@ -65,7 +65,7 @@ class Walk:
         first = self.held.stop + self.ways.index(way) * self.num_held
         return range(first, first + self.num_held)
 
-    def _products(self, found: Mapping[str, Found]) -> dict[str, FusedProduct]:
+    def _products(self, found: Mapping[str, Quantized]) -> dict[str, FusedProduct]:
         """Quantized layers on onnxruntime's operators, by module."""
         made = {}
         for module, one in found.items():
@@ -82,7 +82,7 @@ class Walk:
         weight = read(self.source, f"{TABLE}.weight")
         return lambda ids: weight[torch.tensor(list(ids), device=weight.device)]
 
-    def head_of_embedding(self) -> Found | None:
+    def head_of_embedding(self) -> Quantized | None:
         """The head in the embedding's 8 bits; None where it has the layers' format, or is not quantized."""
         if not self.quant.embedding or self.quant.covers("lm_head"):
             return None
@@ -90,7 +90,7 @@ class Walk:
             return table.found(tensor_file.read_all(self.root, table.FILE), TABLE, embedding_of(self.quant))
         return table.found(tensor_file.read_all(self.root, "head.safetensors"), "lm_head", embedding_of(self.quant))
 
-    def product_of_head(self, one: Found) -> FusedProduct | None:
+    def product_of_head(self, one: Quantized) -> FusedProduct | None:
         """The same on onnxruntime's operators."""
         if ORT not in self.ways:
             return None
@@ -161,7 +161,7 @@ class Walk:
         if kv_algo:
             kv_scale = kv.scale_of(layer, (self._state(before, row) for row in range(self.num_rows)), self.rotary, kv_algo)
         self._each(index, range(self.num_rows), observe)
-        found: dict[str, Found] = {}
+        found: dict[str, Quantized] = {}
         facts: dict[str, Any] = {}
         for unit in UNITS:
             seen = watches.pop(unit[0]).inputs()
@@ -219,7 +219,7 @@ class Walk:
         self,
         file: str,
         prefix: str,
-        found: dict[str, Found],
+        found: dict[str, Quantized],
         facts: dict[str, Any],
         extra: Mapping[str, np.ndarray] = MappingProxyType({}),
         **more: Any,
@@ -235,9 +235,9 @@ class Walk:
         last = self.source.config.num_layers - 1
         head = Head(self.source)
         facts: dict[str, Any] = {}
-        found: dict[str, Found] = {}
+        found: dict[str, Quantized] = {}
         extra: dict[str, np.ndarray] = {}
-        one: Found | None = None
+        one: Quantized | None = None
         product: FusedProduct | None = None
         if self.quant.covers("lm_head"):
             watch = Watch(self.picks, wants_hessian=self.compensates)

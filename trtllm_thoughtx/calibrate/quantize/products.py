@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from trtllm_thoughtx.backends.ort_product import FusedProduct, kind_of
 from trtllm_thoughtx.calibrate.quantize.model import Layer
-from trtllm_thoughtx.calibrate.quantize.search import Found
+from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 
@@ -17,7 +17,7 @@ def operators_of(quant: QuantConfig) -> str | None:
     return kind_of(FORMATS[quant.algo or ""], quant.group_size)
 
 
-def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tensor, product: FusedProduct | None = None) -> torch.Tensor:
+def quantized(layer: Layer, module: str, found: Quantized, algo: str, x: torch.Tensor, product: FusedProduct | None = None) -> torch.Tensor:
     """A linear layer as an engine computes it: as the graph has it, or on onnxruntime's operators."""
     bias = layer.weights.get(f"{module}.bias")
     if product is None:
@@ -26,7 +26,7 @@ def quantized(layer: Layer, module: str, found: Found, algo: str, x: torch.Tenso
     return out if bias is None else out + bias
 
 
-def on_head(found: Found, x: torch.Tensor, algo: str, product: FusedProduct | None) -> torch.Tensor:
+def on_head(found: Quantized, x: torch.Tensor, algo: str, product: FusedProduct | None) -> torch.Tensor:
     """A quantized layer without a bias."""
     if product is None:
         return F.linear(found.inputs(x, algo), found.matrix)

@@ -40,7 +40,7 @@ class Inputs:
 
 
 @dataclass
-class Found:
+class Quantized:
     """A linear layer on its grid. `matrix` is what the stored one stands for; errors are shares of the outputs' energy."""
 
     matrix: torch.Tensor
@@ -54,7 +54,7 @@ class Found:
     rounding: str = "nearest"
     why: str | None = None  # it is not the rounding that was asked for
 
-    def part(self, first: int, end: int, *, has_own_scales: bool) -> Found:
+    def part(self, first: int, end: int, *, has_own_scales: bool) -> Quantized:
         """Some rows of it."""
         scale = self.scale[first:end] if has_own_scales else self.scale
         return replace(self, matrix=self.matrix[first:end], scale=scale, zero=None if self.zero is None else self.zero[first:end])
@@ -65,7 +65,7 @@ class Found:
         return x if self.input_scale is None else grid.input_on_grid(x, self.input_scale, algo)
 
 
-def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
+def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Quantized:
     """The best grid for a float32 matrix [out, in] (of several layers that share inputs: stacked)."""
     assert quant.algo is not None
     algo, size = quant.algo, quant.group_size
@@ -106,9 +106,9 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Found:
     if quant.prequant and factor is None:
         factor = torch.ones_like(seen.amax)
     static_scale = _input_scale(seen.amax, factor, algo) if static else None
-    found = Found(grid.on_grid(scaled, scale, algo), scale, static_scale, factor, alpha, best, nearest)
+    found = Quantized(grid.on_grid(scaled, scale, algo), scale, static_scale, factor, alpha, best, nearest)
 
-    def rounded(made: gptq.Rounded, rounding: str) -> Found:
+    def rounded(made: gptq.Rounded, rounding: str) -> Quantized:
         x = seen.rows if factor is None else seen.rows * factor
         cost = float((x @ made.matrix[::step].T - wanted).double().square().sum()) / energy
         return replace(found, matrix=made.matrix, scale=made.scale, zero=made.zero, error=cost, rounding=rounding)

@@ -9,7 +9,7 @@ import torch
 
 from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.model import device
-from trtllm_thoughtx.calibrate.quantize.search import Found
+from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 
@@ -33,8 +33,8 @@ def looked_up(tensors: Mapping[str, np.ndarray], name: str, ids: Sequence[int], 
     return torch.from_numpy(grid.unpack(tensors[f"{name}.weight"][index], scale[index])).to(device())
 
 
-def found(tensors: Mapping[str, np.ndarray], name: str, quant: QuantConfig) -> Found:
+def found(tensors: Mapping[str, np.ndarray], name: str, quant: QuantConfig) -> Quantized:
     """The matrix as a head."""
     scale = tensors[f"{name}.{FORMATS[quant.algo or ''].scale_name}"]
     matrix = torch.from_numpy(grid.unpack(tensors[f"{name}.weight"], scale)).to(device())
-    return Found(matrix, torch.from_numpy(scale.astype(np.float32)), None, None, None, 0.0, 0.0)
+    return Quantized(matrix, torch.from_numpy(scale.astype(np.float32)), None, None, None, 0.0, 0.0)

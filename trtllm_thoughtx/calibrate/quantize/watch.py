@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trtllm_thoughtx.calibrate.quantize import grid
-from trtllm_thoughtx.calibrate.quantize.search import Found, Inputs, search
+from trtllm_thoughtx.calibrate.quantize.search import Inputs, Quantized, search
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 
@@ -68,7 +68,7 @@ class Watch:
 class Judge:
     """What a found grid does to held-out rows of one linear layer."""
 
-    def __init__(self, found: Found, algo: str) -> None:
+    def __init__(self, found: Quantized, algo: str) -> None:
         self.found, self.algo = found, algo
         self.error = self.energy = 0.0
         self.num_clipped = self.num = 0
@@ -97,7 +97,7 @@ def picks_of(lengths: Sequence[int], num: int = NUM_SAMPLED) -> list[list[int]]:
     return [(wanted[(wanted >= a) & (wanted < b)] - a).tolist() for a, b in itertools.pairwise(starts)]
 
 
-def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Found], dict[str, Any]]:
+def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: QuantConfig) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """Grids of layers that read the same inputs: one search for all, so that they share factor, input scale and (FP8) weight scale.
 
     A layer whose inputs are always zero stays as it is: no scale stands for them.
@@ -133,7 +133,7 @@ def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: Q
     return made, facts
 
 
-def stored_tensors(name: str, one: Found, quant: QuantConfig) -> dict[str, np.ndarray]:
+def stored_tensors(name: str, one: Quantized, quant: QuantConfig) -> dict[str, np.ndarray]:
     """A quantized layer's tensors as a checkpoint holds them."""
     algo = quant.algo or ""
     form, shape = FORMATS[algo], FORMATS[algo].scale_shape(one.matrix.shape[0], one.matrix.shape[1], quant.group_size)
