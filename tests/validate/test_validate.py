@@ -148,7 +148,7 @@ def test_faults_outside_prefill_are_found_where_they_are(hf: Path) -> None:
     for plant, wanted in (
         ({"late": 1}, {"decode", "ragged decode"}),
         ({"leak": 1e-4}, {"ragged prefill", "ragged equals alone"}),
-        ({"piece_noise": 1e-4}, {"pieces of 7"}),
+        ({"segment_noise": 1e-4}, {"pieces of 7"}),
     ):
         fake = Fake(model, CHUNKED)
         vars(fake).update(plant)
