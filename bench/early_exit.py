@@ -210,7 +210,7 @@ class Bench:
         self.say()
         self.say(
             f"The exit head against the budget of steps, which has at least its mean of tokens: only the budget right "
-            f"{against['only_first_right']}, only the head right {against['only_second_right']}, exact p {against['p_accuracy']:.2g}. "
+            f"{against.only_first_right}, only the head right {against.only_second_right}, exact p {against.p_accuracy:.2g}. "
             f"Why the thinking ended with the head: {head_row['stops']}."
         )
         by_task = {}
@@ -266,7 +266,7 @@ class Bench:
     def traces(self) -> list[Trace]:
         engine = Engine.load(self.scratch / "engine", num_threads=self.args.num_threads, tap_layers=True)
         try:
-            return measure(engine, self.questions, MAX_NEW, self.gain, (), self.progress).traces
+            return measure(engine, self.questions, MAX_NEW, self.gain, (), self.progress, self.sample).traces
         finally:
             engine.close()
 
@@ -292,7 +292,7 @@ class Bench:
     # --- presets -----------------------------------------------------------------------------------------------------------
 
     def presets(self) -> None:
-        asked = {
+        asked: dict[str, dict[str, Any]] = {
             "the checkpoint's own defaults (greedy)": {},
             "the family's (0.6, 0.95, 20)": {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
             "batch preset (depth 6, 0.3)": {"temperature": 0.3, "max_reasoning_depth": 6},
@@ -329,7 +329,7 @@ class Bench:
         engine = Engine.load(self.scratch / "stages", num_threads=self.args.num_threads)
         assert engine.text
         prompts = [engine.text.chat(asked.prompt) for asked in self.questions[:: max(1, len(self.questions) // 24)]][:24]
-        base = {"max_new_tokens": 200, "stop_ids": engine.text.eos_ids}
+        base: dict[str, Any] = {"max_new_tokens": 200, "stop_ids": engine.text.eos_ids}
         self.say()
         self.say(
             f"## Level 2: drafts of the first {self.layer} of {self.config.num_layers} layers, checked "

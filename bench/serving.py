@@ -79,9 +79,9 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def closed_list(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     rng, vocab = np.random.default_rng(0), engine.config.vocab_size
-    low, high = args.prompts
+    (low, high), (shortest, longest) = args.prompts, args.answers
     prompts = [rng.integers(0, vocab, rng.integers(low, high, endpoint=True)).tolist() for _ in range(args.requests)]
-    num_new = rng.integers(*args.answers, args.requests, endpoint=True).tolist()
+    num_new = rng.integers(shortest, longest, args.requests, endpoint=True).tolist()
     inside, seconds, own = Inside(engine), {"fixed groups": [], "slots": []}, list[float]()  # type: ignore[var-annotated]
     over_slots(engine, [prompts[0]], [4], args.slots)
     alike = 0

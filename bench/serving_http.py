@@ -78,13 +78,14 @@ class Answer:
 
 def load_of(rate: float, args: argparse.Namespace) -> list[Asked]:
     """The same for the same seed, whatever the system. An infinite rate: all at once."""
+    (low, high), (shortest, longest) = args.prompts, args.answers
     rng, found, at = np.random.default_rng([args.seed, 0 if math.isinf(rate) else round(rate * 1e6)]), list[Asked](), 0.0
     while True:
         at += 0.0 if math.isinf(rate) else float(rng.exponential(1 / rate))
         if len(found) == args.burst if math.isinf(rate) else at > args.seconds:
             return found
-        words = rng.choice(WORDS, rng.integers(*args.prompts, endpoint=True))
-        found.append(Asked(at, " ".join(words), int(rng.integers(*args.answers, endpoint=True))))
+        words = rng.choice(WORDS, int(rng.integers(low, high, endpoint=True)))
+        found.append(Asked(at, " ".join(words), int(rng.integers(shortest, longest, endpoint=True))))
 
 
 class Client:
