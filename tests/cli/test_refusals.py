@@ -163,10 +163,10 @@ READERS = {
     "validate/validate.py": ("validate",),
     "checkpoint/weights.py": ("convert", "build"),
 }
-# flags' own help, scripts, accelerate's flags
+# flags' own help, scripts, flags of accelerate and of Polygraphy
 NO_ADVICE = (
     *(f"cli/{name}.py" for name in ("commands", "calibrate", "distill", "evaluate", "framework", "demo")),
-    *("distill/plan.py", "distill/sample.py"),
+    *("distill/plan.py", "distill/sample.py", "validate/polygraphy.py"),
 )
 NOT_COMMANDS = {"tiny", "bug", "weights", "windows", "harness"}  # the sample's name; directories in the system's temporary place
 FLAGS = {

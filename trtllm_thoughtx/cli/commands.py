@@ -94,6 +94,7 @@ def build(
     "validate",
     "thoughtx-validate --engine_dir ./engine --reference ./model --record golden.safetensors",
     "thoughtx-validate --engine_dir ./engine --golden golden.safetensors --junit report.xml",
+    "thoughtx-validate --engine_dir ./engine --export_check ./check",
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to validate.")
 @click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
@@ -106,6 +107,7 @@ def build(
 @framework.exact_option
 @framework.verify_key_option
 @click.option("--bisect", is_flag=True, help="On a failure, name the first layer that leaves the band.")
+@click.option("--export_check", type=PATH, help="Write files with which Polygraphy checks the engine, where this package is not installed.")
 @click.option("--strict", is_flag=True, help="Count skipped checks as failures.")
 @click.option("--junit", "junit_file", type=PATH, help="Also write the checks as JUnit XML.")
 def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:

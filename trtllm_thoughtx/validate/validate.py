@@ -37,7 +37,7 @@ from trtllm_thoughtx.report import Check
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.ship.signature import file_checks
 from trtllm_thoughtx.validate import golden as golden_file
-from trtllm_thoughtx.validate import parity, quality
+from trtllm_thoughtx.validate import parity, polygraphy, quality
 from trtllm_thoughtx.validate.given import given_prompts
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
 from trtllm_thoughtx.validate.runs import SEGMENTS, Run, decoded, longest, prefilled
@@ -92,6 +92,7 @@ def validate(
     prompts: Path | None = None,
     private_data: bool = False,
     verify_key: Path | None = None,
+    export_check: Path | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
@@ -99,25 +100,34 @@ def validate(
     `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
     `prompts`: a JSONL file of prompts that are checked beside the plan's; with `private_data` a recorded file has only their hashes.
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
-    `verify_key` adds a check: that this public key signed the directory.
+    `verify_key` adds a check: that this public key signed the directory. `export_check`, where nothing failed, gets files with which
+    Polygraphy checks the engine; it needs nothing to compare with.
     Raises ThoughtxError when the question cannot be asked (another model, nothing to compare with); a wrong engine is a Report.
     """
-    _check_request(reference, golden, record)
+    if export_check is None or reference is not None or golden is not None:
+        _check_request(reference, golden, record)
     if private_data and (record is None or prompts is None):
         why, fix = "it says how a recorded file keeps the prompts that were given", "add --record FILE and --prompts FILE.jsonl"
         raise ThoughtxError("E001", "--private_data needs --record and --prompts", where="--private_data", why=why, fix=fix)
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
+    if export_check is not None:
+        polygraphy.check_exportable(directory, export_check)
     checks = file_checks(directory, verify_key)
     if any(check.status == "failed" for check in checks):
         why = f"the files do not match their {'manifest' if verify_key is None else 'manifest and signature'}, so nothing was loaded"
         return Report((*checks, *(Check(f"{name}: runs", "skipped", why) for name in backends)), "nothing")
+    if reference is None and golden is None:
+        assert export_check is not None
+        return Report((*checks, polygraphy.export_check(directory, export_check, seed)), "nothing")
     given = () if prompts is None else given_prompts(prompts, directory)
     expected = read_expected(directory, reference, golden, seed, progress, given)
     if record is not None:
         golden_file.write_golden(Path(record), expected, is_private=private_data)
     for name in backends:
         checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress)
+    if export_check is not None and Report(tuple(checks), "").ok:
+        checks.append(polygraphy.export_check(directory, export_check, seed))
     return Report(tuple(checks), expected.source)
 
 
