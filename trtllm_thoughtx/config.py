@@ -133,7 +133,7 @@ class ModelConfig:
         return not self.tied or (quant is not None and not quant.embedding and quant.covers("lm_head"))
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of K and V of all layers for one position, in an engine of `dtype`."""
+        """Bytes of K and V of all layers for one position, in a cache of `dtype` unless it is quantized."""
         is_small = self.quantization is not None and self.quantization.kv_algo is not None
         return 2 * self.num_layers * self.kv_size * (1 if is_small else 4 if dtype == "float32" else 2)
 
@@ -173,6 +173,12 @@ class BuildConfig:
     draft_thresholds: tuple[float, ...] = ()  # confidence from which a draft of each is worth verifying
     compute_capabilities: tuple[str, ...] = ("8.6", "8.9", "12.0")
     optimization_level: int | None = None
+    kv_cache_dtype: str = since(2, AUTO)  # "float16": of a float32 engine, whose cache takes half of the bytes then
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of the KV cache, unless the checkpoint has a quantized one."""
+        return self.dtype if self.kv_cache_dtype == AUTO else self.kv_cache_dtype
 
     @property
     def num_kept(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,15 @@ def available_device() -> str:
     return "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
 
 
+def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Memory that is not resident until it is written, page by page: NumPy asks for huge pages, of which one holds a whole slot."""
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
 class OnnxRuntimeRunner:
     """`Runner` over one session per part."""
 
@@ -57,7 +67,7 @@ class OnnxRuntimeRunner:
         """`exact`: quantized products and experts run as the graph has them."""
         self.config, self.build, self.parts, self.exact = config, build, parts, exact
         self.device = available_device()
-        self.kv_dtype: type = np.float16 if build.dtype == "float16" else np.float32
+        self.kv_dtype: type = np.float16 if build.cache_dtype == "float16" else np.float32
         if config.quantization is not None and config.quantization.kv_algo == "INT8":
             self.kv_dtype = np.int8
         self._item_bytes = np.dtype(self.kv_dtype).itemsize
@@ -122,7 +132,7 @@ class OnnxRuntimeRunner:
         names = [f"{kind}_{layer}" for layer in range(self.config.num_layers) for kind in ("key", "value")]
         if names and names[0] in self.cache and tuple(self.cache[names[0]].shape()) == shape:
             return  # stale positions are masked by kv_positions; what they hold is finite
-        self.cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.kv_dtype), self.device, 0) for name in names}
+        self.cache = {name: ort.OrtValue.ortvalue_from_numpy(_zeros(shape, self.kv_dtype), self.device, 0) for name in names}
 
     def exchange(self, a: int, b: int, num_slots: int) -> None:
         for array in self._arrays():

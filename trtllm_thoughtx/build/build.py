@@ -149,7 +149,7 @@ def _plan(source: WeightSource, settings: BuildConfig, bounds: list[external.Bou
     weights = [bound.num_bytes for bound in bounds]
     plans = [backend for backend in settings.backends if BACKENDS[backend].builds_plans]
     copies = len(plans) + keeps_weights(settings.backends)
-    kv = source.config.kv_bytes_per_token(settings.dtype)
+    kv = source.config.kv_bytes_per_token(settings.cache_dtype)
     return {
         "checkpoint_dir": str(source.path),
         "output_dir": str(output_dir),

@@ -34,7 +34,7 @@ from trtllm_thoughtx.families.trtllm_config import model_config_from_trtllm, trt
 from trtllm_thoughtx.files import read_json
 
 CONFIG = "config.json"
-SCHEMA = 1  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
+SCHEMA = 2  # of the `thoughtx` section: raised once for each release that adds settings; 0 is the form without a number
 # An engine that was built without one of these must not read one that was added later.
 READ_WHERE_PRESENT = tuple(name for name in CARRIED if not name.startswith(("LICENSE", "NOTICE")))
 ENGINE_FILES = (".onnx", ".data", ".engine", ".plan", ".so")  # no such file may lie beside those that config.json names

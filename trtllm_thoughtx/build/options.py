@@ -81,6 +81,21 @@ def _dtype(given: Given) -> str:
     return dtype if any(dtype in BACKENDS[name].dtypes for name in given["backends"]) else "float32"
 
 
+def _kv_cache_dtype(given: Given) -> str:
+    dtype = str(given.value("kv_cache_dtype"))
+    if dtype == AUTO:
+        return dtype
+    if given["dtype"] != "float32":
+        raise refuse("kv_cache_dtype", dtype, f"the engine computes in {given['dtype']}, and so is its cache", "leave it out")
+    if any(BACKENDS[name].builds_plans for name in given["backends"]):
+        why = "the cache of a plan has the type that the plan computes in"
+        raise refuse("kv_cache_dtype", dtype, why, "add --backend onnxruntime, or give --dtype float16 for plans")
+    if given.config.quantization is not None and given.config.quantization.kv_algo is not None:
+        why = f"the checkpoint holds scales of an {given.config.quantization.kv_algo} cache, which is smaller"
+        raise refuse("kv_cache_dtype", dtype, why, "leave it out")
+    return dtype
+
+
 def _max_seq_len(given: Given) -> int:
     length, longest = int(given.value("max_seq_len")), given.config.longest
     if length > longest:
@@ -218,6 +233,7 @@ class Option:
 
 _chunk = partial(Option, is_of_chunks=True)
 _HELP_OF_BACKEND = f"What to build for: {', '.join(BACKENDS)}.  [default: {','.join(BLANK.backends)}]"
+_HELP_OF_CACHE = "Type of the KV cache; float16 halves that of a float32 onnxruntime engine.  [default: auto, that of --dtype]"
 _HELP_OF_INPUT = "Most prompt tokens in one call; longer prompts are prefilled in segments."
 _HELP_OF_CHUNK = "Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size."
 _HELP_OF_LARGEST = "Largest chunk a request may use; sizes the KV cache.  [default: --chunk_size]"
@@ -227,6 +243,7 @@ _HELP_OF_SINGLE = "Prompts with entropy below this many nats are answered in a s
 _ROWS = (  # in the order of the command's help
     Option("backend", NAMES, _HELP_OF_BACKEND, _backends, target="backends", is_repeated=True),
     Option("dtype", OneOf((AUTO, *DTYPES)), "Compute type of the engine.  [default: auto, the checkpoint's]", _dtype),
+    Option("kv_cache_dtype", OneOf((AUTO, "float16")), _HELP_OF_CACHE, _kv_cache_dtype),
     Option("max_batch_size", POSITIVE, "Maximum batch size.", bounds=lambda given: (4, 1, 4096)),
     Option("max_input_len", POSITIVE, _HELP_OF_INPUT, bounds=lambda given: (min(512, given["max_seq_len"]), 1, given["max_seq_len"])),
     Option(

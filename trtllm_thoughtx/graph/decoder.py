@@ -143,13 +143,17 @@ def _attention(b: Builder, layer: int, h: str) -> str:
     for x, kind in (("k", "key"), ("v", "value")):
         cache: list[str | int] = ["B", config.num_kv_heads, b.build.kv_capacity, config.head_dim]
         is_small = config.quantization is not None and config.quantization.kv_algo == "INT8"
-        elem_type = TensorProto.INT8 if is_small else b.elem_type
+        elem_type = TensorProto.INT8 if is_small else TensorProto.FLOAT16 if b.build.cache_dtype == "float16" else b.elem_type
         past = b.input(f"past_{kind}_{layer}", elem_type, cache)
         present = b.output(f"present_{kind}_{layer}", elem_type, cache)
         new = quantized.cache_in(b, heads[x], weights, f"{name}.{x}") if is_small else heads[x]
+        if not is_small and elem_type != b.elem_type:
+            new = b.node("Cast", [new], f"{name}.{x}.cached", to=elem_type)
         b.node("TensorScatter", [past, new, "write_indices"], present, axis=-2)
         slots = b.node("Slice", [present, "live.start", "live.slots", "live.axis"], f"{name}.{x}.live")
         live[x] = quantized.cache_out(b, slots, weights, f"{name}.{x}") if is_small else slots
+        if not is_small and elem_type != b.elem_type:
+            live[x] = b.node("Cast", [slots], f"{name}.{x}.wide", to=b.elem_type)
     scale = float(config.head_dim) ** -0.5
     b.num_attention += 1
     if b.build.use_chunked_attention:

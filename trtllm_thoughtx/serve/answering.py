@@ -77,7 +77,7 @@ class Answering:
 
     def load(self) -> Load:
         config, build = self.engine.config, self.engine.build
-        kv_bytes = self.num_slots * build.kv_capacity * config.kv_bytes_per_token(build.dtype)
+        kv_bytes = self.num_slots * build.kv_capacity * config.kv_bytes_per_token(build.cache_dtype)
         load = self.front.load()
         return Load(load.num_running, load.num_waiting, self.front.kv_usage, kv_bytes)
 

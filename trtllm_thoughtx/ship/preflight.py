@@ -224,7 +224,7 @@ def memory_need(directory: EngineDir, backend: str) -> dict[str, int]:
     logits = 4 * batch * min(LOGIT_ROWS, segment) * config.vocab_size
     return {
         "weights": wider * sum(rows.get(name, 0) for name in directory.files_of(backend)),
-        "KV cache": wider * config.kv_bytes_per_token(build.dtype) * build.kv_capacity * batch,
+        "KV cache": wider * config.kv_bytes_per_token(build.cache_dtype) * build.kv_capacity * batch,
         "workspace": batch * segment * per_token * item + logits,
     }
 

@@ -154,7 +154,7 @@ def identity_of(directory: EngineDir) -> dict[str, Any]:
     inputs = directory.manifest["inputs"]
     return {
         "family": config.family,
-        "dtype": build.dtype,
+        "dtype": build.cache_dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_layers": config.num_layers,
@@ -192,7 +192,7 @@ def run_reference(
     """Two runs of the reference, one model in memory at a time: the truth, then the rounding band. `prompts` None: `parity`'s."""
     from trtllm_thoughtx.validate.reference import Reference, version
 
-    dtype = build.dtype
+    dtype = build.cache_dtype
     prompts = prompts or parity.plan_prompts(config, build, seed)
     runs = []
     for kind in (parity.WIDER[dtype], dtype):
