@@ -6,6 +6,8 @@ import json
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +85,7 @@ def test_bodies_that_are_no_requests(server):
     odd += [json.dumps({"messages": [{"role": "user", "content": part}]}).encode() for part in (1, [1], [{"type": "image_url"}], None, "")]
     for name in ("max_tokens", "temperature", "top_p", "seed", "n", "stop"):
         odd += [json.dumps({"messages": MESSAGES, "max_tokens": 2, name: value}).encode() for value in ("x", -1, [], {}, 1e300, True)]
-    for _ in range(430):
+    for _ in range(470):
         body = bytearray(good)
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(body))
@@ -94,7 +96,7 @@ def test_bodies_that_are_no_requests(server):
         status, said = server.ask(CHAT, body)
         statuses.append(status)
         assert status == 200 or (status == 400 and parts(said)), (status, body, said)
-    assert statuses.count(400) >= 300 and len(odd) >= 480
+    assert statuses.count(400) >= 300 and len(odd) >= 500
     assert server.ask("/health")[0] == 200 and server.metric("num_requests_running") == 0
 
 
@@ -138,6 +140,67 @@ def test_a_full_queue_is_429_and_the_client_that_tries_again_gets_its_answer(ser
     until(lambda: server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0)
 
 
+def test_a_body_that_does_not_arrive_is_408(engine_dir, tmp_path):
+    with serving(engine_dir, tmp_path / "log", "--body_timeout", 0.3) as server:
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % CHAT.encode())
+        received = b""
+        while block := client.recv(4096):  # until the server closes the connection
+            received += block
+        head, _, body = received.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408") and b"connection: close" in head.lower() and parts(json.loads(body))
+        client.close()
+        assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2})[0] == 200
+
+
+KILLED = """
+import socket, sys
+client = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+client.sendall(sys.stdin.buffer.read())
+while b"data: " not in client.recv(4096):
+    pass
+print("begun", flush=True)
+while client.recv(4096):
+    pass
+"""
+
+
+def test_clients_that_are_killed_in_mid_stream_give_their_slots_back(engine_dir, tmp_path):
+    body = json.dumps({**LONG, "stream": True}).encode()
+    request = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body)
+    with serving(engine_dir, tmp_path / "log", "--max_num_seqs", 3) as server:
+        clients = [
+            subprocess.Popen([sys.executable, "-c", KILLED, str(server.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(3)
+        ]
+        for client in clients:
+            client.stdin.write(request)
+            client.stdin.close()
+        for client in clients:
+            assert client.stdout.readline() == b"begun\n"
+        assert server.metric("num_requests_running") == 3
+        for client in clients:
+            client.kill()
+            client.wait()
+            client.stdout.close()
+        until(lambda: server.metric("num_requests_running") == 0)
+        assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2})[0] == 200
+        assert server.metric("request_failure_total") == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_closes_its_sending_half_has_gone_away(server, stream):
+    """As curl and every HTTP client keep both halves open until the answer is there."""
+    client = opened(server, LONG, stream=stream)
+    until(lambda: server.metric("num_requests_running") == 1)
+    client.shutdown(socket.SHUT_WR)
+    until(lambda: server.metric("num_requests_running") == 0)
+    while client.recv(1 << 16):
+        pass
+    client.close()
+    assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2})[0] == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_a_client_that_goes_away_gives_its_slot_back(server, stream, how):
@@ -172,6 +235,25 @@ def test_many_clients_on_few_slots_all_get_their_own_answer(engine_dir, tmp_path
             together = list(pool.map(ask, [number % 16 for number in range(64)]))
         assert together == serial * 4
         assert server.metric("request_success_total") == 80 and server.metric("num_requests_running") == 0
+
+
+def test_who_may_be_overtaken_is_not_overtaken_for_ever(engine_dir, tmp_path):
+    """Clients that never stop asking fill every slot; one of the lowest rank gets its answer among them."""
+    with serving(engine_dir, tmp_path / "log", "--max_num_seqs", 2, "--max_queued_requests", 100) as server:
+        body, is_answered, num_answered = {"messages": MESSAGES, "max_tokens": 20}, threading.Event(), []
+
+        def ask_on():
+            while not is_answered.is_set():
+                num_answered.append(server.ask(CHAT, {**body, "priority": 1})[0])
+
+        with ThreadPoolExecutor() as pool:
+            asking = [pool.submit(ask_on) for _ in range(6)]
+            until(lambda: server.metric("num_requests_waiting") >= 3)
+            assert server.ask(CHAT, {**body, "priority": -1})[0] == 200
+            is_answered.set()
+            for one in asking:
+                one.result()
+        assert set(num_answered) == {200}
 
 
 def test_a_key_is_asked_for_everywhere_but_at_health(engine_dir, tmp_path):

@@ -31,6 +31,7 @@ SECONDS = FiniteFloat(0, 1e6, min_open=True)
 @click.option("--max_queued_requests", type=COUNT, default=64, help="Answers that may wait for a slot; more get status 429.")
 @click.option("--max_queued_tokens", type=POSITIVE, default=1 << 20, help="Prompt tokens of answers that may wait.")
 @click.option("--max_body_bytes", type=POSITIVE, default=4 << 20, help="Largest body of a request.")
+@click.option("--body_timeout", type=SECONDS, default=30.0, help="Seconds until the body of a request must have arrived.")
 @click.option("--queue_timeout", type=SECONDS, default=600.0, help="Seconds until an answer must have begun.")
 @click.option("--request_timeout", type=SECONDS, default=3600.0, help="Seconds until an answer must have ended.")
 @click.option("--drain_timeout", type=SECONDS, default=30.0, help="Seconds that running requests get when the server is told to stop.")
@@ -46,6 +47,7 @@ def serve_command(
     max_queued_requests: int,
     max_queued_tokens: int,
     max_body_bytes: int,
+    body_timeout: float,
     queue_timeout: float,
     request_timeout: float,
     drain_timeout: float,
@@ -63,6 +65,7 @@ def serve_command(
         num_queued=max_queued_requests,
         num_queued_tokens=max_queued_tokens,
         body_bytes=max_body_bytes,
+        body_seconds=body_timeout,
         queue_seconds=queue_timeout,
         answer_seconds=request_timeout,
     )

@@ -118,7 +118,7 @@ async def _body(server: Server, request: Request) -> dict[str, Any]:
     try:
         return object_of(await asyncio.wait_for(read(), limits.body_seconds))
     except asyncio.TimeoutError:
-        what, why = f"the body did not arrive within {limits.body_seconds:g} s", "a slow sender holds a connection"
+        what, why = f"the body did not arrive within {limits.body_seconds:g} s", "the server's limit (--body_timeout)"
         raise Refusal(408, BadRequest(what, why, fix="send it at once"), {"Connection": "close"}) from None
 
 
