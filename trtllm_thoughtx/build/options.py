@@ -309,7 +309,7 @@ def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
     found = []
     if FORMATS[quant.algo].of_rows and any(BACKENDS[backend].builds_plans for backend in settings.backends):
         why = "TensorRT-RTX 1.7 widens INT8 in blocks when it builds, and keeps INT8 with a scale a row"
-        found = [f"the plan holds 16-bit weights: {why}; for plans calibrate with --group_size 0"]
+        found = [f"the plan holds 16-bit weights: {why}; for plans: thoughtx-calibrate --group_size 0"]
     return found if "onnxruntime" not in settings.backends else [*found, *_notes_of_cpu(quant, settings)]
 
 
