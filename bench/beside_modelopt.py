@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def theirs(task: dict[str, Any]) -> dict[str, Any]:
         seen = Divergence()
         for ids, logits in zip(data.held, wanted, strict=True):
             seen.add(logits, run(ids).numpy(), [*ids[1:], -1])
-        return seen.summary()
+        return asdict(seen.summary())
 
     preset, algorithm = VARIANTS[task["qformat"]][task["variant"]]
     settings = copy.deepcopy(getattr(mtq, preset))

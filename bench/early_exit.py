@@ -46,7 +46,7 @@ from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.size import head_in_layers, layer_parameters
 from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.report import to_json
+from trtllm_thoughtx.report import plain, to_json
 from trtllm_thoughtx.tasks import TASKS
 from trtllm_thoughtx.text.params import GenerationParams
 
@@ -187,7 +187,7 @@ class Bench:
         oracle = rule.apply(traces, rule.oracle)
         self.found["level_1"] = {
             "rows": rows,
-            "oracle": oracle,
+            "oracle": plain(oracle),
             "head_against_budget": {k: getattr(against, k) for k in ("only_first_right", "only_second_right", "p_accuracy")},
         }
         self.say(f"## Level 1 on {self.args.sample}: {len(full.of())} held-out questions, greedy")
@@ -204,8 +204,8 @@ class Bench:
                 f"| {' | '.join(percent(one[f'saved_{of}']) for of in ('generation', 'with_prompt', 'weight_bytes'))} |"
             )
         self.say(
-            f"| oracle (first step at which the answer is the whole trace's) | {100 * oracle['accuracy']:.1f} % | | | | "
-            f"{100 * oracle['saved_of_generated_tokens']:.1f} % | {100 * oracle['saved_of_all_tokens']:.1f} % | |"
+            f"| oracle (first step at which the answer is the whole trace's) | {100 * oracle.accuracy:.1f} % | | | | "
+            f"{100 * oracle.saved_of_generated_tokens:.1f} % | {100 * oracle.saved_of_all_tokens:.1f} % | |"
         )
         self.say()
         self.say(

@@ -86,8 +86,8 @@ def main() -> None:
                 seen.add(a, b, [*row[1:], -1])
                 beyond.add(c, b)
             told = seen.summary()
-            keep = {key: told[key] for key in ("kl", "top1_agreement", "perplexity_ratio", "num_positions")}
-            table.append({"engine": path.name, "setting": setting, **keep, "beyond_exact": beyond.summary()["kl"]})
+            keep = {key: getattr(told, key) for key in ("kl", "top1_agreement", "perplexity_ratio", "num_positions")}
+            table.append({"engine": path.name, "setting": setting, **keep, "beyond_exact": beyond.summary().kl})
             if not args.json:
                 cells = (f"{table[-1][key]:>18.6f}" for key in ("kl", "beyond_exact", "top1_agreement", "perplexity_ratio"))
                 print(f"{path.name:<20}{setting:>10}", *cells, flush=True)

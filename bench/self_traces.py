@@ -62,7 +62,7 @@ def main() -> None:
                         at = len(prompt) - 1
                         seen.add(logits[at:], engine.forward([ids])[0][at:])
                     engine.close()
-                    row[key] = round(seen.summary()["kl"], 6)
+                    row[key] = round(seen.summary().kl, 6)
                 print(json.dumps(row) if args.json else "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 

@@ -21,6 +21,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def main() -> int:
             wanted = np.load(reference / f"{number}.npy")
             seen.add(wanted, got[:, : wanted.shape[1]], [*row[1:], -1])
         size = sum(file.stat().st_size for file in ([made] if made.is_file() else made.rglob("*")) if file.is_file())
-        table.append({"name": f"{args.peer} {name}", "bits": 8 * size / total, **seen.summary()})
+        table.append({"name": f"{args.peer} {name}", "bits": 8 * size / total, **asdict(seen.summary())})
         print(json.dumps(table[-1]), flush=True)
     found = {"model_dir": str(args.model_dir), "num_tokens": sum(map(len, rows)), "formats": table}
     (args.out or args.work / f"{args.peer}.json").write_text(json.dumps(found, indent=1))

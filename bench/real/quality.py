@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def judged(engine: Path, rows: list[list[int]], reference: Path) -> dict[str, fl
     seen = Divergence()
     for number, (row, logits) in enumerate(zip(rows, logits_of(engine, rows), strict=True)):
         seen.add(np.load(reference / f"{number}.npy"), logits, [*row[1:], -1])
-    return seen.summary()
+    return asdict(seen.summary())
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QuantConfig  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.text.text import Text  # noqa: E402
-from trtllm_thoughtx.validate.divergence import Divergence  # noqa: E402
+from trtllm_thoughtx.validate.divergence import Divergence, Loss  # noqa: E402
 
 # --- the walk is the model -------------------------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ def test_a_budget_holds_with_the_fewest_layers_kept(tmp_path):
     seen = Divergence()
     for row in found["validation"]:
         seen.add(original.forward([row])[0], engine.forward([row])[0])
-    assert seen.summary()["kl"] <= 1.2 * goal
+    assert seen.summary().kl <= 1.2 * goal
     # one unit fewer breaks it: the head of the list is the shortest
     least = min(found["modules"][name]["sensitivity"] for name in kept)
     fewer = tuple(name for name in kept if found["modules"][name]["sensitivity"] > least)
@@ -524,12 +524,8 @@ def test_divergence_is_what_it_says():
     p, q = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), np.log([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
     seen.add(p.astype(np.float32) + 3, q.astype(np.float32), [0, -1])
     found = seen.summary()
-    assert found["kl"] == pytest.approx(0.25 * np.log(2) / 2, rel=1e-5) and found["worst_kl"] == pytest.approx(0.25 * np.log(2), rel=1e-5)
-    assert (
-        found["top1_agreement"] == 0.5
-        and found["perplexity_reference"] == pytest.approx(2)
-        and found["perplexity_ratio"] == pytest.approx(2)
-    )
+    assert found.kl == pytest.approx(0.25 * np.log(2) / 2, rel=1e-5) and found.worst_kl == pytest.approx(0.25 * np.log(2), rel=1e-5)
+    assert found.top1_agreement == 0.5 and found.perplexity_reference == pytest.approx(2) and found.perplexity_ratio == pytest.approx(2)
 
 
 def test_the_sample_of_inputs_is_even():
@@ -605,8 +601,7 @@ def test_what_fits_nothing_measures_on_few_sequences(tmp_path, options, num, hel
 
 def test_limits_leave_room_for_the_standard_error_of_few_positions_only():
     """2 points of agreement and two binomial standard errors: 6.5 points for 96 positions at 0.885, a tenth of it for 9,600."""
-    seen = {"kl": 0.08, "top1_agreement": 0.885, "perplexity_ratio": 0.99}
-    few, many = (limits_of({**seen, "num_positions": num}) for num in (96, 9600))
+    few, many = (limits_of(Loss(0.08, 0.5, 0.885, 10.0, 9.9, 0.99, num)) for num in (96, 9600))
     assert few["min_top1_agreement"] == pytest.approx(0.885 - 0.02 - 0.0651, abs=1e-3)
     assert many["min_top1_agreement"] == pytest.approx(0.885 - 0.02 - 0.0065, abs=1e-3)
     assert few["max_kl"] == many["max_kl"] == pytest.approx(0.122) and few["max_perplexity_ratio"] == pytest.approx(1.02)

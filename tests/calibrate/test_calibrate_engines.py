@@ -190,7 +190,7 @@ def test_public_rows_have_their_own_limits(tmp_path):
     for row in found["validation"]:
         at = spread(len(row), 97)
         seen.add(original.forward([row])[0][at], engine.forward([row])[0][at])
-    assert found["limits"]["max_kl"] == pytest.approx(1.5 * seen.summary()["kl"] + 0.002, rel=1e-3)
+    assert found["limits"]["max_kl"] == pytest.approx(1.5 * seen.summary().kl + 0.002, rel=1e-3)
 
 
 # --- right answers and speed -------------------------------------------------------------------------------------------

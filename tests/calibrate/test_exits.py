@@ -199,13 +199,13 @@ def test_a_rule_is_priced_and_a_threshold_is_chosen():
     head = ExitHead(np.array([[1.0], [0.0]], np.float32), np.zeros(2, np.float32), 1.0)
     traces = [a_trace([0.2, 0.6, 0.97], ["?", "7", "7"], "7", "7")] * 9 + [a_trace([0.55, 0.8, 0.99], ["?", "8", "9"], "9", "9")]
     found = rule.apply(traces, rule.by_head(head, 0.58))
-    assert found["accuracy_full"] == 1.0 and found["accuracy"] == 0.9 and found["only_full_right"] == 1
-    assert found["saved_of_generated_tokens"] == pytest.approx(1 - (9 * 13 + 13) / (10 * 102))
-    assert found["saved_of_all_tokens"] == pytest.approx(1 - (9 * 18 + 18) / (10 * 107))
+    assert found.accuracy_full == 1.0 and found.accuracy == 0.9 and found.only_full_right == 1
+    assert found.saved_of_generated_tokens == pytest.approx(1 - (9 * 13 + 13) / (10 * 102))
+    assert found.saved_of_all_tokens == pytest.approx(1 - (9 * 18 + 18) / (10 * 107))
     assert rule.choose_threshold(head, traces, 0.0) > 0.8  # the last trace is wrong at its second stop
     assert rule.choose_threshold(head, traces, 0.1) < 0.6
     assert rule.choose_threshold(head, [a_trace([0.99999] * 3, ["?"] * 3, "7", "7")], 0.0) == 1.0
-    assert rule.apply(traces, rule.oracle)["accuracy"] == 1.0
+    assert rule.apply(traces, rule.oracle).accuracy == 1.0
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ hf_models = pytest.importorskip("hf_models")
 from trtllm_thoughtx.build.build import build  # noqa: E402
 from trtllm_thoughtx.calibrate.quantize.job import calibrate  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
+from trtllm_thoughtx.validate.divergence import Loss  # noqa: E402
 from trtllm_thoughtx.validate.quality import Limits  # noqa: E402
 from trtllm_thoughtx.validate.validate import validate  # noqa: E402
 
@@ -81,7 +83,7 @@ def test_a_damaged_scale_or_weight_fails(hf, tmp_path, name, change):
 
 def test_limits_name_what_they_see():
     limits = Limits(max_kl=0.01, min_top1_agreement=0.95, max_perplexity_ratio=1.05)
-    good = {"kl": 0.01, "top1_agreement": 0.95, "perplexity_ratio": 1.05}
+    good = Loss(0.01, 0.1, 0.95, 10.0, 10.5, 1.05, 96)
     assert limits.broken(good) == ""
     for key, value, word in (
         ("kl", 0.011, "KL"),
@@ -89,7 +91,7 @@ def test_limits_name_what_they_see():
         ("top1_agreement", 0.9, "top token"),
         ("perplexity_ratio", 1.1, "perplexity"),
     ):
-        assert word in limits.broken({**good, key: value})
+        assert word in limits.broken(replace(good, **{key: value}))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,19 @@ from trtllm_thoughtx.runtime.logits import kl_divergence, log_softmax
 MAX_VALUES, MIN_POSITIONS = 2 << 20, 48
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Means over positions: KL in nats, fraction of equal top tokens, perplexities and their ratio (1.0 without targets)."""
+
+    kl: float
+    worst_kl: float
+    top1_agreement: float
+    perplexity_reference: float
+    perplexity: float
+    perplexity_ratio: float
+    num_positions: int
+
+
 @dataclass
 class Divergence:
     """Sums over positions. `add` takes float [n, vocab] logits of both, and the tokens that came next (-1: none known)."""
@@ -39,19 +52,10 @@ class Divergence:
             self.nll -= float(p[at, tokens].sum())
             self.nll_other -= float(q[at, tokens].sum())
 
-    def summary(self) -> dict[str, float]:
-        """Means: KL in nats, fraction of equal top tokens, perplexities and their ratio (1.0 without targets)."""
+    def summary(self) -> Loss:
         num, targets = max(self.num, 1), max(self.num_targets, 1)
         ppl, other = (math.exp(min(x / targets, 700)) for x in (self.nll, self.nll_other))
-        return {
-            "kl": self.kl / num,
-            "worst_kl": self.worst_kl,
-            "top1_agreement": self.num_same / num,
-            "perplexity_reference": ppl,
-            "perplexity": other,
-            "perplexity_ratio": other / ppl,
-            "num_positions": self.num,
-        }
+        return Loss(self.kl / num, self.worst_kl, self.num_same / num, ppl, other, other / ppl, self.num)
 
 
 def spread(length: int, vocab_size: int) -> list[int]:

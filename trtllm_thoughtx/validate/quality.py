@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx import report
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.fields import Fields
 from trtllm_thoughtx.files import read_json
 from trtllm_thoughtx.runtime.engine import Engine
-from trtllm_thoughtx.validate.divergence import Divergence, spread
+from trtllm_thoughtx.validate.divergence import Divergence, Loss, spread
 from trtllm_thoughtx.validate.golden import ChunkSpec, Expected, Prompt
 from trtllm_thoughtx.validate.runs import Run, decoded, longest, prefilled
 
@@ -47,15 +48,15 @@ class Limits:
     max_perplexity_ratio: float = 1.1
     source: str = "defaults, for a checkpoint that was quantized elsewhere"
 
-    def broken(self, seen: dict[str, float]) -> str:
+    def broken(self, seen: Loss) -> str:
         """The limits that a summary of `Divergence` passes, in words; empty when it keeps them all."""
         wrong = []
-        if not seen["kl"] <= self.max_kl:
-            wrong.append(f"KL {seen['kl']:.4g} nats, at most {self.max_kl:.4g}")
-        if not seen["top1_agreement"] >= self.min_top1_agreement:
-            wrong.append(f"same top token at {seen['top1_agreement']:.4g} of the positions, at least {self.min_top1_agreement:.4g}")
-        if not seen["perplexity_ratio"] <= self.max_perplexity_ratio:
-            wrong.append(f"perplexity {seen['perplexity_ratio']:.4g} times the reference's, at most {self.max_perplexity_ratio:.4g}")
+        if not seen.kl <= self.max_kl:
+            wrong.append(f"KL {seen.kl:.4g} nats, at most {self.max_kl:.4g}")
+        if not seen.top1_agreement >= self.min_top1_agreement:
+            wrong.append(f"same top token at {seen.top1_agreement:.4g} of the positions, at least {self.min_top1_agreement:.4g}")
+        if not seen.perplexity_ratio <= self.max_perplexity_ratio:
+            wrong.append(f"perplexity {seen.perplexity_ratio:.4g} times the reference's, at most {self.max_perplexity_ratio:.4g}")
         return "; ".join(wrong)
 
 
@@ -130,14 +131,14 @@ def checks(engine: Engine, backend: str, expected: Expected, limits: Limits) -> 
     told = {"limits": limits.source, "max_kl": limits.max_kl, "min_top1_agreement": limits.min_top1_agreement}
     for is_given in sorted({prompt.is_given for prompt in expected.prompts}):
         found, name = seen[is_given].summary(), "answers to --prompts" if is_given else "answers"
-        yield f"{backend}: {name} within the limits", limits.broken(found), {**found, **told}
+        yield f"{backend}: {name} within the limits", limits.broken(found), {**report.plain(found), **told}
     for name, run in _other_runs(engine, expected.prompts):
         same = Divergence()
         for prompt, first, logits in run:
             same.add(alone[prompt.name][first:], logits)
         found = same.summary()
-        wrong = "" if found["kl"] <= limits.max_kl else f"KL {found['kl']:.4g} nats from the same prompts prefilled alone"
-        yield f"{backend}: {name}", wrong, {"kl": found["kl"], "worst_kl": found["worst_kl"], "num_positions": found["num_positions"]}
+        wrong = "" if found.kl <= limits.max_kl else f"KL {found.kl:.4g} nats from the same prompts prefilled alone"
+        yield f"{backend}: {name}", wrong, {"kl": found.kl, "worst_kl": found.worst_kl, "num_positions": found.num_positions}
 
 
 def _other_runs(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[tuple[str, Run]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx import report
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.calibrate.exits import rule
 from trtllm_thoughtx.calibrate.exits.fit import logistic, low_rank
@@ -120,15 +121,41 @@ def calibrate_exits(
             ]
         finally:
             engine.close()
-        head, found = (None, {}) if not fit_exit_head else _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps)
+        head, of_head = _fit_head(sets, max_accuracy_loss / 100, gain, config.norm_eps) if fit_exit_head else (None, None)
         adapters, of_drafts = _fit_adapters(sets, exit_layers, adapter_rank, config, gain, matrix)
-        made = ExitWeights(head or held.head, adapters or held.adapters, {**held.report, **found, **of_drafts})
+        found = ({"head": of_head} if of_head else {}) | ({"adapters": of_drafts} if of_drafts else {})
+        made = ExitWeights(head or held.head, adapters or held.adapters, {**held.report, **report.plain(found)})
         checkpoint: Path | Checkpoint = source.checkpoint
         if source.kind == "huggingface":
             checkpoint = scratch / "checkpoint"
             convert(source.checkpoint, scratch / "checkpoint", progress=progress)
         _write(output, checkpoint, made, config)
     return {"output_dir": str(output_dir), "up_to_date": False, **made.report}
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """An exit head: its threshold, chosen on the second set of questions; on the third, what it saves and what the best rule would."""
+
+    max_accuracy_loss: float
+    threshold: float
+    num_stops_fitted: int
+    chosen_on: rule.Savings
+    reported_on: rule.Savings
+    oracle: rule.Savings
+    boundary_accuracy: float
+
+
+@dataclass(frozen=True)
+class FittedAdapter:
+    """How often a draft before `layer` is the whole model's token, and that of the drafts above the threshold (a share of all)."""
+
+    layer: int
+    rank: int
+    threshold: float
+    agreement: float
+    share_above: float
+    agreement_above: float | None
 
 
 def _check(config: ModelConfig, fit_exit_head: bool, exit_layers: Sequence[int], rank: int, max_loss: float) -> None:
@@ -185,7 +212,7 @@ def measure(
     return TracedSet(traces, hidden_states(engine, traces, gain, engine.config.norm_eps, layers))
 
 
-def _fit_head(sets: Sequence[TracedSet], max_loss: float, gain: np.ndarray, epsilon: float) -> tuple[ExitHead, dict[str, Any]]:
+def _fit_head(sets: Sequence[TracedSet], max_loss: float, gain: np.ndarray, epsilon: float) -> tuple[ExitHead, FittedHead]:
     fitted, chosen, reported = (one.traces for one in sets)
     stops = [(trace, stop) for trace in fitted for stop in trace.stops]
     x = np.stack([stop.hidden for _, stop in stops])
@@ -196,16 +223,16 @@ def _fit_head(sets: Sequence[TracedSet], max_loss: float, gain: np.ndarray, epsi
     head = ExitHead(head.weight, head.bias, rule.choose_threshold(head, chosen, max_loss))
     others, labels = _boundaries(sets[2], gain, epsilon)
     is_said = others @ head.weight[BOUNDARY] + head.bias[BOUNDARY] > 0
-    found = {
-        "max_accuracy_loss": 100 * max_loss,
-        "threshold": head.threshold,
-        "num_stops_fitted": len(stops),
-        "chosen_on": rule.apply(chosen, rule.by_head(head, head.threshold)),
-        "reported_on": rule.apply(reported, rule.by_head(head, head.threshold)),
-        "oracle": rule.apply(reported, rule.oracle),
-        "boundary_accuracy": float((is_said == labels).mean()),
-    }
-    return head, {"head": found}
+    stops_at = rule.by_head(head, head.threshold)
+    return head, FittedHead(
+        max_accuracy_loss=100 * max_loss,
+        threshold=head.threshold,
+        num_stops_fitted=len(stops),
+        chosen_on=rule.apply(chosen, stops_at),
+        reported_on=rule.apply(reported, stops_at),
+        oracle=rule.apply(reported, rule.oracle),
+        boundary_accuracy=float((is_said == labels).mean()),
+    )
 
 
 def _boundaries(one: TracedSet, gain: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
@@ -221,14 +248,14 @@ def _boundaries(one: TracedSet, gain: np.ndarray, epsilon: float) -> tuple[np.nd
 
 def _fit_adapters(
     sets: Sequence[TracedSet], layers: Sequence[int], rank: int, config: ModelConfig, gain: np.ndarray, matrix: np.ndarray | None
-) -> tuple[tuple[ExitAdapter, ...], dict[str, Any]]:
+) -> tuple[tuple[ExitAdapter, ...], list[FittedAdapter]]:
     """For each of `layers`: a map to the last layer's output, and the confidence that its next token is the full model's.
 
     The threshold is the break-even of a draft: it costs `layer` layers and a row of logits, and saves a pass of the rest and its row.
     """
     if matrix is None:
-        return (), {}
-    eps, made, rows = config.norm_eps, [], []
+        return (), []
+    eps, made, rows = config.norm_eps, list[ExitAdapter](), list[FittedAdapter]()
     ones = np.ones(config.hidden_size, np.float32)
     ends = [_generated(one, -1) for one in sets]
     wanted = [(normed(end, gain, eps) @ matrix.T).argmax(1) for end in ends]
@@ -246,16 +273,16 @@ def _fit_adapters(
         made.append(ExitAdapter(layer, ones, down, up, w[None], np.array([b], np.float32), threshold))
         is_sure = x[2] @ w + b >= np.log(threshold / (1 - threshold))
         rows.append(
-            {
-                "layer": layer,
-                "rank": rank,
-                "threshold": threshold,
-                "agreement": float(agrees[2].mean()),
-                "share_above": float(is_sure.mean()),
-                "agreement_above": float(agrees[2][is_sure].mean()) if is_sure.any() else None,
-            }
+            FittedAdapter(
+                layer=layer,
+                rank=rank,
+                threshold=threshold,
+                agreement=float(agrees[2].mean()),
+                share_above=float(is_sure.mean()),
+                agreement_above=float(agrees[2][is_sure].mean()) if is_sure.any() else None,
+            )
         )
-    return tuple(made), {"adapters": rows}
+    return tuple(made), rows
 
 
 def _generated(one: TracedSet, place: int) -> np.ndarray:

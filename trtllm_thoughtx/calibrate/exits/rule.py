@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,20 @@ class Outcome:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class Savings:
+    """Accuracy and savings of a rule against the whole traces, and the exact test of equal accuracy."""
+
+    num_items: int
+    accuracy_full: float
+    accuracy: float
+    only_full_right: int
+    only_exit_right: int
+    p_accuracy: float
+    saved_of_generated_tokens: float
+    saved_of_all_tokens: float
+
+
 def ready(head: ExitHead, stop: Stop) -> float:
     """What the engine's exit head says at a stop, in [0, 1]."""
     score = float(stop.hidden.astype(np.float64) @ head.weight[READY].astype(np.float64) + head.bias[READY])
@@ -45,21 +58,20 @@ def outcome(trace: Trace, stop: Stop | None) -> Outcome:
     return Outcome(right, generated, trace.num_prompt + generated)
 
 
-def apply(traces: Sequence[Trace], rule: Callable[[Trace], Stop | None]) -> dict[str, Any]:
-    """Accuracy and savings of `rule` against the whole traces, and the exact test of equal accuracy."""
+def apply(traces: Sequence[Trace], rule: Callable[[Trace], Stop | None]) -> Savings:
     full, cut = [outcome(trace, None) for trace in traces], [outcome(trace, rule(trace)) for trace in traces]
     only_full = sum(a.is_right and not b.is_right for a, b in zip(full, cut, strict=True))
     only_cut = sum(b.is_right and not a.is_right for a, b in zip(full, cut, strict=True))
-    return {
-        "num_items": len(traces),
-        "accuracy_full": sum(one.is_right for one in full) / len(full),
-        "accuracy": sum(one.is_right for one in cut) / len(cut),
-        "only_full_right": only_full,
-        "only_exit_right": only_cut,
-        "p_accuracy": mcnemar(only_full, only_cut),
-        "saved_of_generated_tokens": 1 - sum(one.num_generated for one in cut) / sum(one.num_generated for one in full),
-        "saved_of_all_tokens": 1 - sum(one.num_tokens for one in cut) / sum(one.num_tokens for one in full),
-    }
+    return Savings(
+        num_items=len(traces),
+        accuracy_full=sum(one.is_right for one in full) / len(full),
+        accuracy=sum(one.is_right for one in cut) / len(cut),
+        only_full_right=only_full,
+        only_exit_right=only_cut,
+        p_accuracy=mcnemar(only_full, only_cut),
+        saved_of_generated_tokens=1 - sum(one.num_generated for one in cut) / sum(one.num_generated for one in full),
+        saved_of_all_tokens=1 - sum(one.num_tokens for one in cut) / sum(one.num_tokens for one in full),
+    )
 
 
 def by_head(head: ExitHead, threshold: float) -> Callable[[Trace], Stop | None]:
@@ -77,8 +89,8 @@ def choose_threshold(head: ExitHead, traces: Sequence[Trace], max_loss: float) -
     allowed = [(1.0, 0.0)]
     for threshold in GRID:
         found = apply(traces, by_head(head, float(threshold)))
-        if found["accuracy_full"] - found["accuracy"] > max_loss:
+        if found.accuracy_full - found.accuracy > max_loss:
             break
-        allowed.append((float(threshold), found["saved_of_generated_tokens"]))
+        allowed.append((float(threshold), found.saved_of_generated_tokens))
     best = max(saved for _, saved in allowed)
     return round(next(threshold for threshold, saved in allowed if saved >= best - NEARLY), 6)

@@ -63,7 +63,7 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
         grids = _grids(walk, "head.safetensors") if walk.quant.covers("lm_head") else {}
         streams_of = {unit: (variants.get(unit, clean), unit == ("lm_head",)) for unit in units}
         for unit, seen, _ in _judged(walk, rows, clean, streams_of, grids.get("lm_head"), all_judge=True):
-            found |= dict.fromkeys(unit, seen.summary()["kl"])
+            found |= dict.fromkeys(unit, seen.summary().kl)
         stage.advance(1)
     return found
 
@@ -100,7 +100,7 @@ def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> 
 
 def worst(losses: Losses) -> float:
     """Mean KL of the way to run that loses most."""
-    return max(whole.summary()["kl"] for whole, _ in losses.values())
+    return max(whole.summary().kl for whole, _ in losses.values())
 
 
 def keep_for_budget(

@@ -234,14 +234,14 @@ def _kept(walk: Walk, config: ModelConfig, quant: QuantConfig, goal: Goal, progr
     modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
     kept: frozenset[str] = frozenset()
     seen: budget.Losses = {}
-    if goal.accuracy_budget is not None and max(whole["kl"] for whole, _ in losses.values()) > goal.accuracy_budget:
+    if goal.accuracy_budget is not None and max(whole.kl for whole, _ in losses.values()) > goal.accuracy_budget:
         kept, seen = budget.keep_for_budget(walk, modules, alone, goal.accuracy_budget, progress)
     elif goal.target_bits is not None:
         num_weights, bits = int(sizes(config, quant, modules)["num_weights"]), (stored_bits(quant), wide_bits(config))
         kept = budget.keep_for_bits(judged_modules(modules, quant), alone, *bits, num_weights, goal.target_bits)
         seen = budget.measured(walk, [kept], progress)[0]
     if seen:
-        losses = {way: [one.summary() for one in pair] for way, pair in seen.items()}
+        losses = {way: (whole.summary(), on_stored.summary()) for way, (whole, on_stored) in seen.items()}
     return {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}, losses
 
 

@@ -32,7 +32,7 @@ from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.families.quantization import TABLE, embedding_of, linear_modules
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
-from trtllm_thoughtx.validate.divergence import Divergence, spread
+from trtllm_thoughtx.validate.divergence import Divergence, Loss, spread
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
 STORED_LEN = 256  # tokens of a sequence that travels with the checkpoint, at most; a multiple of `Head.ROWS`
@@ -282,7 +282,7 @@ class Walk:
             losses={way: [one.summary() for one in pair_of_way] for way, pair_of_way in seen.items()},
         )
 
-    def facts(self) -> tuple[dict[str, Any], dict[str, list[dict[str, float]]]]:
+    def facts(self) -> tuple[dict[str, Any], dict[str, tuple[Loss, Loss]]]:
         """(module -> facts, way -> end-to-end numbers and those of the stored sequences alone) of a walk that is done."""
         modules: dict[str, Any] = {}
         for index in range(self.source.config.num_layers):
@@ -290,7 +290,7 @@ class Walk:
         last = read_json(self.root, "head.json")
         modules |= last["modules"]
         ordered = {name: modules[name] for name in linear_modules(self.source.config) if name in modules}
-        return ordered, last["losses"]
+        return ordered, {way: (Loss(**whole), Loss(**on_stored)) for way, (whole, on_stored) in last["losses"].items()}
 
     def stored_rows(self) -> list[list[int]]:
         """The sequences that go with the checkpoint, so that an engine can be judged on them."""

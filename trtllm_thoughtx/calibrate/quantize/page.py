@@ -89,7 +89,7 @@ def report_html(found: Mapping[str, Any]) -> str:
         f"<h1>Calibration: {_text(found['qformat'])}</h1>",
         *(f"<p class='warning'>{_text(warning)}</p>" for warning in found["warnings"]),
         "<h2>What it cost</h2>",
-        _table(["on held-out positions", ""], [[name, value] for name, value in found["end_to_end"].items()]),
+        _table(["on held-out positions", ""], [[name, value] for name, value in sorted(found["end_to_end"].items())]),
         "<p>KL is in nats, of the unquantized model's distribution from the quantized one's. An engine of this checkpoint is judged "
         "by <code>thoughtx-validate</code> with these limits:</p>",
         _table(

@@ -11,6 +11,7 @@ from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.families.quantization import embedding_of
+from trtllm_thoughtx.validate.divergence import Loss
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
 GRAPH = "the graph as it stands"
@@ -25,7 +26,7 @@ class Calibration:
     qformat: str
     quantization: QuantConfig
     data: Mapping[str, Any]
-    end_to_end: Mapping[str, float]
+    end_to_end: Loss
     limits: Mapping[str, float]
     backends: Mapping[str, Any]
     size: Mapping[str, float]
@@ -38,28 +39,29 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"schema": SCHEMA, **found, "quantization": report.plain(self.quantization)}
+        return {"schema": SCHEMA, **found, "quantization": report.plain(self.quantization), "end_to_end": report.plain(self.end_to_end)}
 
 
-def limits_of(seen: Mapping[str, float]) -> dict[str, float]:
+def limits_of(seen: Loss) -> dict[str, float]:
     """What an engine of this checkpoint must keep on the stored sequences: what was measured, with room for another engine's rounding.
     The share of equal top tokens varies between two roundings of the same numbers (PyTorch's here, the engine's there) as one of so many
     positions does: two binomial standard errors, so that one right engine in forty fails. The KL limit is the sharp one."""
-    share = seen["top1_agreement"]
-    room = 0.02 + 2 * (share * (1 - share) / seen["num_positions"]) ** 0.5
+    share = seen.top1_agreement
+    room = 0.02 + 2 * (share * (1 - share) / seen.num_positions) ** 0.5
     return {
-        "max_kl": round(1.5 * seen["kl"] + 0.002, 6),
+        "max_kl": round(1.5 * seen.kl + 0.002, 6),
         "min_top1_agreement": round(max(0.0, share - room), 6),
-        "max_perplexity_ratio": round(max(1.0, seen["perplexity_ratio"]) * 1.02, 6),
+        "max_perplexity_ratio": round(max(1.0, seen.perplexity_ratio) * 1.02, 6),
     }
 
 
-def backends_of(losses: Mapping[str, Sequence[Mapping[str, float]]], kind: str | None) -> dict[str, Any]:
+def backends_of(losses: Mapping[str, tuple[Loss, Loss]], kind: str | None) -> dict[str, Any]:
     """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
     runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
     measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
     return {
-        way: {"runs": runs[way], "end_to_end": dict(whole), "limits": limits_of(on_stored)} for way, (whole, on_stored) in measured.items()
+        way: {"runs": runs[way], "end_to_end": report.plain(whole), "limits": limits_of(on_stored)}
+        for way, (whole, on_stored) in measured.items()
     }
 
 
