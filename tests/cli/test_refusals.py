@@ -139,6 +139,7 @@ READERS = {
     "checkpoint/quantized.py": ("convert",),
     "checkpoint/convert.py": ("convert",),
     "distill/": ("distill",),
+    "build/trtllm.py": ("build",),
     "backends/ort": RUNNING,
     "backends/onnxruntime.py": RUNNING,
     "backends/tensorrt.py": ("build",),

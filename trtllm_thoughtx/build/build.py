@@ -24,7 +24,7 @@ import numpy as np
 from trtllm_thoughtx import files, report
 from trtllm_thoughtx.backends import BACKENDS, keeps_weights
 from trtllm_thoughtx.backends.gpu import native_capability
-from trtllm_thoughtx.build import engine_dir
+from trtllm_thoughtx.build import engine_dir, trtllm
 from trtllm_thoughtx.build.flags import PATH
 from trtllm_thoughtx.build.options import OPTIONS, refuse, resolve, speed_notes
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
@@ -66,6 +66,8 @@ def build(
     given = {name: Path(value) if value and OPTIONS[name].takes is PATH else value for name, value in (options or {}).items()}
     command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **given})
     output_dir = Path(output_dir)
+    if trtllm.is_wanted(given):
+        return trtllm.build_trtllm(checkpoint_dir, output_dir, given, command=command, force=force, dry_run=dry_run, progress=progress)
     began = time.monotonic()
     with open_weights(checkpoint_dir, progress=progress) as source:
         config, exits = source.config, source.exits

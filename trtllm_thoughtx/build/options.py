@@ -19,7 +19,10 @@ from trtllm_thoughtx.families.formats import FORMATS, INT4
 from trtllm_thoughtx.families.size import layer_parameters
 
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
-NAMES = CommaList("LIST", "|".join(BACKENDS).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(BACKENDS)}")
+TARGET_NAMES = (*BACKENDS, "tensorrt-llm")  # the last is built by `build.trtllm`, into a directory of another kind
+NAMES = CommaList(
+    "LIST", "|".join(TARGET_NAMES).replace("-", "[-_]"), lambda name: name.replace("_", "-"), f"one of {', '.join(TARGET_NAMES)}"
+)
 TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
 BLANK = BuildConfig()
 
@@ -67,6 +70,8 @@ def _listed(value: Any) -> tuple[Any, ...]:
 def _backends(given: Given) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(_listed(given.options.get("backend", BLANK.backends))))
     for name in names:
+        if name in TARGET_NAMES and name not in BACKENDS:
+            raise refuse("backend", ",".join(names), f"{name} makes a directory of its own kind", f"build with --backend {name} alone")
         if name not in BACKENDS:
             raise refuse("backend", name, "there is no such backend", f"choose from {', '.join(BACKENDS)}")
     _check_cache(given.config, names)
@@ -232,7 +237,7 @@ class Option:
 
 
 _chunk = partial(Option, is_of_chunks=True)
-_HELP_OF_BACKEND = f"What to build for: {', '.join(BACKENDS)}.  [default: {','.join(BLANK.backends)}]"
+_HELP_OF_BACKEND = f"What to build for: {', '.join(TARGET_NAMES)}.  [default: {','.join(BLANK.backends)}]"
 _HELP_OF_CACHE = "Type of the KV cache; float16 halves that of a float32 onnxruntime engine.  [default: auto, that of --dtype]"
 _HELP_OF_INPUT = "Most prompt tokens in one call; longer prompts are prefilled in segments."
 _HELP_OF_CHUNK = "Default tokens per chunk; auto: chosen per request from prompt entropy, see --base_size."

@@ -81,11 +81,14 @@ def build(
     checkpoint_dir: Path, output_dir: Path, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any
 ) -> None:
     """Build an engine directory from a checkpoint."""
+    from trtllm_thoughtx.build import trtllm
     from trtllm_thoughtx.build.build import build
     from trtllm_thoughtx.inspection import build_tables
 
     options["backend"] = [name for names in options["backend"] for name in names] or None
     summary = build(checkpoint_dir, output_dir, options, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
+    if "trtllm_build" in summary:
+        return emit("build", summary, as_json=as_json, human=trtllm.tables(summary))
     following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
     emit("build", summary, as_json=as_json, human=[*build_tables(summary), *following])
 
