@@ -24,7 +24,6 @@ import numpy as np
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.runtime.generation import Generation
-from trtllm_thoughtx.runtime.pace import NUM_LOOKED_UP, Pace
 from trtllm_thoughtx.runtime.row import Request
 from trtllm_thoughtx.text.params import GenerationParams
 
@@ -150,7 +149,6 @@ def lookup(engine: Engine, most: int, rounds: int) -> dict[str, Any]:
     for name, text in asked.items():
         prompt, ratios, drafted = engine.text.chat(text), list[float](), (0, 0)
         for _ in range(rounds):
-            engine.paces["lookup"] = Pace(NUM_LOOKED_UP)
             rates = []
             for num in (0, most):
                 done = engine.generate(

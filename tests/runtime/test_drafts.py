@@ -277,7 +277,7 @@ def test_auto_is_lossless_and_times_itself(engines):
     engine = engines["full"]
     prompts = chains(engine, random.Random(11), 1)
     base = {"max_new_tokens": 150, "ignore_eos": True}
-    pace = engine.paces["drafts"] = Pace()
+    pace = engine.pace = Pace()
     auto = engine.generate(prompts, GenerationParams(**base, exit_policy="auto"))
     assert min(pace.num_cycles.values()) >= NUM_TRIED
     off = engine.generate(prompts, GenerationParams(**base, exit_policy="off"))

@@ -101,8 +101,12 @@ class Engine:
         return self.session.stats
 
     @property
-    def paces(self) -> dict[str, Pace]:
-        return self.session.paces
+    def pace(self) -> Pace:
+        return self.session.pace
+
+    @pace.setter
+    def pace(self, pace: Pace) -> None:
+        self.session.pace = pace
 
     @property
     def is_exact(self) -> bool:

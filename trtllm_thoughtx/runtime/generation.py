@@ -15,7 +15,7 @@ from time import perf_counter as clock
 from trtllm_thoughtx.checkpoint.exits import READY
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.runtime import chunks, drafts, probe
+from trtllm_thoughtx.runtime import chunks, drafts, lookup, probe
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.chunks import Choice
 from trtllm_thoughtx.runtime.completion import Completion
@@ -107,6 +107,7 @@ class Generation:
     def _row(self, request: Request) -> Row:
         build, params = self.session.build, request.params
         row = Row(request, request.fed, self.eos_ids, build.max_seq_len)
+        row.draft_cost = lookup.cost_of(self.session.config)
         row.exit_threshold = build.exit_threshold if isinstance(params.exit_threshold, str) else params.exit_threshold
         if self.text is not None and (params.stop or params.stop_token_ids):
             row.stream = self.text.stop_stream(params)
@@ -219,13 +220,13 @@ class Generation:
 
     def _decode_alone(self, row: Row) -> None:
         """The same for one row, with drafts where there are any and they pay."""
-        began, num_before, paces = clock(), len(row.output), self.session.paces
+        began, num_before, pace = clock(), len(row.output), self.session.pace
         batch = self._view(row)
         most = min(row.max_drafts, drafts.room(self.session, batch) - 1)
         looks = row.params.prompt_lookup > 0 and not self._trusts(row)
-        found = row.lookup.drafts(min(most, row.params.prompt_lookup)) if looks and paces["lookup"].pays() else []
+        found = row.lookup.drafts(min(most, row.params.prompt_lookup)) if looks else []
         is_timed = row.params.exit_policy == AUTO
-        is_drafted = not found and self._may_draft(row) and (not is_timed or paces["drafts"].pays())
+        is_drafted = not found and self._may_draft(row) and (not is_timed or pace.pays())
         if found:
             row.offer(*drafts.verified(self.session, batch, row.output[-1], found))
         elif is_drafted and self.drafter is not None:
@@ -237,11 +238,9 @@ class Generation:
         self._advance(row)
         num_new = len(row.output) - num_before
         if looks and not is_drafted:
-            paces["lookup"].note(bool(found), fed, num_new)
-            if found:
-                row.lookup.judge(len(found), num_new - 1)
+            row.lookup.judge(len(found), num_new - 1)
         if self._may_draft(row) and is_timed and not found:
-            paces["drafts"].note(is_drafted, fed, num_new)
+            pace.note(is_drafted, fed, num_new)
 
     def _may_draft(self, row: Row) -> bool:
         return self.drafter is not None and row.params.exit_policy != OFF

@@ -1,11 +1,10 @@
-"""Whether drafts pay: what steps with and without them took, and what they wrote. Policy `auto` and prompt lookup go by it."""
+"""Whether drafts pay: what steps with and without them took, and what they wrote. Policy `auto` goes by it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 NUM_TRIED = 12  # cycles of each kind that are timed before it is decided, and then now and again ...
-NUM_LOOKED_UP = 6  # ... of prompt lookup
 NUM_AT_ONCE = 4  # ... alternating, in groups of so many
 TRY_AGAIN = 400  # cycles
 

@@ -61,6 +61,7 @@ class Row:
     max_seq_len: int
     choice: Choice | None = None  # the chunk size, where there is one
     exit_threshold: float | None = None
+    draft_cost: float = 0.5  # of one that is looked up, in steps
     thought: Thinking | None = None
     stream: StopStream | None = None  # looks for what stops the text
     reason: str | None = None  # why it ended
@@ -90,7 +91,7 @@ class Row:
 
     @functools.cached_property
     def lookup(self) -> Lookup:
-        return Lookup([*self.prompt, *self.output])
+        return Lookup([*self.prompt, *self.output], self.draft_cost)
 
     @functools.cached_property
     def scores(self) -> Scores:

@@ -19,7 +19,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.size import matrix_bytes
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.completion import Stats
-from trtllm_thoughtx.runtime.pace import NUM_LOOKED_UP, Pace
+from trtllm_thoughtx.runtime.pace import Pace
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Session:
     directory: EngineDir
     runner: Runner
     stats: Stats = field(default_factory=Stats)
-    paces: dict[str, Pace] = field(default_factory=lambda: {"drafts": Pace(), "lookup": Pace(NUM_LOOKED_UP)})
+    pace: Pace = field(default_factory=Pace)  # of drafts
 
     @property
     def config(self) -> ModelConfig:
