@@ -180,13 +180,14 @@ def onnxruntime_genai(model_dir: Path, work: Path, name: str, rows: Rows) -> tup
     def logits() -> Iterator[np.ndarray]:
         import onnxruntime as ort
 
+        size = json.loads((made / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
         session = ort.InferenceSession(made / "model.onnx", providers=["CPUExecutionProvider"])
         for row in rows:
             ids = np.asarray([row], np.int64)
             feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(row))[None]}
             given = {}
             for value in session.get_inputs():
-                shape = (1, value.shape[1], 0, value.shape[3]) if "past" in value.name else None
+                shape = (1, value.shape[1], 0, size) if "past" in value.name else None
                 given[value.name] = feeds[value.name] if shape is None else np.zeros(shape, np.float32)
             yield session.run(["logits"], given)[0][0].astype(np.float32)
 

@@ -187,7 +187,9 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("qformat", "bits"), [("int4_wo", 4 + 20 / 32), ("int4_awq", 4 + 16 / 64), ("int8_wo", 8 + 16 / 64)])
+@pytest.mark.parametrize(
+    ("qformat", "bits"), [("int4_wo", 4 + 20 / 32), ("int4_awq", 4 + 16 / 64), ("int8_wo", 8 + 16 / 64), ("int8_sq", 8)]
+)
 def test_an_engine_directory_holds_no_wide_matrix(tmp_path, tied, qformat, bits):
     """Layers at the format's bits, embedding and head at 8 or in the same blocks, a tied one once; what else there is are vectors."""
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256}

@@ -195,7 +195,7 @@ def test_every_quantized_product_is_fused(tmp_path):
         assert kinds.count("MatMulNBits" if in_blocks else "QGemm") == num and "Gemm" not in kinds
         # INT8 weights: inputs are split once for all that read them, five times a layer less one for gate and up, and for the head
         assert kinds.count("ReduceL2" if group == 0 else "Round") == (9 if qformat == "int8_wo" else 0)
-        assert found.num_lookups == (qformat != "int8_sq")
+        assert found.num_lookups == 1
 
 
 @pytest.mark.parametrize("signed", [True, False])

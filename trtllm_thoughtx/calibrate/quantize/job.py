@@ -210,7 +210,7 @@ def calibrate(
                 data=data.facts,
                 end_to_end=losses[EXACT][0],
                 limits=limits_of(losses[EXACT][1]),
-                backends=backends_of(losses, walk.kind),
+                backends=backends_of(losses, walk.kind, final),
                 size=sizes(config, final, modules),
                 modules=modules,
                 warnings=[*data.warnings, *warnings],

@@ -15,6 +15,7 @@ from trtllm_thoughtx.validate.divergence import Loss
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
 GRAPH = "the graph as it stands"
+SAME, OF_HEAD = f"{GRAPH}: the same numbers", f"{GRAPH}, but the head's inputs, which are rounded to 16 bits"
 SCHEMA = "trtllm-thoughtx/calibration/1"
 
 
@@ -55,9 +56,10 @@ def limits_of(seen: Loss) -> dict[str, float]:
     }
 
 
-def backends_of(losses: Mapping[str, tuple[Loss, Loss]], kind: str | None) -> dict[str, Any]:
+def backends_of(losses: Mapping[str, tuple[Loss, Loss]], kind: str | None, quant: QuantConfig) -> dict[str, Any]:
     """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
-    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else f"{GRAPH}: the same numbers"}
+    has_head = quant.embedding and not quant.covers("lm_head")
+    runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else OF_HEAD if has_head else SAME}
     measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
     return {
         way: {"runs": runs[way], "end_to_end": report.plain(whole), "limits": limits_of(on_stored)}

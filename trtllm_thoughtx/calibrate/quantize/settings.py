@@ -56,7 +56,7 @@ def quant_config(
         scale_dtype="float16" if FORMATS[algo].scales == "group" else "float32",
         prequant=FORMATS[algo].search is not None and not plain,
         zero_point=FORMATS[algo].zeros is not None and not plain,
-        embedding=FORMATS[algo].is_weight_only and not table_stays,
+        embedding=not (FORMATS[algo].number.is_float or table_stays),  # trtllm-build reads FP8 checkpoints, but no such embedding
         embedding_group=size if FORMATS[algo].of_rows and not table_stays else 0,
         exclude=excluded,
     )
