@@ -59,11 +59,16 @@ class QuantConfig:
     input_order: bool = False  # inputs are put in the order of their 4-bit groups first (GPTQ's activation order)
     embedding: bool = False  # the embedding, and a head that the format does not cover, are stored in 8 bits
     embedding_group: int = 0  # channels of it that share a scale; 0: a row does
+    wide: tuple[str, ...] = ()  # modules that a 4-bit format stores in 8 bits, in groups of the same size
     exclude: tuple[str, ...] = ("lm_head",)
 
     def covers(self, module: str) -> bool:
         """True when the weight of this linear layer is stored quantized."""
         return self.algo is not None and not any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude)
+
+    def widens(self, module: str) -> bool:
+        """True when it is stored in 8 bits beside 4-bit ones."""
+        return self.covers(module) and any(fnmatch.fnmatchcase(module, pattern) for pattern in self.wide)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,39 @@ def config_names(engine: Path) -> list[str]:
     return [tensor.name for tensor in onnx.load(engine / "rank0.onnx", load_external_data=False).graph.initializer if tensor.external_data]
 
 
+@pytest.mark.parametrize("qformat", ["int4_wo", "int4_awq"])
+def test_some_layers_of_a_4_bit_format_may_have_8(tmp_path, qformat):
+    """One of two that read the same inputs, too. What runs is what the file stands for, and it loses less than 4 bits alone."""
+    write_tiny(tmp_path / "m", **SIZES)
+    size = {"calib_size": 16, "calib_seq_len": 32, "group_size": 32}
+    names = ("*.mlp.proj", "transformer.layers.0.mlp.fc")
+    plain = calibrate(tmp_path / "m", tmp_path / "p", qformat=qformat, **size)
+    found = calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, int8_layers=names, **size)
+    assert found["end_to_end"]["kl"] < plain["end_to_end"]["kl"]
+    assert plain["size"]["mean_bits"] < found["size"]["mean_bits"] < 8
+    with open_weights(tmp_path / "c") as source:
+        assert source.config.quantization.wide == names
+        kinds = {name: source.read(name).dtype for name in source.names() if ".mlp." in name and name.endswith("weight")}
+        factors = {name for name in source.names() if name.endswith("prequant_scaling_factor") and ".mlp." in name}
+    bytes_of = {name for name, kind in kinds.items() if kind == np.int8}
+    assert bytes_of == {"transformer.layers.0.mlp.fc.weight", *(f"transformer.layers.{i}.mlp.proj.weight" for i in range(2))}
+    assert not any(name.replace("prequant_scaling_factor", "weight") in bytes_of for name in factors)
+    build(tmp_path / "c", tmp_path / "e", OPTIONS)
+    engine, exact = (Engine.load(tmp_path / "e", num_threads=1, exact=is_exact) for is_exact in (False, True))
+    for mine, wanted in zip(engine.forward(ROWS), exact.forward(ROWS), strict=True):
+        assert np.linalg.norm(mine - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("qformat", "names", "word"), [("int8_wo", ("*.mlp.proj",), "widens nothing"), ("int4_wo", ("*.up",), "names no layer")]
+)
+def test_layers_that_cannot_be_widened_are_refused(tmp_path, qformat, names, word):
+    write_tiny(tmp_path / "m", **SIZES)
+    with pytest.raises(ThoughtxError, match="--int8_layers") as caught:
+        calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, int8_layers=names)
+    assert caught.value.code == "E001" and word in caught.value.what and not (tmp_path / "c").exists()
+
+
 def test_a_table_that_is_excluded_stays_as_it_was(tmp_path):
     write_tiny(tmp_path / "m", tied=True, **SIZES)
     found = calibrate(
@@ -243,6 +276,8 @@ def test_rounding_that_cannot_be_compensated_is_refused(tmp_path, qformat, optio
         ({"quant_algo": None, "kv_cache_quant_algo": "INT8"}, "has_quantized_embedding"),
         ({"scale_dtype": "float8"}, "scale_dtype"),
         ({"quant_algo": "W4A16_AWQ"}, "has_zero_point"),
+        ({"embedding_group_size": 32, "has_quantized_embedding": False}, "embedding_group_size"),
+        ({"quant_algo": "W8A16", "wide_modules": ["*"], "scale_dtype": "float32"}, "wide_modules"),
     ],
 )
 def test_a_section_that_contradicts_itself_is_refused(tmp_path, change, word):

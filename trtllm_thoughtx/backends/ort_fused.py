@@ -72,7 +72,7 @@ class Fused:
 
 def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_inputs: bool = False) -> Fused:
     """Rewrite the quantized products of a float32 graph in place; `data` holds its external initializers. `rounds_inputs`: inputs of
-    INT8 matrices are rounded to 8 bits, as those of 4-bit layers are."""
+    INT8 matrices with a scale a row are rounded to 8 bits, as those of 4-bit layers are."""
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     made = {output: node for node in graph.node for output in node.output}
@@ -108,7 +108,7 @@ def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_inputs: bool = False)
             num_out, num_in = tensors[matrix.input[0]].dims
             arrays = dict(zip(names, blocked_bytes(raw.reshape(num_out, num_in), scales, size), strict=True))
             where = (node.input[0], names, _output(node), num_out, num_in, size)
-            products = bytes_nodes(*where, rounds_inputs=rounds_inputs, done=done)
+            products = bytes_nodes(*where, rounds_inputs=rounds_inputs and kind == "rows", done=done)
         elif kind == "rows":
             products, arrays = _rows_product(node, matrix, tensors, data, set(done))
         else:

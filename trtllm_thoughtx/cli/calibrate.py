@@ -92,6 +92,7 @@ PROGRAMS = (
                 "batch_size",
                 "group_size",
                 "exclude",
+                "int8_layers",
                 "quant_lm_head",
                 "rounding",
                 "plain_rounding",
@@ -142,6 +143,7 @@ PROGRAMS = (
     help="Inputs that share a scale; int8_wo 0: a row.  [default: 64, int4_wo 32, int4_awq 128, or what fits]",
 )
 @click.option("--exclude", type=MODULES, help="Layers to leave unquantized, e.g. 'transformer.layers.0.*'.")
+@click.option("--int8_layers", type=MODULES, help="Layers that a 4-bit format stores in 8 bits, e.g. '*.mlp.proj'.")
 @click.option("--quant_lm_head", is_flag=True, default=None, help="Quantize lm_head as the layers are; a tied one is the embedding.")
 @click.option(
     "--rounding", type=OneOf(("gptq", "nearest")), help="Rounding of weights.  [default: gptq where scales have groups, others nearest]"

@@ -64,6 +64,11 @@ class Format:
     def is_weight_only(self) -> bool:
         return self.inputs == "as they are"
 
+    @property
+    def has_wide(self) -> bool:
+        """Whether layers of 8 bits may stand beside its own."""
+        return self.is_weight_only and self.number.bits < 8 and not self.has_order
+
     def scale_shape(self, num_out: int, num_in: int, group_size: int) -> tuple[int, ...]:
         return {"tensor": (1,), "row": (num_out,), "group": (num_out, num_in // group_size)}[self.scales]
 

@@ -16,7 +16,8 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
 value = stored * scale (+ zero, of its group), in W4A16 (stored - zero) * scale; an input is multiplied by the prequant factor first.
 Column j of a matrix with an order belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low
 half. Scales are F32, or F16 where the section says `scale_dtype`. With `has_quantized_embedding` the embedding and the head are stored as
-W8A16, or with an `embedding_group_size` as W8A16_GPTQ with scales in F16. These keys are ours. Weight-only matrices keep
+W8A16, or with an `embedding_group_size` as W8A16_GPTQ with scales in F16. Layers
+that `wide_modules` names are stored as W8A16_GPTQ with F16 scales, beside 4-bit ones. These keys are ours. Weight-only matrices keep
 this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only unquantized and FP8 checkpoints go to `trtllm-build` as
 they are. Zero points and orders are keys and tensors that it does not know.
 """
@@ -50,7 +51,9 @@ def stored_as(quant: QuantConfig | None, module: str) -> QuantConfig | None:
         return None
     if quant.embedding and (module == TABLE or (module == "lm_head" and not quant.covers(module))):
         return embedding_of(quant)
-    return quant if module != TABLE and quant.covers(module) else None
+    if module == TABLE or not quant.covers(module):
+        return None
+    return QuantConfig(algo=OF_EMBEDDING, group_size=quant.group_size, scale_dtype="float16") if quant.widens(module) else quant
 
 
 def embedding_of(quant: QuantConfig) -> QuantConfig:
@@ -130,6 +133,7 @@ def quantization_section(quant: QuantConfig | None) -> dict[str, Any]:
         "has_zero_point": quant.zero_point if quant else False,
         "pre_quant_scale": quant.prequant if quant else False,
         "exclude_modules": list(quant.exclude) if quant else None,
+        **({"wide_modules": list(quant.wide)} if quant and quant.wide else {}),
         **({"has_input_order": True} if quant and quant.input_order else {}),
         **({"scale_dtype": quant.scale_dtype} if quant and quant.scale_dtype != "float32" else {}),
         **({"has_quantized_embedding": True} if quant and quant.embedding else {}),
@@ -172,8 +176,12 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     excluded = table.get("exclude_modules")
     if excluded is None:
         excluded = ["lm_head"]  # as TensorRT-LLM takes it
-    if not isinstance(excluded, list) or len(excluded) > MAX_EXCLUDED or not all(isinstance(x, str) and len(x) < 256 for x in excluded):
-        table.wrong("exclude_modules", "is not a list of module names")
+    wide = table.get("wide_modules") or []
+    for key, names in (("exclude_modules", excluded), ("wide_modules", wide)):
+        if not isinstance(names, list) or len(names) > MAX_EXCLUDED or not all(isinstance(x, str) and len(x) < 256 for x in names):
+            table.wrong(key, "is not a list of module names")
+    if wide and (form is None or not form.has_wide):
+        table.unsupported("quantization.wide_modules is set", f"{shown(algo)} has no layers of 8 bits beside its own")
     size = table.integer("group_size", 1, 1 << 16, 128)
     return QuantConfig(
         algo=algo,
@@ -185,5 +193,6 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
         input_order=input_order,
         embedding=embedding,
         embedding_group=embedding_group,
+        wide=tuple(wide),
         exclude=tuple(excluded),
     )

@@ -96,6 +96,7 @@ def calibrate(
     batch_size: int = 8,
     group_size: int | None = None,
     exclude: Sequence[str] = (),
+    int8_layers: Sequence[str] = (),
     quant_lm_head: bool = False,
     kv_cache_dtype: str = "auto",
     rounding: str | None = None,
@@ -117,7 +118,8 @@ def calibrate(
     """Write `model_dir`, quantized to `qformat`, to `output_dir`; returns what calibration.json holds, and where it went.
 
     `accuracy_budget` is a mean KL in nats that the result holds, `target_bits` a mean of bits that it uses: layers that cost most stay.
-    `self_traces`: the model's own answers to the data's prompts calibrate it. `private_data`: no token of the data is written.
+    `int8_layers` names those that a 4-bit format stores in 8 bits. `self_traces`: the model's own answers to the data's prompts calibrate
+    it. `private_data`: no token of the data is written.
     `eval_items` questions of each task, or those of `dataset`, are put to engines of both checkpoints, with `max_new_tokens` at most.
     E001 for settings that do not fit the model, E164 for bad data, E165 for activations that are not finite; then nothing is written.
     """
@@ -127,7 +129,7 @@ def calibrate(
     with open_weights(model_dir, progress=progress) as source:
         config = source.config
         goal.check()
-        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding)
+        quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding, int8_layers)
         quant, rounding = replace(quant, kv_algo=KV_ALGOS.get(kv_cache_dtype)), rounding_of(quant, rounding, plain_rounding)
         measures = fits_nothing(quant, rounding) and calib_size is None and not (goal.is_set or self_traces)
         sizes_of = MEASURED if measures else COMPENSATED if rounding == "gptq" else SIZES
@@ -160,6 +162,7 @@ def calibrate(
             "accuracy_budget": accuracy_budget,
             "target_bits": target_bits,
             "exclude": list(quant.exclude),
+            **({"int8_layers": list(quant.wide)} if quant.wide else {}),
             "calib_seq_len": calib_seq_len,
             "calib_size": calib_size,
             "seed": seed,

@@ -65,13 +65,14 @@ class Walk:
         first = self.held.stop + self.ways.index(way) * self.num_held
         return range(first, first + self.num_held)
 
-    def _products(self, found: Mapping[str, Quantized]) -> dict[str, FusedProduct]:
+    def _products(self, prefix: str, found: Mapping[str, Quantized]) -> dict[str, FusedProduct]:
         """Quantized layers on onnxruntime's operators, by module."""
         made = {}
         for module, one in found.items():
-            stored = stored_tensors(module, one, self.quant)
-            scale = stored[f"{module}.{FORMATS[self.algo].scale_name}"].astype(np.float32)
-            made[module] = FusedProduct(stored[f"{module}.weight"], scale, stored.get(f"{module}.zero"))
+            name = f"{prefix}.{module}".strip(".")
+            stored = stored_tensors(name, one, self.quant)
+            scale = stored[f"{name}.{FORMATS[self.algo].scale_name}"].astype(np.float32)
+            made[module] = FusedProduct(stored[f"{name}.weight"], scale, stored.get(f"{name}.zero"))
         return made
 
     def embedded(self) -> Callable[[Sequence[int]], torch.Tensor]:
@@ -195,7 +196,7 @@ class Walk:
 
         self._each(index, self.held, judge)
         for way in self.ways:
-            self._each(index, self.held_by(way), on_grid(self._products(found) if way == ORT else {}))
+            self._each(index, self.held_by(way), on_grid(self._products(layer.name, found) if way == ORT else {}))
         if self.compensates:  # the next layer is rounded for inputs as this one gives them
             self._each(index, range(self.num_rows), on_grid({}))
         for module, one in judges.items():
@@ -244,7 +245,7 @@ class Walk:
             for row in range(self.num_rows):
                 watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
             found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)
-            one, product = found.get("lm_head"), self._products(found).get("lm_head") if ORT in self.ways else None
+            one, product = found.get("lm_head"), self._products("", found).get("lm_head") if ORT in self.ways else None
         elif self.quant.embedding:
             if not self.source.config.tied:
                 extra = table.rounded(head.weight, "lm_head", embedding_of(self.quant))

@@ -10,7 +10,7 @@ from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
-from trtllm_thoughtx.families.quantization import embedding_of
+from trtllm_thoughtx.families.quantization import embedding_of, stored_as
 from trtllm_thoughtx.validate.divergence import Loss
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
@@ -60,6 +60,7 @@ def backends_of(losses: Mapping[str, tuple[Loss, Loss]], kind: str | None, quant
     """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
     has_head = quant.embedding and not quant.covers("lm_head")
     runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else OF_HEAD if has_head else SAME}
+    runs[ORT] += "; 8-bit layers' to 16" if quant.wide else ""
     measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
     return {
         way: {"runs": runs[way], "end_to_end": report.plain(whole), "limits": limits_of(on_stored)}
@@ -86,7 +87,7 @@ def sizes(config: ModelConfig, quant: QuantConfig, modules: Mapping[str, Mapping
     wide, counted = wide_bits(config), judged_modules(modules, quant)
     total = sum(facts["num_weights"] for facts in counted.values())
     of_table = stored_bits(embedding_of(quant)) if quant.embedding else wide
-    used = sum(facts["num_weights"] * (stored_bits(quant) if quant.covers(name) else wide) for name, facts in counted.items())
+    used = sum(facts["num_weights"] * (stored_bits(form) if (form := stored_as(quant, name)) else wide) for name, facts in counted.items())
     return {
         "num_weights": total,
         "mean_bits": used / total,

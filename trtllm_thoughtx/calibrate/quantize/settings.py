@@ -33,7 +33,13 @@ def fits_nothing(quant: QuantConfig, rounding: str) -> bool:
 
 
 def quant_config(
-    config: ModelConfig, qformat: str, group_size: int | None, exclude: Sequence[str], quant_lm_head: bool, plain: bool = False
+    config: ModelConfig,
+    qformat: str,
+    group_size: int | None,
+    exclude: Sequence[str],
+    quant_lm_head: bool,
+    plain: bool = False,
+    wide: Sequence[str] = (),
 ) -> QuantConfig:
     """E001 for a format or group size that does not fit; E103 for a model that is quantized already."""
     if config.quantization is not None:
@@ -48,6 +54,11 @@ def quant_config(
         why = f"known are {', '.join(QUANT_ALGOS)}"
         raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
     algo, size = _sizes(config, QUANT_ALGOS[qformat], group_size)
+    if wide and not FORMATS[algo].has_wide:
+        why = f"{qformat} has at least 8 bits in all of them"
+        raise ThoughtxError(
+            "E001", "--int8_layers widens nothing", where="--int8_layers", why=why, fix="leave it out, or choose a 4-bit format"
+        )
     excluded = tuple(dict.fromkeys([*exclude, *([] if quant_lm_head else ["lm_head"])]))
     table_stays = any(fnmatch.fnmatchcase(TABLE, pattern) for pattern in exclude)
     quant = QuantConfig(
@@ -58,13 +69,15 @@ def quant_config(
         zero_point=FORMATS[algo].zeros is not None and not plain,
         embedding=not (FORMATS[algo].number.is_float or table_stays),  # trtllm-build reads FP8 checkpoints, but no such embedding
         embedding_group=size if FORMATS[algo].of_rows and not table_stays else 0,
+        wide=tuple(wide),
         exclude=excluded,
     )
     known = [*linear_modules(config), TABLE]
-    idle = [pattern for pattern in exclude if all(QuantConfig(algo=algo, exclude=(pattern,)).covers(module) for module in known)]
-    if idle:
-        why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
-        raise ThoughtxError("E001", f"--exclude {shown(idle[0])} names no layer", where="--exclude", why=why, fix=fix)
+    for flag, patterns, modules in (("--exclude", exclude, known), ("--int8_layers", wide, known[:-1])):
+        idle = [pattern for pattern in patterns if not fnmatch.filter(modules, pattern)]
+        if idle:
+            why, fix = "every name must cover a layer", f"names are like {known[0]} and {known[4]}; * and ? are wildcards"
+            raise ThoughtxError("E001", f"{flag} {shown(idle[0])} names no layer", where=flag, why=why, fix=fix)
     if not any(quant.covers(module) for module in known if module != TABLE):
         raise ThoughtxError("E001", "every layer is excluded", where="--exclude", why="nothing is left to quantize", fix="exclude fewer")
     return quant

@@ -13,6 +13,7 @@ from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.search import Inputs, Quantized, search
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.quantization import stored_as
 
 NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
 FLOAT16_LARGEST = 65504.0
@@ -117,24 +118,28 @@ def choose(prefix: str, weights: dict[str, torch.Tensor], seen: Inputs, quant: Q
         }
     if not covered or not amax:
         return {}, facts
-    found = search(torch.cat([weights[module] for module in covered]), seen, quant)
-    made, first = {}, 0
-    for module in covered:
-        end = first + weights[module].shape[0]
-        made[module] = found.part(first, end, has_own_scales=FORMATS[quant.algo].scales != "tensor")
-        facts[f"{prefix}.{module}".strip(".")] |= {
-            "alpha": found.alpha,
-            "search_error": found.error,
-            "search_error_nearest": found.error_nearest,
-            "rounding": found.rounding,
-            "rounding_fallback": found.why,
-        }
-        first = end
+    made: dict[str, Quantized] = {}
+    forms = {module: stored_as(quant, f"{prefix}.{module}".strip(".")) or quant for module in covered}
+    for form in dict.fromkeys(forms.values()):
+        together, first = [module for module in covered if forms[module] == form], 0
+        found = search(torch.cat([weights[module] for module in together]), seen, form)
+        for module in together:
+            end = first + weights[module].shape[0]
+            made[module] = found.part(first, end, has_own_scales=FORMATS[form.algo or ""].scales != "tensor")
+            facts[f"{prefix}.{module}".strip(".")] |= {
+                "alpha": found.alpha,
+                "search_error": found.error,
+                "search_error_nearest": found.error_nearest,
+                "rounding": found.rounding,
+                "rounding_fallback": found.why,
+            }
+            first = end
     return made, facts
 
 
 def stored_tensors(name: str, one: Quantized, quant: QuantConfig) -> dict[str, np.ndarray]:
-    """A quantized layer's tensors as a checkpoint holds them."""
+    """A quantized layer's tensors as a checkpoint holds them; `name` is its whole one."""
+    quant = stored_as(quant, name) or quant
     algo = quant.algo or ""
     form, shape = FORMATS[algo], FORMATS[algo].scale_shape(one.matrix.shape[0], one.matrix.shape[1], quant.group_size)
     scale = one.scale.reshape(shape).numpy(force=True).astype(quant.scale_dtype)
