@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from convert import make_checkpoint
 from exit_cost import break_even
+from inside import Inside
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
@@ -47,21 +46,6 @@ def prepare(folder: Path, shape: str) -> Path:
     options = {"backend": ("onnxruntime",), "dtype": "float32", "max_seq_len": 256, "max_input_len": 64, "max_batch_size": 1}
     build(folder / "ckpt", folder / "engine", {**options, "early_exit_layers": (layer,)})
     return folder / "engine"
-
-
-class Inside:
-    """Counts the seconds that are spent inside the engine's parts."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.seconds, self._run = 0.0, engine.runner.run
-        engine.runner.run = self.run  # type: ignore[method-assign]
-
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        try:
-            return self._run(feeds, first, last, row)
-        finally:
-            self.seconds += time.perf_counter() - began
 
 
 def timed(engine: Engine, inside: Inside, new_tokens: int, num_drafts: int) -> tuple[float, float]:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import exit_cost as cost
+from exit_drafts import Asked, drafts, percent, recost
 from matplotlib.figure import Figure
 
 from trtllm_thoughtx import Engine
@@ -35,14 +34,12 @@ from trtllm_thoughtx.calibrate.exits.calibrate import calibrate_exits, measure
 from trtllm_thoughtx.calibrate.exits.traces import Stop, Trace
 from trtllm_thoughtx.checkpoint.exits import read_exits
 from trtllm_thoughtx.checkpoint.weights import open_weights
-from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.evaluate.questions import generated
 from trtllm_thoughtx.evaluate.record import Record, Result
 from trtllm_thoughtx.evaluate.run import evaluate
 from trtllm_thoughtx.evaluate.statistics import mean_interval, wilson
 from trtllm_thoughtx.evaluate.summary import compare
 from trtllm_thoughtx.evaluate.systems import EngineSystem
-from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.size import head_in_layers, layer_parameters
 from trtllm_thoughtx.files import atomic_file
 from trtllm_thoughtx.progress import Progress
@@ -54,11 +51,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_NEW = 400
 SEED = 7  # of the questions: not the calibration's
 RANK = 64
-QWEN_7B: dict[str, Any] = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "hidden_act": "silu", "max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-}  # fmt: skip
 
 
 def tradeoff_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], points: Mapping[str, tuple[float, float]]) -> None:
@@ -73,10 +65,6 @@ def tradeoff_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
 
 
 def priced(traces: Sequence[Trace], stop_at: Callable[[Trace], Stop | None]) -> tuple[float, float]:
@@ -323,100 +311,6 @@ class Bench:
             )
         self.found["presets"] = rows
 
-    # --- level 2 -----------------------------------------------------------------------------------------------------------
-
-    def level_2(self) -> None:
-        engine = Engine.load(self.scratch / "stages", num_threads=self.args.num_threads)
-        assert engine.text
-        prompts = [engine.text.chat(asked.prompt) for asked in self.questions[:: max(1, len(self.questions) // 24)]][:24]
-        base: dict[str, Any] = {"max_new_tokens": 200, "stop_ids": engine.text.eos_ids}
-        self.say()
-        self.say(
-            f"## Level 2: drafts of the first {self.layer} of {self.config.num_layers} layers, checked "
-            f"({self.args.sample}, {len(prompts)} questions one by one, {self.args.num_threads} threads)"
-        )
-        self.say()
-        self.say(
-            "| batch | same tokens | drafted, accepted a cycle | weight bytes a token | tokens/s off | verify | ratio, by round | auto |"
-        )
-        self.say("|---|---|---|---|---|---|---|---|")
-        rows = []
-        for batch in (1,):  # rows beside each other do not draft
-            groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-            per = {}
-            speeds: dict[str, list[float]] = {"off": [], "verify": [], "auto": []}
-            outputs: dict[str, Any] = {}
-            for _ in range(self.args.rounds):
-                for policy in speeds:
-                    seconds, num, counts = 0.0, 0, [0, 0, 0, 0]
-                    outputs[policy] = []
-                    for group in groups:
-                        done = engine.generate(group, GenerationParams(**base, exit_policy=policy))
-                        stats = engine.stats
-                        seconds, num = seconds + stats.decode_seconds, num + stats.num_decoded
-                        counts = [
-                            a + b
-                            for a, b in zip(
-                                counts, (stats.num_cycles, stats.num_drafted, stats.num_accepted, stats.work.weight_bytes), strict=True
-                            )
-                        ]
-                        outputs[policy] += [one.output_ids for one in done]
-                    speeds[policy].append(num / seconds)
-                    per[policy] = {
-                        "num_cycles": counts[0],
-                        "num_drafted": counts[1],
-                        "num_accepted": counts[2],
-                        "weight_bytes_per_token": counts[3] / num,
-                    }
-            ratios = [b / a for a, b in zip(speeds["off"], speeds["verify"], strict=True)]
-            verify = per["verify"]
-            row = {
-                "batch": batch,
-                "is_same": outputs["off"] == outputs["verify"] == outputs["auto"],
-                "acceptance": verify["num_accepted"] / max(1, verify["num_drafted"]),
-                "drafted_per_cycle": verify["num_drafted"] / verify["num_cycles"] / min(batch, len(prompts)),
-                "accepted_per_cycle": verify["num_accepted"] / verify["num_cycles"] / min(batch, len(prompts)),
-                "weight_bytes": {policy: per[policy]["weight_bytes_per_token"] for policy in per},
-                "tokens_per_second": {policy: statistics.median(values) for policy, values in speeds.items()},
-                "ratios": ratios,
-            }
-            rows.append(row)
-            saved = 1 - row["weight_bytes"]["verify"] / row["weight_bytes"]["off"]
-            speed = row["tokens_per_second"]
-            self.say(
-                f"| {batch} | {'yes' if row['is_same'] else 'NO'} | {row['drafted_per_cycle']:.2f}, {row['accepted_per_cycle']:.2f} "
-                f"({percent(row['acceptance'], 0)}) | {percent(saved)} saved | {speed['off']:.0f} | {speed['verify']:.0f} "
-                f"| {', '.join(f'{r:.2f}' for r in ratios)} | {speed['auto']:.0f} |"
-            )
-        self.found["level_2"] = rows
-        engine.close()
-
-    # --- another shape ---------------------------------------------------------------------------------------------------------
-
-    def recost(self) -> None:
-        big: ModelConfig = model_config_from_hf(QWEN_7B, "Qwen2.5-7B")
-        rows = {one["name"]: one for one in self.found["level_1"]["rows"]}
-        whole, head = rows["whole traces"]["tokens"], rows["exit head"]["tokens"]
-        thinking = 1 - cost.generation_in_layers(big, head, has_head=True) / cost.generation_in_layers(big, whole)
-        one = self.found["level_2"][0]
-        layer = round(self.layer * big.num_layers / self.config.num_layers)
-        drafts = cost.drafts_saved(big, layer, RANK, one["drafted_per_cycle"], one["accepted_per_cycle"])
-        needed = cost.break_even(big, layer, RANK, one["drafted_per_cycle"])
-        self.found["computed_for_7b"] = {
-            "head_in_layers": head_in_layers(big), "thinking_saved": thinking, "draft_layer": layer, "drafts_saved_weight_bytes": drafts,
-            "break_even_accepted_per_cycle": needed,
-        }  # fmt: skip
-        self.say()
-        self.say("## Computed, not measured: Qwen2.5-7B's shape with the counts above")
-        self.say()
-        self.say(f"- its output matrix weighs {head_in_layers(big):.2f} layers;")
-        self.say(f"- exit head: {100 * thinking:.1f} % of generation saved, if its traces were as redundant and its head as good;")
-        self.say(
-            f"- drafts of {layer} of {big.num_layers} layers, rank {RANK}, {one['drafted_per_cycle']:.2f} drafted and "
-            f"{one['accepted_per_cycle']:.2f} accepted a cycle: "
-            f"{percent(drafts)} of weight bytes saved at batch 1; they pay from {needed:.2f} accepted a cycle on."
-        )
-
     def run(self) -> None:
         self.prepare()
         engine = Engine.load(self.scratch / "engine")
@@ -425,8 +319,9 @@ class Bench:
         engine.close()
         self.level_1()
         self.presets()
-        self.level_2()
-        self.recost()
+        asked = Asked(self.args.sample, self.questions, self.config, self.layer, self.args.rounds, self.args.num_threads)
+        self.found["level_2"] = drafts(self.scratch / "stages", asked, self.say)
+        self.found["computed_for_7b"] = recost(self.found, asked, RANK, self.say)
 
 
 def main() -> None:

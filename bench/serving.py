@@ -16,31 +16,17 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from inside import Inside
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.runtime.generation import Generation
 from trtllm_thoughtx.runtime.row import Request
 from trtllm_thoughtx.text.params import GenerationParams
-
-
-class Inside:
-    """Counts the seconds that are spent in the engine's calls."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.seconds, self._run = 0.0, engine.runner.run
-        engine.runner.run = self.run  # type: ignore[method-assign]
-
-    def run(self, feeds: Mapping[str, np.ndarray], first: int, last: int, row: int = 0) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        try:
-            return self._run(feeds, first, last, row)
-        finally:
-            self.seconds += time.perf_counter() - began
 
 
 def fixed_groups(engine: Engine, prompts: Sequence[list[int]], num_new: Sequence[int], num_slots: int) -> list[list[int]]:

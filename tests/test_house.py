@@ -223,6 +223,11 @@ def test_many_requests_run_in_one_way():
     assert "engine.complete(" in (PACKAGE / "evaluate" / "systems.py").read_text(encoding="utf-8")
 
 
+def test_scripts_are_small():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "bench").rglob("*.py")}
+    assert len(lines) > 20 and {name: num for name, num in lines.items() if num > LIMIT_LINES} == {}
+
+
 def test_the_package_stays_within_its_budget():
     num_lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES)
     assert num_lines <= BUDGET, "say in the commit what the lines are for, and raise the budget"

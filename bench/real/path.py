@@ -18,21 +18,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from commands import ROOT, build_flags, command
+
 FORMATS = ("none", "int8_wo", "int8_sq", "fp8", "int4_wo", "int4_awq")
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
 
-def step(name: str, *flags: str) -> dict[str, Any]:
+def step(name: str, *flags: object) -> dict[str, Any]:
     """Run `thoughtx-NAME ... --json`; its document (if any), status and seconds."""
-    command = [str(Path(sys.executable).with_name(f"thoughtx-{name}")), *flags, "--json"]
+    line = command(name, *flags, "--json")
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(line, capture_output=True, text=True)
     try:
         document = json.loads(done.stdout)
     except ValueError:
         document = None
-    result = {"step": name, "command": command, "status": done.returncode, "seconds": time.perf_counter() - began, "document": document}
+    result = {"step": name, "command": line, "status": done.returncode, "seconds": time.perf_counter() - began, "document": document}
     if done.returncode:
         result["stderr"] = done.stderr[-2000:]
     return result
@@ -45,17 +46,7 @@ def run_format(qformat: str, model_dir: Path, work: Path, args: argparse.Namespa
     steps = [step("convert", *first) if qformat == "none" else step("calibrate", *first, "--qformat", qformat, *args.calibrate_flags)]
     if steps[-1]["status"]:
         return steps
-    build = [
-        "--checkpoint_dir",
-        str(checkpoint),
-        "--output_dir",
-        str(engine),
-        "--backend",
-        "onnxruntime",
-        "--max_seq_len",
-        str(args.max_seq_len),
-    ]
-    steps.append(step("build", *build))
+    steps.append(step("build", *build_flags(checkpoint, engine, "--max_seq_len", args.max_seq_len)))
     if steps[-1]["status"]:
         return steps
     where = ("--engine_dir", str(engine))
@@ -98,8 +89,9 @@ def main() -> int:
     else:
         for row in rows:
             by_step = {done["step"]: done for done in row["steps"]}
-            answers = (by_step.get("eval", {}).get("document") or {}).get("tasks", {})
-            print(f"{row['format']:9} {row['engine_bytes'] / 2**20:8.1f} MiB  {json.dumps(answers)[:200]}")
+            asked = (by_step.get("eval", {}).get("document") or {}).get("summary", {}).get("overall")
+            answers = f"{asked['num_correct']} of {asked['num_items']} questions right" if asked else "no answers"
+            print(f"{row['format']:9} {row['engine_bytes'] / 2**20:8.1f} MiB  {answers}")
     return int(any(done["status"] for row in rows for done in row["steps"]))
 
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from commands import ROOT, build_flags, command
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("int4_wo", "int4_awq", "int8_wo")
 LENGTH = 256
 
@@ -106,32 +106,20 @@ def num_parameters(model_dir: Path) -> tuple[int, int]:
     return layers, tables
 
 
-def run(name: str, *flags: str) -> float:
+def run(name: str, *flags: object) -> float:
     """CPU seconds of `thoughtx-NAME`."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [str(Path(sys.executable).with_name(f"thoughtx-{name}")), *flags, "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    before, line = resource.getrusage(resource.RUSAGE_CHILDREN), command(name, *flags, "--quiet")
+    done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{shlex.join(line)} failed:\n{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def build(checkpoint: Path, engine: Path) -> Path:
     if not engine.is_dir():
-        sizes = ("--max_seq_len", str(2 * LENGTH), "--max_input_len", str(LENGTH))
-        run(
-            "build",
-            "--checkpoint_dir",
-            str(checkpoint),
-            "--output_dir",
-            str(engine),
-            "--backend",
-            "onnxruntime",
-            "--dtype",
-            "float32",
-            *sizes,
-        )
+        sizes = ("--dtype", "float32", "--max_seq_len", 2 * LENGTH, "--max_input_len", LENGTH)
+        run("build", *build_flags(checkpoint, engine, *sizes))
     return engine
 
 
