@@ -21,7 +21,7 @@ from trtllm_thoughtx.cli import entry
 from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
-NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "sign", "inspect")
+NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "sign", "export", "inspect")
 HEAVY = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "yaml", "rich", "tokenizers", "jinja2"}
 
 
@@ -291,6 +291,7 @@ def wanted_flags(name: str, path: Path, other: Path) -> list[object]:
         "run": ["--engine_dir", path, "--input_ids", "1"],
         "bench": ["--engine_dir", path],
         "sign": ["--engine_dir", path, "--key", other],
+        "export": ["--engine_dir", path, "--oci", other],
         "inspect": [path],
     }[name]
 

@@ -130,6 +130,7 @@ COMMANDS = [
     pytest.param("run --engine_dir E --prompt hello --max_new_tokens 4", id="run"),
     pytest.param("inspect E", id="inspect"),
     pytest.param("inspect E --preflight", id="preflight"),
+    pytest.param("export --engine_dir E --oci O/oci", id="export"),
     pytest.param("bench --engine_dir E --prompt_len 4 --max_new_tokens 2 --repeats 1 --against M", id="bench-against", marks=REFERENCE),
     pytest.param(
         "eval --engine_dir S/engine --task chain --num_items 2 --max_new_tokens 8 --compare S --memory_context 32 --plot O/p.png"

@@ -151,6 +151,7 @@ READERS = {
     "files.py": ("convert", "build", "calibrate", "distill"),
     "inspection.py": ("inspect",),
     "ship/": ("sign",),
+    "ship/export.py": ("export",),
     "ship/preflight.py": ("inspect",),
     "validate/golden.py": ("validate",),
     "validate/quality.py": ("validate",),

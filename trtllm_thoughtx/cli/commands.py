@@ -29,7 +29,7 @@ from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
 # in which one uses them
-ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "sign", "inspect")
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "sign", "export", "inspect")
 
 
 @command(
@@ -218,6 +218,25 @@ def sign(engine_dir: Path, key: Path, force: bool, as_json: bool, quiet: bool, d
     signed = sign(engine_dir, key, force=force)
     following = f"next: thoughtx-inspect {engine_dir} --verify_key PUB.pem (openssl pkey -in {key} -pubout -out PUB.pem)"
     emit("sign", signed, as_json=as_json, human=[summary_table("signed", signed), following])
+
+
+@command(
+    "export",
+    "thoughtx-export --engine_dir ./engine --oci ./engine.oci --tag 2026-11",
+    "thoughtx-export --engine_dir ./engine --oci ./engine.oci --verify_key pub.pem --json",
+)
+@click.option("--engine_dir", type=PATH, required=True, help="Engine directory to export.")
+@click.option("--oci", type=PATH, required=True, help="New directory for an OCI image layout with ModelPack's media types.")
+@click.option("--tag", default="latest", help="Name of the artifact in the layout.")
+@framework.verify_key_option
+def export(engine_dir: Path, oci: Path, tag: str, verify_key: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write an engine in the form that container registries take."""
+    from trtllm_thoughtx.inspection import summary_table
+    from trtllm_thoughtx.ship.export import export_oci
+
+    made = export_oci(engine_dir, oci, tag=tag, verify_key=verify_key, progress=Progress(quiet=quiet))
+    following = f"next: oras cp --from-oci-layout {oci}:{tag} REGISTRY/NAME:{tag}"
+    emit("export", made, as_json=as_json, human=[summary_table("OCI image layout", made), following])
 
 
 @command(
