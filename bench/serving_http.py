@@ -195,7 +195,10 @@ def started(command: str, args: argparse.Namespace) -> Iterator[tuple[str, subpr
         port = free.getsockname()[1]
     words, began = [word.replace("{port}", str(port)) for word in shlex.split(command)], time.monotonic()
     with open(os.devnull if args.log is None else args.log, "ab") as log:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except OSError as error:
+            raise SystemExit(f"{words[0]} cannot be started: {error.strerror}") from None
     try:
         url = f"http://127.0.0.1:{port}/v1"
         client = Client(url, None, args.api_key, args.timeout)
@@ -279,8 +282,8 @@ def main() -> None:
                 row |= {"load_seconds": round(seconds, 1), "memory_loaded": at_load, "memory_after": memory(process)}
             found["systems"].append(row)
         args.output.write_text(json.dumps(found, indent=1) + "\n")
-    if args.plot:
-        plot(args.plot, found["systems"])
+        if args.plot:
+            plot(args.plot, found["systems"])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import itertools
 import json
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Stepper:
                 give(("prompt", ids.shape[1]))
                 live[key] = self.pipeline.add_request(key, ids, config), give
             self.pipeline.step()
+            time.sleep(0.0005)  # it holds Python's lock: now the event loop has its turn
             for key, (handle, give) in list(live.items()):
                 while handle.can_read():
                     for output in handle.read().values():
