@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, script
 from places import TINY as SAMPLE
 
 torch = pytest.importorskip("torch")
@@ -17,10 +17,7 @@ from trtllm_thoughtx.calibrate.quantize.model import Head, Layer, Rotary, read  
 from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 
 BENCH = ROOT / "bench" / "beside_modelopt.py"
-spec = importlib.util.spec_from_file_location("beside_modelopt", BENCH)
-assert spec is not None and spec.loader is not None
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+bench = script("bench/beside_modelopt.py")
 
 
 def walked(path: Path, ids: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import script
 
-spec = importlib.util.spec_from_file_location("claims", ROOT / "bench" / "claims.py")
-assert spec is not None and spec.loader is not None
-claims = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(claims)
+claims = script("bench/claims.py")
 
 
 def test_the_page_is_what_the_results_say() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -11,18 +10,14 @@ import sys
 from argparse import Namespace
 
 import pytest
-from places import ROOT
+from places import ROOT, script
 from places import TINY as SAMPLE
 from servers import MAIN
 
 from trtllm_thoughtx.build.build import build
 
 BENCH = ROOT / "bench" / "serving_http.py"
-spec = importlib.util.spec_from_file_location("serving_http", BENCH)
-assert spec is not None and spec.loader is not None
-bench = importlib.util.module_from_spec(spec)
-sys.modules["serving_http"] = bench  # its dataclasses look their module up
-spec.loader.exec_module(bench)
+bench = script("bench/serving_http.py")
 
 
 def settings(**own):

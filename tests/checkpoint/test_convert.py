@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from places import ROOT
+from places import script
 from tiny import tiny_values, write_tiny
 
 from trtllm_thoughtx.checkpoint import convert as convert_module
@@ -460,10 +459,7 @@ def test_an_input_that_changes_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, dtype: str) -> None:
-    spec = importlib.util.spec_from_file_location("bench_convert", ROOT / "bench" / "convert.py")
-    assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = script("bench/convert.py")
     num_bytes = bench.make_checkpoint(tmp_path / "hf", "0.15b", shard_bytes=100_000_000)
     assert num_bytes > 280_000_000
     _, peak_mib = bench.convert_once(tmp_path / "hf", tmp_path / "out", dtype)
