@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -235,6 +236,32 @@ def test_many_clients_on_few_slots_all_get_their_own_answer(engine_dir, tmp_path
             together = list(pool.map(ask, [number % 16 for number in range(64)]))
         assert together == serial * 4
         assert server.metric("request_success_total") == 80 and server.metric("num_requests_running") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_flat_over_a_thousand_requests(engine_dir, tmp_path):
+    """Whole, streamed, given up and refused ones. Behind the first ones nothing is kept of a request: 2 KiB of each of 1,000 would show."""
+    with serving(engine_dir, tmp_path / "log") as server:
+
+        def resident():
+            return next(
+                int(line.split()[1]) for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines() if "VmRSS" in line
+            )
+
+        def ask(number):
+            question = [{"role": "user", "content": f"x1 = {number % 90} x2 = 5 ?"}]
+            if number % 10 == 0:
+                return opened(server, {**LONG, "messages": question}).close()
+            body = {"messages": question, "max_tokens": 4, "stream": number % 2 == 0, "tools": [{}] if number % 10 == 1 else None}
+            assert server.ask(CHAT, body)[0] == (400 if number % 10 == 1 else 200)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, range(300)))
+            before = resident()
+            list(pool.map(ask, range(1000)))
+        until(lambda: server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0)
+        assert resident() - before < 2000  # KiB
 
 
 def test_who_may_be_overtaken_is_not_overtaken_for_ever(engine_dir, tmp_path):
