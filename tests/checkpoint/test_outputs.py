@@ -62,15 +62,41 @@ def quantized(root: Path) -> None:
     write_tiny(root, tensors=changed, config={"quantization_config": config})
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    write_tiny(root / "m", tokenizer=True)
+    quantized(root / "q")
+    (root / "rows.txt").write_text("\n\n".join(f"x{i} = {i} and y = {i * 7} and what is the sum of both" for i in range(40)))
+    (root / "recipe.yaml").write_text(RECIPE)
+    return root
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def once(request, inputs, tmp_path_factory):
+    """The inputs and what the step made of them, and its words."""
+    root, words = tmp_path_factory.mktemp("once") / "w", shlex.split(STEPS[request.param])
+    shutil.copytree(inputs, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert status(words) == 0
+    return Place(root, words)
+
+
 @pytest.fixture(params=STEPS)
-def place(request, tmp_path, monkeypatch):
+def place(request, inputs, tmp_path, monkeypatch):
     """A directory with all inputs, which is the working directory, and the words of the step's command."""
-    write_tiny(tmp_path / "m", tokenizer=True)
-    quantized(tmp_path / "q")
-    (tmp_path / "rows.txt").write_text("\n\n".join(f"x{i} = {i} and y = {i * 7} and what is the sum of both" for i in range(40)))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Place(tmp_path, shlex.split(STEPS[request.param]))
+
+
+@pytest.fixture
+def finished(once, tmp_path, monkeypatch):
+    """The same behind a run of the step."""
+    shutil.copytree(once.root, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path, once.words)
 
 
 def status(words: list[str], *more: str) -> int:
@@ -86,29 +112,27 @@ def manifest(root: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_second_run_finds_its_output_up_to_date(place, capsys):
-    assert status(place.words) == 0
-    before = contents(place.root / "out")
+def test_a_second_run_finds_its_output_up_to_date(finished, capsys):
+    before = contents(finished.root / "out")
     capsys.readouterr()
-    assert status(place.words, "--json") == 0
+    assert status(finished.words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["up_to_date"] is True
-    assert contents(place.root / "out") == before
-    assert status(place.words) == 0
+    assert contents(finished.root / "out") == before
+    assert status(finished.words) == 0
     assert "up to date" in capsys.readouterr().out
-    assert status(place.words, "--force") == 0
+    assert status(finished.words, "--force") == 0
     varying = ("manifest.json", "calibration.json", "report.html", "chunks.png")
-    assert contents(place.root / "out", *varying) == {n: data for n, data in before.items() if n not in varying}
+    assert contents(finished.root / "out", *varying) == {n: data for n, data in before.items() if n not in varying}
 
 
 @pytest.mark.slow
-def test_a_damaged_output_is_not_up_to_date(place, capsys):
-    assert status(place.words) == 0
-    name = next(row["name"] for row in manifest(place.root / "out")["outputs"] if row["name"] != "config.json")
-    with (place.root / "out" / name).open("ab") as out:
+def test_a_damaged_output_is_not_up_to_date(finished, capsys):
+    name = next(row["name"] for row in manifest(finished.root / "out")["outputs"] if row["name"] != "config.json")
+    with (finished.root / "out" / name).open("ab") as out:
         out.write(b"x")
-    assert status(place.words) == 3
+    assert status(finished.words) == 3
     assert "E130" in capsys.readouterr().err
-    assert status(place.words, "--force") == 0
+    assert status(finished.words, "--force") == 0
 
 
 def test_a_disk_that_is_too_small_is_seen_before_any_work(place, monkeypatch, capsys):
@@ -131,13 +155,12 @@ def test_an_input_that_changes_during_the_work_is_refused(place, monkeypatch, ca
     assert "E111" in capsys.readouterr().err and not (place.root / "out").exists()
 
 
-def test_the_manifest_has_inputs_versions_and_settings(place):
-    assert status(place.words) == 0
-    made = manifest(place.root / "out")
+def test_the_manifest_has_inputs_versions_and_settings(finished):
+    made = manifest(finished.root / "out")
     assert set(outputs.PACKAGES) < set(made["environment"]) and made["environment"]["numpy"] == np.__version__
-    model = place.root / ("q" if "q" in place.words else "m")
+    model = finished.root / ("q" if "q" in finished.words else "m")
     assert {row["name"] for row in made["inputs"]} == {path.name for path in model.iterdir()}
-    assert made["config"] and {row["name"] for row in made["outputs"]} == set(contents(place.root / "out", "manifest.json"))
+    assert made["config"] and {row["name"] for row in made["outputs"]} == set(contents(finished.root / "out", "manifest.json"))
 
 
 def parsed(words: list[str]) -> dict:
@@ -175,20 +198,19 @@ def test_every_flag_is_an_argument_and_every_argument_a_flag(name):
 
 
 @pytest.mark.slow
-def test_the_recorded_command_makes_the_same_output(place):
-    assert status(place.words) == 0
-    words = shlex.split(manifest(place.root / "out")["command"])
-    assert words[0] == place.words[0] and "--config" not in words
-    again, asked = parsed(words), parsed(place.words)
+def test_the_recorded_command_makes_the_same_output(finished):
+    words = shlex.split(manifest(finished.root / "out")["command"])
+    assert words[0] == finished.words[0] and "--config" not in words
+    again, asked = parsed(words), parsed(finished.words)
     assert {name: again.get(name) for name in asked} == asked, "a flag was lost"
-    os.rename(place.root / "out", place.root / "first")
+    os.rename(finished.root / "out", finished.root / "first")
     assert status(words) == 0
-    one, other = (manifest(place.root / name) for name in ("first", "out"))
+    one, other = (manifest(finished.root / name) for name in ("first", "out"))
     assert one["command"] == other["command"] and one["config"] == other["config"]
     varying = ("manifest.json", "calibration.json", "report.html", "chunks.png")
-    assert contents(place.root / "first", *varying) == contents(place.root / "out", *varying)
-    if place.words[0] == "thoughtx-build":
-        first, second = (json.loads((place.root / name / "config.json").read_text())["thoughtx"]["parts"] for name in ("first", "out"))
+    assert contents(finished.root / "first", *varying) == contents(finished.root / "out", *varying)
+    if finished.words[0] == "thoughtx-build":
+        first, second = (json.loads((finished.root / name / "config.json").read_text())["thoughtx"]["parts"] for name in ("first", "out"))
         assert [(part["graph_sha256"], part["weights_sha256"]) for part in first] == [
             (part["graph_sha256"], part["weights_sha256"]) for part in second
         ]

@@ -185,20 +185,21 @@ def test_a_reused_beginning_gives_the_same_bits(engines, cache, shared, tails, n
     stem = [rng.randrange(4, 200) for _ in range(shared)]
     prompts = [[*stem, *(rng.randrange(4, 200) for _ in range(num))] for num in tails]
     params = GenerationParams(max_new_tokens=new, ignore_eos=True, exit_policy="off")
-    for num_slots in (1, 2):
-        found = {}
-        for reuses in (False, True):
-            generation = Generation(engine.session, engine.text, engine.eos_ids, num_slots, prefill_segment=64, reuses=reuses)
-            for index, prompt in enumerate(prompts):
-                generation.add(Request(prompt, params, index, 0, True, chunk_size=size))
-            ended: dict = {}
-            while not generation.is_idle:
-                ended |= dict(generation.tick())
-            found[reuses] = [ended[0], ended[1]]
-        for one, other in zip(found[False], found[True], strict=True):
+    found = {}
+    for reuses, num_slots in ((False, 1), (True, 1), (True, 2)):
+        generation = Generation(engine.session, engine.text, engine.eos_ids, num_slots, prefill_segment=64, reuses=reuses)
+        for index, prompt in enumerate(prompts):
+            generation.add(Request(prompt, params, index, 0, True, chunk_size=size))
+        ended: dict = {}
+        while not generation.is_idle:
+            ended |= dict(generation.tick())
+        found[reuses, num_slots] = [ended[0], ended[1]]
+    plain = found.pop((False, 1))
+    assert plain[1].num_reused_tokens == 0
+    for answers in found.values():
+        for one, other in zip(plain, answers, strict=True):
             assert one.output_ids == other.output_ids and np.array_equal(one.logits, other.logits)
-        assert found[False][1].num_reused_tokens == 0
-        reused = found[True][1].num_reused_tokens
+        reused = answers[1].num_reused_tokens
         assert reused <= shared or prompts[0][:reused] == prompts[1][:reused]
         if cache in ("full", "unbounded") and shared >= 17:
             assert reused >= min(shared, len(prompts[1]) - 1) - 1

@@ -52,20 +52,21 @@ def loaded(root) -> Text:
     return text
 
 
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.slow
-def test_only_the_template_opens_the_thinking(models, asked):
-    for kind in KINDS:
-        prompt = loaded(models[kind]).chat(ASKED[asked])
-        assert prompt.state == (INSIDE if kind == "opens" else BEFORE), kind
-    assert loaded(models["bare"]).chat(ASKED[asked]).state == BEFORE
+@pytest.fixture(scope="module")
+def texts(models):
+    return {kind: loaded(root) for kind, root in models.items()}
 
 
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.slow
-def test_not_thinking_in_the_templates_own_way(models, asked):
+def test_only_the_template_opens_the_thinking(texts, asked):
+    for kind, text in texts.items():
+        assert text.chat(ASKED[asked]).state == (INSIDE if kind == "opens" else BEFORE), kind
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_not_thinking_in_the_templates_own_way(texts, asked):
     for kind in KINDS:
-        text = loaded(models[kind])
+        text = texts[kind]
         prompt = text.chat(ASKED[asked])
         off = text.chat(ASKED[asked], enable_thinking=False)
         first, last = text.think_ids
