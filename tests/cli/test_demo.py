@@ -18,6 +18,6 @@ def test_the_answer_stands_behind_the_end_tag(tags):
 
 
 def test_a_wrong_answer_is_a_failed_demo(tmp_path):
-    junit(tmp_path / "checks.xml", [])
+    junit(tmp_path / "checks.xml", [], "thoughtx-validate")
     for said, is_right in ((ANSWER, True), (ANSWER + "0", False)):
         assert _proved(tmp_path / "checks.xml", f"<think>1</think>{said}")[1] is is_right
