@@ -35,10 +35,10 @@ serve: $(STAMP) ## the demo's engine behind the API, on port 8000
 	@echo "     curl http://127.0.0.1:8000/metrics        and the page at http://127.0.0.1:8000/"
 	@$(VENV)/bin/thoughtx-serve --engine_dir demo-out/engine
 
-check: lint ## lint, types and the quick tests, all the time: two to three minutes on two cores
+check: lint ## lint, types and the quick tests, all the time: under 90 seconds on two idle cores
 	@$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test: $(STAMP) ## all tests that this machine can run: seven to eight minutes on two cores
+test: $(STAMP) ## all tests that this machine can run: under six minutes on two idle cores
 	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cpu 10
 
 lint: $(STAMP) ## ruff and mypy
