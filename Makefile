@@ -55,7 +55,7 @@ real: $(STAMP) ## a real model the whole way, checked: make real [MODEL=smollm2|
 	@$(VENV)/bin/python bench/real/fetch.py --model $(MODEL)
 	@$(VENV)/bin/python bench/real/path.py --model_dir real-out/$(MODEL)
 
-oracles: $(STAMP) ## .oracles: other people's tools that judge what is shipped; without it their tests are skipped (80 packages)
+oracles: $(STAMP) ## .oracles: other people's tools that judge what is shipped; without it their tests are skipped (75 packages)
 	test -x .oracles/bin/python || $(PYTHON) -m venv .oracles
 	.oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ship/oracles.txt
 

@@ -88,6 +88,7 @@ def _checkpoint(opened: Checkpoint) -> dict[str, Any]:
 
 def _engine(path: Path, raw: dict[str, Any], verify_key: Path | None) -> dict[str, Any]:
     from trtllm_thoughtx.build.engine_dir import EngineDir
+    from trtllm_thoughtx.ship.sign import MADE
     from trtllm_thoughtx.ship.signature import SIGNATURE, verify
 
     engine = EngineDir.open(path, raw)
@@ -115,7 +116,7 @@ def _engine(path: Path, raw: dict[str, Any], verify_key: Path | None) -> dict[st
         "checks": manifest.get("checks"),
         "matches_manifest": error is None,
         "signature": f"by the key {signed.key}" if signed else "not verified (--verify_key)" if is_signed else None,
-        "unlisted_files": [row["name"] for row in rows if row["sha256"] is None and row["name"] != report.MANIFEST],
+        "unlisted_files": [row["name"] for row in rows if row["sha256"] is None and row["name"] not in (report.MANIFEST, *MADE)],
         "files": rows,
     }
     return facts if error is None else {**facts, "error": error}
