@@ -115,7 +115,7 @@ CLAIMS = (
         "23 % less memory, 97 % of the information kept",
         "KV cache of the smallest window whose queries keep 0.97 of their attention mass on average, against 2,048 tokens; "
         "`thoughtx-tiny`, whole traces",
-        "`thoughtx-calibrate --model_dir trtllm_thoughtx/samples/thoughtx-tiny --output_dir OUT --chunk_report --eval_items 60 "
+        "`thoughtx-calibrate --model_dir trtllm_thoughtx/samples/thoughtx-tiny --output_dir OUT --chunk_report --eval_items 120 "
         "--calib_size 32`: OUT/chunks.json",
         "chunks.json",
         window,
