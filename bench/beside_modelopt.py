@@ -5,7 +5,7 @@
 
 Needs nvidia-modelopt, in a virtual environment of its own: pip install -e ".[reference]" nvidia-modelopt requests. Without it nothing is
 measured, and the reason is said. Both take the rows that `calibrate.data.read_data` gives for the seed, one at a time, in float32, without
-padding; both leave the output matrix and the KV cache as they are, and have the same 4-bit group size. Judged on the held-out rows:
+padding; both leave lm_head and the KV cache as they are, and have the same 4-bit group size. Judged on the held-out rows:
 KL from the model as it was, top-1 agreement, ratio of perplexities. Each run is a process of its own, loading, calibrating and judging
 included; its peak is VmHWM, and where other work runs its CPU seconds say more than its seconds.
 

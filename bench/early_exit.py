@@ -5,7 +5,7 @@
 Everything is done anew from the sample: calibration (exit head, adapter), two engines, then on held-out questions that the calibration
 has not seen:
 
-- level 1: whole traces, the exit head, trial answers, a budget of tokens with the same mean, the oracle; curves and a picture;
+- level 1: whole traces, the exit head, answer probes, a budget of tokens with the same mean, the oracle; curves and a picture;
 - the recommended batch settings against the checkpoint's own defaults and the family's;
 - level 2: drafts at batch 1, 8 and 32, interleaved with plain decoding: acceptance, weight bytes, wall-clock, losslessness;
 - all of it re-costed for the 7B shape, computed from its config.
@@ -61,7 +61,7 @@ def tradeoff_plot(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]
         axis.plot(*zip(*line, strict=True), marker=".", label=name)
     for name, point in points.items():
         axis.plot(*point, marker="*", markersize=13, linestyle="none", label=name)
-    axis.set(xlabel="generated tokens a question, trial answers included", ylabel="right answers, %")
+    axis.set(xlabel="generated tokens a question, answer probes included", ylabel="right answers, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -121,7 +121,7 @@ class Bench:
         """Of one answer in layers: generation, generation and prompt, and weights read at batch 1."""
         head = head_in_layers(self.config)
         of_exit = 2 * self.config.hidden_size / layer_parameters(self.config) if has_head else 0.0
-        fed = record.num_layer_tokens / self.config.num_layers - record.num_prompt_tokens  # written tokens and trial answers
+        fed = record.num_layer_tokens / self.config.num_layers - record.num_prompt_tokens  # written tokens and answer probes
         generation = fed * (self.config.num_layers + head + of_exit)
         prompt = record.num_prompt_tokens * self.config.num_layers + head + of_exit
         return generation, generation + prompt, (fed + 1) * (self.config.num_layers + head + of_exit)
@@ -157,8 +157,8 @@ class Bench:
         full = self.ask("whole traces", exit_policy="off")
         runs = {
             "exit head": self.ask("exit head", exit_policy="off", exit_threshold="auto"),
-            "trial answers, 1": self.ask("trial answers, 1", exit_policy="off", exit_probe=0.9, probe_agree=1, probe_tokens=8),
-            "trial answers, 2 agree": self.ask("trial answers, 2 agree", exit_policy="off", exit_probe=0.9, probe_agree=2, probe_tokens=8),
+            "answer probes, 1": self.ask("answer probes, 1", exit_policy="off", exit_probe=0.9, probe_agree=1, probe_tokens=8),
+            "answer probes, 2 agree": self.ask("answer probes, 2 agree", exit_policy="off", exit_probe=0.9, probe_agree=2, probe_tokens=8),
         }
         head = runs["exit head"].of()
         budget = self.equal_budget(full, sum(record.num_tokens for record in head))

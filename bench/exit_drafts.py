@@ -121,7 +121,7 @@ def recost(found: Mapping[str, Any], asked: Asked, rank: int, say: Callable[...,
     say()
     say("## Computed, not measured: Qwen2.5-7B's shape with the counts above")
     say()
-    say(f"- its output matrix weighs {head_in_layers(big):.2f} layers;")
+    say(f"- its lm_head weighs {head_in_layers(big):.2f} layers;")
     say(f"- exit head: {100 * thinking:.1f} % of generation saved, if its traces were as redundant and its head as good;")
     say(
         f"- drafts of {layer} of {big.num_layers} layers, rank {rank}, {one['drafted_per_cycle']:.2f} drafted and "

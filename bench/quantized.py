@@ -2,7 +2,7 @@
 
     python bench/quantized.py MODEL_DIR [--formats int8_wo,int4_wo,...] [--rounds 3] [--prompt_len 64] [--new_tokens 32] [--json]
 
-Formats are those of thoughtx-calibrate; the output matrix is quantized too (--quant_lm_head). Where onnxruntime-genai is installed, its
+Formats are those of thoughtx-calibrate; lm_head is quantized too (--quant_lm_head). Where onnxruntime-genai is installed, its
 own int8 and int4 models of the same checkpoint are measured too. Each measurement is a process of its own and the rounds interleave
 the systems, as in bench/decode.py. MODEL_DIR is a Hugging Face directory; the scales come from a few random tokens, since only speed is
 looked at. A format that is slower than float32 in either phase is named at the end, with what `thoughtx-build` says about it.

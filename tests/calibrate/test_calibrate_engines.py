@@ -161,7 +161,10 @@ def test_private_data_judge_and_do_not_travel(tmp_path):
     hf_models = pytest.importorskip("hf_models")
     hf = hf_models.save(tmp_path / "m", "qwen3", intermediate_size=64, head_dim=16)
     data = lines(tmp_path / "d.jsonl", ids(40))
-    options: dict[str, Any] = {"qformat": "int8_sq", "calib_data": data, "accuracy_budget": 1e-4}
+    options: dict[str, Any] = {"qformat": "int8_sq", "calib_data": data, "accuracy_budget": 1e-2}
+    with pytest.raises(ThoughtxError, match="cannot be held") as raised:  # the embedding and the head in 8 bits lose more
+        calibrate(hf, tmp_path / "none", **{**options, "accuracy_budget": 1e-9})
+    assert raised.value.code == "E001" and "kl=" in raised.value.fix and not (tmp_path / "none").exists()
     shown = calibrate(hf, tmp_path / "shown", **options)
     hidden = calibrate(hf, tmp_path / "hidden", **options, private_data=True)
     assert hidden["end_to_end"] == shown["end_to_end"] and hidden["size"] == shown["size"]

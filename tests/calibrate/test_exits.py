@@ -1,4 +1,4 @@
-"""Early exits of the thinking: the head in the graph, what fits it, trial answers, and what is refused."""
+"""Early exits of the thinking: the head in the graph, what fits it, answer probes, and what is refused."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_calibrations_that_cannot_be_are_refused_by_name(tmp_path, args, what):
     assert raised.value.code == "E001" and not (tmp_path / "out").exists()
 
 
-# --- trial answers --------------------------------------------------------------------------------------------------------
+# --- answer probes --------------------------------------------------------------------------------------------------------
 
 CACHES = {
     "full": {},

@@ -1,4 +1,4 @@
-"""Layer exit: whatever the thresholds, caches, neighbours and sampling, `verify` writes what the whole model writes."""
+"""Self-speculative decoding: whatever the thresholds, caches, neighbours and sampling, `verify` writes what the whole model writes."""
 
 from __future__ import annotations
 

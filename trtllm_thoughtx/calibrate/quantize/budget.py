@@ -22,6 +22,7 @@ from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, device,
 from trtllm_thoughtx.calibrate.quantize.products import on_head, quantized
 from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.checkpoint import tensor_file
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence
@@ -112,7 +113,7 @@ def keep_for_budget(
     def first(count: int) -> frozenset[str]:
         return frozenset(name for unit in units[:count] for name in unit)
 
-    low, high = 0, len(units)  # what `high` keeps holds the budget: with nothing quantized there is no divergence
+    low, high = 0, len(units)
     best: Losses | None = None
     while low < high or best is None:
         tried = sorted({low + (high - low) * i // (NUM_TRIED - 1) for i in range(NUM_TRIED)})
@@ -121,6 +122,15 @@ def keep_for_budget(
                 high, best = count, losses
                 break
             low = count + 1
+        if low > len(units):
+            least = worst(losses)
+            raise ThoughtxError(
+                "E001",
+                f"--accuracy_budget kl={max_kl:g} cannot be held",
+                where="thoughtx-calibrate",
+                why=f"with every layer kept, the embedding and the head in 8 bits still lose {least:.3g} nats",
+                fix=f"allow more than that, such as --accuracy_budget kl={1.1 * least:.2g}",
+            )
     return first(high), best
 
 

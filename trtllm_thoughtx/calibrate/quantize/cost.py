@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,28 @@ def capacity(
     return need
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Right answers of both engines to the same questions: of each task in percent, and where only one of them was right."""
+
+    num_items: int
+    max_new_tokens: int
+    accuracy_percent: Sequence[Mapping[str, Any]]
+    only_before_right: int
+    only_after_right: int
+    p_equal: float
+    mean_tokens: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Prefill and decoding of both engines in turns, and what was measured under."""
+
+    tokens_per_second: Mapping[str, Mapping[str, float]]
+    conditions: Mapping[str, Any]
+    engine_bytes: Sequence[int]
+
+
 def measure(
     before: Path,
     after: Path,
@@ -66,14 +89,16 @@ def measure(
     max_new_tokens: int,
     progress: Progress,
     template: Template = (None, None),
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(answers, speed) of the checkpoints `before` and `after`, as calibration.json holds them."""
+    *,
+    load: float,
+) -> tuple[Answers, Speed]:
+    """Of engines of the checkpoints `before` and `after`. `load`: of other processes, before the calibration began."""
     options = {"backend": ("onnxruntime",), "max_seq_len": max_seq_len, "max_batch_size": BATCH}
     engines = [work / "before", work / "after"]
     for checkpoint, engine in zip((before, after), engines, strict=True):
         build(checkpoint, engine, options, force=True, progress=progress)
     answers = _answers(engines, questions, max_new_tokens, progress, template)
-    speed = _speed(engines, progress)
+    speed = _speed(engines, load, progress)
     for engine in engines:
         shutil.rmtree(engine)
     return answers, speed
@@ -81,7 +106,7 @@ def measure(
 
 def _answers(
     engines: Sequence[Path], questions: Sequence[Question], max_new_tokens: int, progress: Progress, template: Template
-) -> dict[str, Any]:
+) -> Answers:
     results: list[Result] = []
     for engine in engines:
         system = EngineSystem(engine, None, None, BATCH)
@@ -94,18 +119,18 @@ def _answers(
     keys = ("task", "num_items", "first", "second", "difference", "interval")
     rows = [{key: getattr(row, key) for key in keys} for row in found.rows if row.measure == PER_TASK[0]]
     tokens = next(row for row in found.rows if row.measure == "tokens")
-    return {
-        "num_items": found.num_items,
-        "max_new_tokens": max_new_tokens,
-        "accuracy_percent": rows,
-        "only_before_right": found.only_first_right,
-        "only_after_right": found.only_second_right,
-        "p_equal": found.p_accuracy,
-        "mean_tokens": [tokens.first, tokens.second],
-    }
+    return Answers(
+        num_items=found.num_items,
+        max_new_tokens=max_new_tokens,
+        accuracy_percent=rows,
+        only_before_right=found.only_first_right,
+        only_after_right=found.only_second_right,
+        p_equal=found.p_accuracy,
+        mean_tokens=(tokens.first, tokens.second),
+    )
 
 
-def _speed(engines: Sequence[Path], progress: Progress) -> dict[str, Any]:
+def _speed(engines: Sequence[Path], load: float, progress: Progress) -> Speed:
     rates: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in engines]
     found: dict[str, Any] = {}
     with progress.stage("timing both engines", NUM_ROUNDS * len(engines)) as stage:
@@ -120,9 +145,9 @@ def _speed(engines: Sequence[Path], progress: Progress) -> dict[str, Any]:
         one, other = (seen[phase] for seen in rates)
         ratios = [b / a for a, b in zip(one, other, strict=True)]
         phases[phase] = {"before": statistics.median(one), "after": statistics.median(other), "ratio": statistics.median(ratios)}
-    return {
-        "tokens_per_second": phases,
-        "conditions": {
+    return Speed(
+        tokens_per_second=phases,
+        conditions={
             "backend": found["rows"][0]["system"],
             "dtype": found["rows"][0]["dtype"],
             "batch_size": 1,
@@ -130,6 +155,7 @@ def _speed(engines: Sequence[Path], progress: Progress) -> dict[str, Any]:
             "new_tokens": NEW_TOKENS,
             "num_rounds": NUM_ROUNDS,
             "num_cpus": found["machine"]["num_cpus"],
+            "load_before": load,
         },
-        "engine_bytes": [sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()) for engine in engines],
-    }
+        engine_bytes=[sum(path.stat().st_size for path in engine.rglob("*") if path.is_file()) for engine in engines],
+    )

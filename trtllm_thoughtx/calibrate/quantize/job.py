@@ -205,8 +205,7 @@ def calibrate(
         def result(made: Path) -> Calibration:
             answers = speed = None
             if questions:
-                answers, speed = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template)
-                speed["conditions"]["load_before"] = load  # of others: later it is this calibration's own
+                answers, speed = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template, load=load)
             return Calibration(
                 qformat=qformat,
                 quantization=final,

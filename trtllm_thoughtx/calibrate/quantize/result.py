@@ -8,6 +8,7 @@ from typing import Any
 
 from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import OPERATORS
+from trtllm_thoughtx.calibrate.quantize.cost import Answers, Speed
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.families.quantization import embedding_of, stored_as
@@ -33,14 +34,15 @@ class Calibration:
     size: Mapping[str, float]
     modules: Mapping[str, Mapping[str, Any]]
     warnings: Sequence[str]
-    answers: Mapping[str, Any] | None
-    speed: Mapping[str, Any] | None
+    answers: Answers | None
+    speed: Speed | None
     skipped: Sequence[str]
     validation: Sequence[Sequence[int]]
 
     def as_dict(self) -> dict[str, Any]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"schema": SCHEMA, **found, "quantization": report.plain(self.quantization), "end_to_end": report.plain(self.end_to_end)}
+        objects = ("quantization", "end_to_end", "answers", "speed")
+        return {"schema": SCHEMA, **found, **{name: report.plain(found[name]) for name in objects}}
 
 
 def limits_of(seen: Loss) -> dict[str, float]:
