@@ -125,7 +125,7 @@ def test_a_row_of_the_table_is_a_format(tmp_path, monkeypatch):
 
 
 def test_formats_are_told_apart_in_one_table():
-    """Beside it only the safetensors files, and the reader of checkpoints that others quantized, spell formats and stored types."""
+    """Beside it only the safetensors files, the reader of checkpoints that others quantized, and what trtllm-build takes spell them."""
     names = {row.algo for row in FORMATS.values()} | {row.number.stored for row in FORMATS.values()}
     where = {
         path.relative_to(PACKAGE).as_posix()
@@ -133,7 +133,7 @@ def test_formats_are_told_apart_in_one_table():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in names
     }
-    others = {"checkpoint/header.py", "checkpoint/tensor_file.py", "checkpoint/quantized.py"}
+    others = {"checkpoint/header.py", "checkpoint/tensor_file.py", "checkpoint/quantized.py", "build/trtllm.py"}
     assert where == {"families/formats.py", *others}
 
 
