@@ -8,7 +8,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ class Server:
     def entries(self) -> list[dict[str, Any]]:
         """Of the access log."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Waits for as long as it takes; a suite-wide limit ends a test that hangs."""
+    while not is_so():
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 from places import TINY as SAMPLE
-from servers import serving
+from servers import serving, until
 
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.runtime.engine import Engine
@@ -208,7 +208,9 @@ def test_the_small_paths(server, engine):
 
 
 def test_the_log_tells_counts_and_no_words(server):
+    num_before = len(server.entries())
     server.ask(CHAT, {"messages": [{"role": "user", "content": "x1 = 77 x2 = 5 ?"}], "max_tokens": 3})
+    until(lambda: len(server.entries()) > num_before)  # it is written behind the answer's last byte
     entry = server.entries()[-1]
     assert entry["path"] == CHAT and entry["status"] == 200 and entry["num_new_tokens"] == 3 and entry["num_prompt_tokens"] > 5
     assert "77" not in json.dumps({key: value for key, value in entry.items() if key not in ("time", "seconds")})

@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 from places import TINY as SAMPLE
-from servers import serving
+from servers import serving, until
 
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.cli import commands as cli
@@ -41,12 +40,6 @@ def server(engine_dir, tmp_path_factory):
     flags = ("--max_num_seqs", 1, "--max_queued_requests", 2, "--max_body_bytes", 20_000)
     with serving(engine_dir, tmp_path_factory.mktemp("log") / "log", *flags) as running:
         yield running
-
-
-def until(is_so):
-    """Waits for as long as it takes; a suite-wide limit ends a test that hangs."""
-    while not is_so():
-        time.sleep(0.01)
 
 
 def opened(server, body, *, stream=True):
