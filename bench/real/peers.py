@@ -32,6 +32,22 @@ FORMATS = {"llama.cpp": "F32,Q8_0,Q4_0,Q4_K_M", "openvino": "int8,int4", "onnxru
 Rows = list[list[int]]
 
 
+def as_peers_read(model_dir: Path, work: Path) -> Path:
+    """The directory with the rotary base where every release of transformers looks for it: 5 writes `rope_parameters`, and 4, which the
+    exporters still take, reads `rope_theta` and silently falls back to 10,000 without it."""
+    config = json.loads((model_dir / "config.json").read_text())
+    copy = work / "model"
+    copy.mkdir(exist_ok=True)
+    for file in model_dir.iterdir():
+        if file.is_file() and file.name != "config.json" and not (copy / file.name).exists():
+            (copy / file.name).symlink_to(file.resolve())
+    rope = config.get("rope_parameters") or {}
+    config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    config.setdefault("torch_dtype", config.get("dtype", "bfloat16"))
+    (copy / "config.json").write_text(json.dumps(config, indent=1))
+    return copy
+
+
 def num_parameters(model_dir: Path) -> int:
     from safetensors import safe_open
 
@@ -212,9 +228,9 @@ def main() -> int:
     rows: Rows = json.loads((reference / "rows.json").read_text())
     work = args.work / args.peer
     work.mkdir(exist_ok=True)
-    total, table = num_parameters(args.model_dir), []
+    total, table, model_dir = num_parameters(args.model_dir), [], as_peers_read(args.model_dir, work)
     for name in (args.formats or FORMATS[args.peer]).split(","):
-        made, logits = PEERS[args.peer](args.model_dir, work, name, rows)
+        made, logits = PEERS[args.peer](model_dir, work, name, rows)
         seen = Divergence()
         for number, (row, got) in enumerate(zip(rows, logits, strict=True)):
             wanted = np.load(reference / f"{number}.npy")
