@@ -19,8 +19,8 @@ PACKAGE = ROOT / "trtllm_thoughtx"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ".mypy_cache" not in path.parts)
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LIMIT_LINES = 400
-BUDGET = 28946  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
-LIMIT_ENTRIES = 30  # at the top of the package
+BUDGET = 31026  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
+LIMIT_ENTRIES = 31  # at the top of the package
 CODE_OF = {"eval": "evaluate", "inspect": "inspection"}  # commands whose own name would hide Python's
 
 # A file imports from its own row and the rows above it.
@@ -43,6 +43,7 @@ LAYERS = (
     ("distill",),
     ("calibrate",),
     ("serve",),
+    ("release",),
     ("cli",),
     ("__main__",),
 )
@@ -61,6 +62,7 @@ READERS = {
     "graph/external.py": "reads back the weights that this build wrote",
     "evaluate/memory.py": "the kernel's account of its own memory use",
     "validate/data_loader.py": "it is copied to hosts without this package",
+    "release/store.py": "its own locks; a directory that is synced",
     "process/machine.py": "the kernel's memory table",
 }
 STEPPERS = ("runtime/", "validate/polygraphy.py")  # what feeds tokens to a session; all else has `Engine.complete` and its kin
@@ -268,7 +270,7 @@ def test_no_test_waits_for_so_many_seconds():
 
 @pytest.mark.parametrize(
     "path",
-    [*FILES, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("build_configs/*"))],
+    [*FILES, *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("build_configs/**/*.yaml"))],
     ids=lambda path: path.name,
 )
 def test_no_path_of_some_machine(path):

@@ -15,7 +15,7 @@ PAGES = {
     path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", page, re.DOTALL)]
-NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "sign", "export", "inspect", "eval", "distill")
+NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "sign", "export", "release", "inspect", "eval", "distill")
 
 
 @pytest.fixture(scope="module")

@@ -118,10 +118,18 @@ def write_manifest(
         "outputs": outputs,
         "environment": dict(environment),
         "checks": list(checks),
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": _now().isoformat(timespec="seconds"),
     }
     with atomic_file(root / MANIFEST) as file:
         file.write(to_json(body).encode())
+
+
+def _now() -> datetime.datetime:
+    """The time, or what SOURCE_DATE_EPOCH sets in its place, for outputs that repeat to the last byte (reproducible-builds.org)."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "")
+    seconds = int(fixed) if fixed.isascii() and fixed.isdigit() and len(fixed) < 12 else None
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
 
 
 def _is_file_row(row: object) -> bool:

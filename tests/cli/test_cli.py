@@ -21,7 +21,7 @@ from trtllm_thoughtx.cli import entry
 from trtllm_thoughtx.cli import params as console
 from trtllm_thoughtx.errors import CODES, ThoughtxError
 
-NAMES = ("distill", "eval", "convert", "build", "validate", "run", "bench", "sign", "export", "inspect")
+NAMES = ("distill", "eval", "release", "convert", "build", "validate", "run", "bench", "sign", "export", "inspect")
 HEAVY = {"numpy", "torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "yaml", "rich", "tokenizers", "jinja2"}
 
 
@@ -296,19 +296,19 @@ def wanted_flags(name: str, path: Path, other: Path) -> list[object]:
     }[name]
 
 
-@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("name", NAMES[3:])
 def test_a_path_that_is_not_there(name, tmp_path, capsys):
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "nothing", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("name", NAMES[3:])
 def test_an_empty_directory(name, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "empty", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", NAMES[2:])
+@pytest.mark.parametrize("name", NAMES[3:])
 def test_a_file_where_a_directory_belongs(name, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     refused(capsys, "E101", name, *wanted_flags(name, tmp_path / "file", tmp_path / "out"))

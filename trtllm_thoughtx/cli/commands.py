@@ -22,6 +22,7 @@ from trtllm_thoughtx.cli.distill import distill  # noqa: F401
 from trtllm_thoughtx.cli.evaluate import evaluate  # noqa: F401
 from trtllm_thoughtx.cli.framework import COMMANDS, command
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES, emit, run
+from trtllm_thoughtx.cli.release import release_command  # noqa: F401
 from trtllm_thoughtx.cli.serve import serve_command  # noqa: F401
 from trtllm_thoughtx.config import DTYPES
 from trtllm_thoughtx.errors import Exit, ThoughtxError
@@ -29,7 +30,7 @@ from trtllm_thoughtx.process import interrupt
 from trtllm_thoughtx.progress import Progress
 
 # in which one uses them
-ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "sign", "export", "inspect")
+ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve", "eval", "bench", "sign", "export", "release", "inspect")
 
 
 @command(
