@@ -153,7 +153,9 @@ READERS = {
     "ship/": ("sign",),
     "ship/export.py": ("export",),
     "ship/preflight.py": ("inspect",),
+    "validate/given.py": ("validate",),
     "validate/golden.py": ("validate",),
+    "validate/merging.py": ("validate",),
     "validate/quality.py": ("validate",),
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "cli/run.py": ("run",),

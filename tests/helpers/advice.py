@@ -388,7 +388,7 @@ WEIGHTS = [
         follow=model(shards=2),
     ),
     Row("no weights", "E101", f"download {SINGLE}", steps(model(), remove(f"m/{SINGLE}")), follow=model()),
-    Row("a LoRA adapter", "E101", r"merge_and_unload\(\)", steps(folder("m"), write("m/adapter_config.json", "{}")), follow=again()),
+    Row("a LoRA adapter", "E101", r"--lora_dir THIS", steps(folder("m"), write("m/adapter_config.json", "{}")), follow=again()),
     Row(
         "pickles",
         "E109",

@@ -55,17 +55,21 @@ def build(
     output_dir: Path,
     options: Mapping[str, Any] | None = None,
     *,
+    lora_dir: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build.options`.
+    """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build.options`,
+    `lora_dir` is an adapter that is merged.
 
     Returns a summary. Raises ThoughtxError; then nothing is left behind.
     """
     given = {name: Path(value) if value and OPTIONS[name].takes is PATH else value for name, value in (options or {}).items()}
-    command = command_line("thoughtx-build", {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, **given})
+    told = {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, "lora_dir": lora_dir, **given}
+    command = command_line("thoughtx-build", told)
     output_dir = Path(output_dir)
+    checkpoint_dir = Checkpoint.open(checkpoint_dir, lora_dir=lora_dir)
     if trtllm.is_wanted(given):
         return trtllm.build_trtllm(checkpoint_dir, output_dir, given, command=command, force=force, dry_run=dry_run, progress=progress)
     began = time.monotonic()

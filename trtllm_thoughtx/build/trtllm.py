@@ -128,6 +128,9 @@ def _checked(checkpoint: Checkpoint, given: Mapping[str, Any]) -> tuple[ModelCon
     if checkpoint.kind != "tensorrt-llm":
         why, fix = "this is a Hugging Face directory", f"thoughtx-convert --model_dir {shown(where)} --output_dir CKPT, and build from CKPT"
         raise ThoughtxError("E101", f"{COMMAND} reads a TensorRT-LLM checkpoint", where=where, why=why, fix=fix)
+    if checkpoint.adapter is not None:
+        why, fix = f"{COMMAND} reads the checkpoint itself", "merge it first: thoughtx-convert --lora_dir, and build from what that writes"
+        raise refuse("lora_dir", str(checkpoint.adapter.path), why, fix)
     config = model_config_from_trtllm(checkpoint.raw, checkpoint.where)
     asked = {name: value for name, value in given.items() if value is not None and name != "backend"}
     for name, why in NOT_HERE.items():

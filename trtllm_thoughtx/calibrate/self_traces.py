@@ -16,6 +16,7 @@ from typing import Any
 from trtllm_thoughtx import report
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.calibrate.data import Data
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
@@ -27,7 +28,7 @@ ENDS = ("eos", "stop")
 OPTIONS: dict[str, Any] = {"backend": ("onnxruntime",), "max_batch_size": NUM_SLOTS}
 
 
-def answered(data: Data, model_dir: Path, work: Path, max_len: int, seed: int, progress: Progress) -> Data:
+def answered(data: Data, model_dir: Path | Checkpoint, work: Path, max_len: int, seed: int, progress: Progress) -> Data:
     """`data`, a list of prompts, with the model's answers behind them; a sequence has at most `max_len` tokens."""
     prompts = [*data.rows, *(data.held if data.facts["num_held_out"] else [])]
     done = {i: read_json(work, path.name) for i in range(len(prompts)) if (path := _path(work, i)).is_file()}

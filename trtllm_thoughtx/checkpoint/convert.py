@@ -140,6 +140,7 @@ def convert(
     model_dir: Path | Checkpoint,
     output_dir: Path,
     *,
+    lora_dir: Path | None = None,
     dtype: str = "auto",
     tp_size: int = 1,
     pp_size: int = 1,
@@ -147,7 +148,7 @@ def convert(
     allow_nonfinite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Write `model_dir` as a TensorRT-LLM checkpoint to `output_dir`; returns a summary.
+    """Write `model_dir`, with the adapter in `lora_dir` merged, as a TensorRT-LLM checkpoint to `output_dir`; returns a summary.
 
     `dtype` auto keeps the checkpoint's. E108 lists every tensor with values that are not finite or do not fit `dtype`.
     """
@@ -157,7 +158,7 @@ def convert(
         raise ThoughtxError(
             "E001", f"unknown dtype {dtype}", where="--dtype", why=f"known are auto, {', '.join(DTYPES)}", fix="choose one of them"
         )
-    with open_weights(model_dir, allow_nonfinite=allow_nonfinite, progress=progress) as source:
+    with open_weights(Checkpoint.open(model_dir, lora_dir=lora_dir), allow_nonfinite=allow_nonfinite, progress=progress) as source:
         config = source.config
         _check_plain(source)
         target = config.dtype if dtype == "auto" else dtype

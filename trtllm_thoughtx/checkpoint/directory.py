@@ -27,6 +27,7 @@ EXPONENT_MASKS = {
 }
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_TENSORS = ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 KINDS = {  # of what a user gives: directories, then files
     "huggingface": "Hugging Face directory",
@@ -160,6 +161,22 @@ def kind_and_config(path: Path, wanted: Sequence[str] = tuple(KINDS)) -> tuple[s
     return kind, config
 
 
+def adapter_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT directory. E101 for another path, E109 where its tensors are a pickle."""
+    give, is_dir = f"give a PEFT directory: {' and '.join(ADAPTER)}", os.path.isdir(path)
+    present = _names(path) if is_dir else set()
+    if ADAPTER_CONFIG not in present:
+        why = f"it has no {ADAPTER_CONFIG}" if is_dir else "no directory is there, and nothing is downloaded"
+        raise _unwanted("this is not a PEFT directory", path, why, give)
+    if ADAPTER_TENSORS not in present:
+        if pickles := sorted(name for name in present if name.endswith(PICKLES)):
+            fix = "pickle files can run code and are never read; on a machine that may run it: "
+            fix += "peft.PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW_DIR)"
+            raise unread(f"the tensors of the adapter are a pickle: {shown(pickles[0])}", shown(str(path), 400), fix)
+        raise _unwanted(f"there is no {ADAPTER_TENSORS}", path, "the adapter has no tensors", give)
+    return read_json(path, ADAPTER_CONFIG)
+
+
 def _recognized(path: Path, wanted: Sequence[str]) -> tuple[str, dict[str, Any]]:
     give = f"give {_any(wanted)}" + (": what thoughtx-build --output_dir wrote" if tuple(wanted) == ("engine",) else "")
     if os.path.isfile(path):
@@ -238,7 +255,9 @@ def _resemblance(root: Path, present: set[str], wanted: Sequence[str]) -> tuple[
         why = "it is an entry of the Hugging Face cache: the model is in a directory under its snapshots/"
         return why, give or "download the model into it again: none of its snapshots has a config.json"
     if "adapter_config.json" in present and "huggingface" in wanted:
-        fix = "merge it into its base model (peft: model.merge_and_unload(), then save_pretrained) and give that directory"
+        fix = (
+            "give the base model that it was trained on; thoughtx-convert --model_dir BASE --lora_dir THIS --output_dir CKPT merges the two"
+        )
         return "it is a LoRA adapter: a model's changes, and not the model", fix
     if models:
         return f"it holds {len(models)} such director{'y' if len(models) == 1 else 'ies'}", give

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx import files
-from trtllm_thoughtx.checkpoint.directory import INDEX, ignored_files
+from trtllm_thoughtx.checkpoint.directory import ADAPTER_CONFIG, INDEX, ignored_files
 from trtllm_thoughtx.errors import ThoughtxError, shown
 
 CONFIG = "config.json"
@@ -77,9 +77,11 @@ def changed(path: Path) -> ThoughtxError:
 class Members:
     """The files of one checkpoint, whose weights are in `weights`. E104 for one that leads out of the directory."""
 
-    def __init__(self, root: Path, kind: str, weights: Sequence[str], config: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, kind: str, weights: Sequence[str], config: Mapping[str, Any], adapter: Members | None = None) -> None:
+        """`adapter`: the members of a PEFT directory that is merged."""
         self.root, self.weights, self.config = root, tuple(weights), config  # config.json, parsed
-        about = (CONFIG, INDEX, QUANT_FILE) if kind == "huggingface" else (CONFIG,)
+        self.adapter = adapter
+        about = {"huggingface": (CONFIG, INDEX, QUANT_FILE), "peft": (ADAPTER_CONFIG,)}.get(kind, (CONFIG,))
         self.model = (*(name for name in about if os.path.lexists(root / name)), *weights)
         self.exits = self._present(EXITS)
         self.carried = self._present(CARRIED)
@@ -94,7 +96,12 @@ class Members:
 
     def inputs(self) -> list[Path]:
         """Every file that determines what is made of the checkpoint."""
-        return [self.root / name for name in (*self.model, *self.exits, *self.carried)]
+        own = [self.root / name for name in (*self.model, *self.exits, *self.carried)]
+        return own if self.adapter is None else own + [self.adapter.root / name for name in self.adapter.model]
+
+    def roots(self) -> list[Path]:
+        """The directories that they are in."""
+        return [self.root] if self.adapter is None else [self.root, self.adapter.root]
 
     def verify_unchanged(self) -> None:
         """E111 when a member is no longer the file that it was when the checkpoint was opened."""

@@ -29,12 +29,14 @@ from trtllm_thoughtx.families.trtllm_config import mapping_of
 class Checkpoint:
     """A directory of one of the kinds `wanted`; `raw` is its config.json. E101 for anything else.
 
-    It stands for its path wherever one is taken. Several threads may read from it.
+    It stands for its path wherever one is taken. Several threads may read from it. With an `adapter`, the files of a PEFT directory, it
+    is the model that these make of it: `weights.open_weights` merges them.
     """
 
     def __init__(self, path: Path, wanted: Sequence[str] = directory.CHECKPOINTS, known: tuple[str, dict[str, Any]] | None = None) -> None:
         """`known`: what `kind_and_config` says of the path, where it was asked already."""
         self.path = path
+        self.adapter: Checkpoint | None = None
         self.kind, self.raw = known or directory.kind_and_config(path, wanted)
         self.where = str(path / "config.json")
         self.used: set[str] = set()  # names that `read` was asked for
@@ -42,9 +44,18 @@ class Checkpoint:
         self._exits: ExitWeights | None = None
 
     @classmethod
-    def open(cls, path: Path | Checkpoint, wanted: Sequence[str] = directory.CHECKPOINTS) -> Checkpoint:
-        """The checkpoint at `path`, or the one that is open already."""
-        return path if isinstance(path, Checkpoint) else cls(Path(path), wanted)
+    def open(cls, path: Path | Checkpoint, wanted: Sequence[str] = directory.CHECKPOINTS, lora_dir: Path | None = None) -> Checkpoint:
+        """The checkpoint at `path`, or the one that is open already; with the adapter in `lora_dir`."""
+        opened = path if isinstance(path, Checkpoint) else cls(Path(path), wanted)
+        if lora_dir is not None:
+            opened.adapter = cls(Path(lora_dir), known=("peft", directory.adapter_config(Path(lora_dir))))
+        return opened
+
+    def again(self) -> Checkpoint:
+        """The same, with file handles of its own."""
+        twin = Checkpoint(self.path, known=(self.kind, self.raw))
+        twin.adapter = self.adapter
+        return twin
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -66,6 +77,7 @@ class Checkpoint:
             names, stored = directory.model_files(self.path)
             return names, [stored]
         names = [f"rank{rank}.safetensors" for rank in range(math.prod(self.mapping))]
+        names = [directory.ADAPTER_TENSORS] if self.kind == "peft" else names
         return names, [directory.read_tensors(self.path, [name]) for name in names]
 
     @property
@@ -83,7 +95,7 @@ class Checkpoint:
 
     @functools.cached_property
     def members(self) -> Members:
-        return Members(self.path, self.kind, self.shards, self.raw)
+        return Members(self.path, self.kind, self.shards, self.raw, self.adapter.members if self.adapter else None)
 
     def exits(self, config: ModelConfig) -> ExitWeights:
         """The early exits that it carries, checked; none (all None) where it has no such files."""
@@ -127,6 +139,8 @@ class Checkpoint:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
+        if self.adapter is not None:
+            self.adapter.close()
 
     def __enter__(self) -> Checkpoint:
         return self

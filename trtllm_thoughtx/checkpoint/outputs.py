@@ -65,7 +65,7 @@ class Output:
 
     def prepare(self, num_bytes: int) -> None:
         """E130 for a target that cannot be used, E203 where `num_bytes` and the small files do not fit."""
-        files.check_output(self.target, force=self.force, inputs=[self.members.root])
+        files.check_output(self.target, force=self.force, inputs=self.members.roots())
         files.require_space(self.target.absolute().parent, num_bytes + SPACE_FOR_REST)
 
     @contextlib.contextmanager

@@ -57,7 +57,7 @@ class Scheme:
 
 def only_plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `import_quantized` among those of thoughtx-convert; E001 for one that would change numbers or split them."""
-    for name, plain in (("dtype", "auto"), ("tp_size", 1), ("pp_size", 1), ("allow_nonfinite", False)):
+    for name, plain in (("dtype", "auto"), ("tp_size", 1), ("pp_size", 1), ("allow_nonfinite", False), ("lora_dir", None)):
         if options.get(name, plain) != plain:
             why = "the numbers of a quantized checkpoint are kept as they are, in one piece"
             raise ThoughtxError("E001", f"--{name} {options[name]} cannot be used", where=f"--{name}", why=why, fix="leave it out")

@@ -15,7 +15,7 @@ from typing import Any
 
 FLAGS = {"tasks": "task"}  # argument -> flag, where they differ
 FORMS = {"accuracy_budget": "kl={}"}
-PATHS = ("model_dir", "checkpoint_dir", "output_dir", "calib_data", "dataset")
+PATHS = ("model_dir", "checkpoint_dir", "output_dir", "lora_dir", "calib_data", "dataset")
 NOT_RECORDED = frozenset({"progress", "force", "dry_run"})  # they change nothing in what is made
 
 

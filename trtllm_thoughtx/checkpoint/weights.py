@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from trtllm_thoughtx.checkpoint.adapter import Adapter, Change, by_part, merged
 from trtllm_thoughtx.checkpoint.directory import count_nonfinite
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
@@ -97,8 +98,11 @@ class WeightSource:
         *,
         allow_nonfinite: bool,
         notes: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
+        changes: Mapping[Part, Sequence[Change]] | None = None,
     ) -> None:
-        self.checkpoint, self.config = checkpoint, config
+        """`changes`: what the `adapter` makes of the rows of a part."""
+        self.checkpoint, self.config, self.adapter = checkpoint, config, adapter
         self.path, self.kind, self.members = checkpoint.path, checkpoint.kind, checkpoint.members
         self.notes = notes  # what a person should know about how this checkpoint was read
         self.allow_nonfinite = allow_nonfinite
@@ -106,6 +110,7 @@ class WeightSource:
         self._stored = checkpoint.stored
         self._scratch = _Scratch()
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
+        self._changes = changes or {}
         self._stored_head = HEAD if config.tied and not config.has_head and HEAD in self._stored else None
         for name in checkpoint.shards:  # before threads ask for them
             checkpoint.handle(name)
@@ -193,6 +198,9 @@ class WeightSource:
             self.checkpoint.pread(head, begin, other)
             if head.dtype != info.dtype or not np.array_equal(_bits(other), _bits(raw)):
                 findings.num_differing += end - begin
+        if part in self._changes:
+            raw[...] = merged(raw, begin, self._changes[part])
+            findings.num_nonfinite = 0 if self.allow_nonfinite else count_nonfinite(raw)
         if raw is not into:
             findings.num_overflowed = cast_into(raw.reshape(-1), into.reshape(-1))
         return findings
@@ -266,7 +274,7 @@ def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, prog
             notes.append("weights in float64 are rounded: no engine computes in it")
         used = {STORED_DTYPES.get(info.dtype, "float32") for info in stored.values() if info.dtype in READ_DTYPES}
         config = replace(config, dtype=dtype_of(Fields(raw, where), used.pop() if len(used) == 1 else None))
-        table = tensors_of(config)
+        table = named = tensors_of(config)
     else:
         tp, pp, cp = checkpoint.mapping
         if tp * pp * cp != 1:
@@ -283,10 +291,30 @@ def open_weights(path: Path | Checkpoint, *, allow_nonfinite: bool = False, prog
             refuse_unexplained(stored, checkpoint.path)
         if "tie_word_embeddings" not in raw and HEAD not in stored:
             config = replace(config, tied=True)  # TensorRT-LLM takes a missing head for the embedding
-        table = with_quantization(in_trtllm_terms(tensors_of(config), tied=config.tied), config)
+        named = tensors_of(config)
+        table = with_quantization(in_trtllm_terms(named, tied=config.tied), config)
     check_tensors(table, stored, config, checkpoint.path)
+    adapter, changes = None, dict[Part, tuple[Change, ...]]()
+    if checkpoint.adapter is not None:
+        _check_plain(config, checkpoint)
+        adapter = Adapter(checkpoint.adapter, named, config.tied)
+        changes = by_part(named, table, adapter.changes)
+        if config.tied and not adapter.tied:
+            notes.append("the adapter changes the embedding and the tied head differently: the merged model has a head of its own")
+            config = replace(config, tied=False)
+        if checkpoint.members.exits:
+            notes.append("the early exits of the checkpoint were fitted without the adapter: thoughtx-calibrate fits them again")
     if config.sliding_window is not None and config.sliding_window == config.longest:
         notes.append(f"layers attend to a sliding window of {config.sliding_window} positions: thoughtx-build --max_seq_len ends there")
     for note in notes:
         progress.note(f"note: {note}")
-    return WeightSource(checkpoint, config, table, allow_nonfinite=allow_nonfinite, notes=tuple(notes))
+    return WeightSource(checkpoint, config, table, allow_nonfinite=allow_nonfinite, notes=tuple(notes), adapter=adapter, changes=changes)
+
+
+def _check_plain(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """E103 for a base whose numbers are quantized."""
+    if config.quantization is not None:
+        why = "an adapter is added to numbers, and these would have to be rounded again"
+        fix = "merge it into the original and quantize that: thoughtx-calibrate --model_dir ORIGINAL --lora_dir ADAPTER"
+        what = "an adapter cannot be merged into a quantized checkpoint"
+        raise ThoughtxError("E103", what, where=str(checkpoint.path), why=why, fix=fix)

@@ -12,7 +12,7 @@ import click
 
 from trtllm_thoughtx.build.flags import COUNT, LAYERS, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
 from trtllm_thoughtx.cli.evaluate import NAMES
-from trtllm_thoughtx.cli.framework import command, template_options
+from trtllm_thoughtx.cli.framework import command, lora_option, template_options
 from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.formats import KV_ALGOS, QUANT_ALGOS
@@ -36,7 +36,7 @@ class Budget(click.ParamType):
         return float(match[1])
 
 
-OF_ALL = ("seed", "force", "enable_thinking", "chat_template_kwargs")
+OF_ALL = ("lora_dir", "seed", "force", "enable_thinking", "chat_template_kwargs")
 Ran = tuple[dict[str, Any], list[Any]]  # the JSON document, and the same for people
 
 
@@ -52,7 +52,8 @@ def _report_chunks(model_dir: Path, output_dir: Path, progress: Progress, chunk_
     from trtllm_thoughtx.calibrate.chunks import job
 
     found = job.chunk_report(model_dir, output_dir, progress=progress, **given)
-    recipe = f"next: thoughtx-build --config {output_dir / 'build.yaml'} --checkpoint_dir {model_dir} --output_dir ENGINE"
+    lora = f" --lora_dir {given['lora_dir']}" if "lora_dir" in given else ""
+    recipe = f"next: thoughtx-build --config {output_dir / 'build.yaml'} --checkpoint_dir {model_dir}{lora} --output_dir ENGINE"
     return found, [*job.chunk_tables(found), *([recipe] if found["chosen"] is not None else [])]
 
 
@@ -125,6 +126,7 @@ PROGRAMS = (
 )
 @click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory or checkpoint (--chunk_report: Hugging Face only).")
 @click.option("--output_dir", type=PATH, required=True, help="Output directory for the checkpoint, or for the report and its settings.")
+@lora_option
 @click.option("--qformat", type=OneOf(tuple(QUANT_ALGOS)), help=f"Quantize the linear layers: {', '.join(QUANT_ALGOS)}.")
 @click.option("--chunk_report", is_flag=True, help="Measure retained attention mass and choose the smallest sufficient KV cache.")
 @click.option("--fit_exit_head", is_flag=True, help="Fit an exit head that predicts when the answer is known.")

@@ -40,6 +40,7 @@ ORDER = ("distill", "convert", "calibrate", "build", "validate", "run", "serve",
 )
 @click.option("--model_dir", type=PATH, required=True, help="Hugging Face directory (safetensors).")
 @click.option("--output_dir", type=PATH, required=True, help="Output directory for the TensorRT-LLM checkpoint.")
+@framework.lora_option
 @click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", help="Weight type; auto keeps the checkpoint's.")
 @click.option("--tp_size", type=Count(1, 64), default=1, help="Tensor parallel ranks (for tensorrt-llm).")
 @click.option("--pp_size", type=Count(1, 64), default=1, help="Pipeline parallel ranks (for tensorrt-llm).")
@@ -75,11 +76,20 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 )
 @click.option("--checkpoint_dir", type=PATH, required=True, help="TensorRT-LLM checkpoint or Hugging Face directory.")
 @click.option("--output_dir", type=PATH, required=True, help="Output directory for the engine.")
+@framework.lora_option
 @framework.build_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--dry_run", is_flag=True, help="Check everything and print the plan, without writing.")
 def build(
-    checkpoint_dir: Path, output_dir: Path, force: bool, dry_run: bool, as_json: bool, quiet: bool, debug: bool, **options: Any
+    checkpoint_dir: Path,
+    output_dir: Path,
+    lora_dir: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
 ) -> None:
     """Build an engine directory from a checkpoint."""
     from trtllm_thoughtx.build import trtllm
@@ -87,7 +97,8 @@ def build(
     from trtllm_thoughtx.inspection import build_tables
 
     options["backend"] = [name for names in options["backend"] for name in names] or None
-    summary = build(checkpoint_dir, output_dir, options, force=force, dry_run=dry_run, progress=Progress(quiet=quiet))
+    progress = Progress(quiet=quiet)
+    summary = build(checkpoint_dir, output_dir, options, lora_dir=lora_dir, force=force, dry_run=dry_run, progress=progress)
     if "trtllm_build" in summary:
         return emit("build", summary, as_json=as_json, human=trtllm.tables(summary))
     following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
@@ -102,6 +113,7 @@ def build(
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to validate.")
 @click.option("--reference", type=PATH, help="Hugging Face directory to compare with, run by transformers.")
+@framework.lora_option
 @click.option("--golden", type=PATH, help="Recorded reference values, for machines without transformers.")
 @click.option("--record", type=PATH, help="Write the reference values to this file.")
 @click.option("--prompts", type=PATH, help="JSONL file of prompts to compare as well, as thoughtx-run reads it.")

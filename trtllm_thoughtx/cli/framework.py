@@ -66,6 +66,12 @@ def on_error_option(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help=text)(function)
 
 
+def lora_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that merges an adapter into the model, wherever one is read."""
+    text = "PEFT directory of a LoRA adapter to merge into the model."
+    return click.option("--lora_dir", type=PATH, help=text)(function)
+
+
 def exact_option(function: Callable[..., None]) -> Callable[..., None]:
     """The flag that keeps a CPU's own operators out of a quantized engine, or one with experts."""
     text = "On a CPU, run quantized products and experts as the graph has them, not on faster operators that round a little more."

@@ -1,4 +1,5 @@
-"""Prompts that the user wants an engine checked on (`--prompts`), beside those of the plan: real text moves other numbers than random ids.
+"""What the user gives beside an engine: prompts to check it on (`--prompts`), since real text moves other numbers than random ids, and the
+reference, which must be of the same model.
 
 A line is what `thoughtx-run --prompts` reads, and is made into token ids in the same way. Long ones are cut, since the reference runs each
 of them whole, twice.
@@ -6,10 +7,13 @@ of them whole, twice.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from trtllm_thoughtx.build.engine_dir import EngineDir
-from trtllm_thoughtx.errors import ThoughtxError, counted
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
+from trtllm_thoughtx.checkpoint.weights import open_weights
+from trtllm_thoughtx.errors import ThoughtxError, counted, listed, shown
 from trtllm_thoughtx.text.prompts import FIX, prompt_rows
 from trtllm_thoughtx.text.text import Text, prompt_ids
 from trtllm_thoughtx.validate.divergence import spread
@@ -38,3 +42,18 @@ def given_prompts(path: Path, directory: EngineDir) -> tuple[Prompt, ...]:
             raise ThoughtxError("E140", "a token id is not the model's", where=row.where, why=why, fix=FIX)
         found.append(Prompt(f"{GIVEN}{i}", ids, tuple(spread(len(ids), vocab)), size, mask, layers=i == 1))
     return tuple(found)
+
+
+def check_same_model(directory: EngineDir, reference: Checkpoint) -> None:
+    """E101 for a reference of other sizes than the engine's."""
+    with open_weights(reference, allow_nonfinite=True) as source:
+        theirs, ours = (dataclasses.asdict(config) | {"dtype": None, "quantization": None} for config in (source.config, directory.config))
+    differ = [f"{key}: reference {shown(theirs[key])}, engine {shown(ours[key])}" for key in ours if theirs[key] != ours[key]]
+    if differ:
+        raise ThoughtxError(
+            "E101",
+            "the reference is not the model that this engine was built from",
+            where=shown(str(reference.path)),
+            why=listed(differ),
+            fix="give the Hugging Face directory, and the adapter (--lora_dir), that the engine, or its checkpoint, was made from",
+        )

@@ -26,6 +26,11 @@ from typing import Any
 
 import numpy as np
 
+from trtllm_thoughtx.checkpoint.adapter import Adapter
+from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
+from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
+from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.graph.chunked_attention import visible
 from trtllm_thoughtx.process.machine import available_bytes
@@ -64,7 +69,7 @@ class _Widened(TorchFunctionMode):
 class Reference:
     """A transformers model in one precision. `dtype` is a key of `DTYPES`; `run` is the whole interface."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
+    def __init__(self, path: Path | Checkpoint, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         self._precision: Callable[[], AbstractContextManager] = _Widened if dtype == "float64" else nullcontext
         self._model = load_model(path, DTYPES[dtype], experts="eager")  # a loop over experts: grouped products know no float64
@@ -129,8 +134,14 @@ class Reference:
         self._model = None
 
 
-def version() -> str:
-    return str(transformers.__version__)
+def version(path: Path | Checkpoint | None = None) -> str:
+    """What runs the model at `path`."""
+    own = f"transformers {transformers.__version__}"
+    if not isinstance(path, Checkpoint) or path.adapter is None:
+        return own
+    from trtllm_thoughtx.validate.merging import peft
+
+    return f"{own}, adapter merged by peft {peft().__version__}"
 
 
 def additive_mask(length: int, chunk: ChunkSpec | None, dtype: torch.dtype) -> torch.Tensor:
@@ -178,10 +189,11 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy(force=True)
 
 
-def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts: str | None = None) -> Any:
+def load_model(path: Path | Checkpoint, dtype: torch.dtype, attention: str = "eager", experts: str | None = None) -> Any:
     """A model in evaluation mode, from local safetensors only, never running the checkpoint's code. `attention` and `experts` name
-    transformers' implementations; None is its own choice."""
-    _check_directory(path)
+    transformers' implementations; None is its own choice. The adapter of a `Checkpoint` is merged, by peft."""
+    stored, adapter = _checked(path)
+    path = Path(path)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # `dtype` was called `torch_dtype` before transformers 4.56
@@ -193,7 +205,7 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts
             config._experts_implementation = experts
         _check_memory(path, config, dtype)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, use_safetensors=True, attn_implementation=attention, **{word: dtype}, **local
+            str(path), config=config, use_safetensors=True, attn_implementation=attention, **{word: stored or dtype}, **local
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ThoughtxError(
@@ -203,16 +215,23 @@ def load_model(path: Path, dtype: torch.dtype, attention: str = "eager", experts
             why=shown(f"{type(error).__name__}: {error}", 400),
             fix="install a transformers version that knows its model_type, or download the model again",
         ) from error
+    if adapter is not None:
+        from trtllm_thoughtx.validate.merging import merged
+
+        with adapter.stored:
+            model = merged(model, adapter).to(dtype)
     return model.eval()
 
 
-def _check_directory(path: Path) -> None:
-    """Our own strict reading of the directory comes first; transformers only sees what passed it."""
-    from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
-    from trtllm_thoughtx.checkpoint.opened import Checkpoint
-    from trtllm_thoughtx.checkpoint.weights import open_weights
-
-    open_weights(Checkpoint.open(path, HUGGING_FACE), allow_nonfinite=True).close()
+def _checked(path: Path | Checkpoint) -> tuple[torch.dtype | None, Adapter | None]:
+    """Our own strict reading of the directory comes first; transformers and peft only see what passed it. With an adapter, the type in
+    which the weights are stored: a merged one is rounded to that."""
+    with open_weights(Checkpoint.open(path, HUGGING_FACE), allow_nonfinite=True) as source:
+        if source.adapter is None:
+            return None, None
+        kinds = {info.dtype for info in source.checkpoint.tensors()}
+        wide = torch.float64 if "F64" in kinds else torch.float32
+        return (DTYPES[STORED_DTYPES[kinds.pop()]] if len(kinds) == 1 and "F64" not in kinds else wide), source.adapter
 
 
 def _check_memory(path: Path, config: Any, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
-from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError, listed, shown
 from trtllm_thoughtx.progress import SILENT, Progress
@@ -38,11 +38,12 @@ from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.ship.signature import file_checks
 from trtllm_thoughtx.validate import golden as golden_file
 from trtllm_thoughtx.validate import parity, polygraphy, quality
-from trtllm_thoughtx.validate.given import given_prompts
+from trtllm_thoughtx.validate.given import check_same_model, given_prompts
 from trtllm_thoughtx.validate.golden import Expected, Prompt, Truth
 from trtllm_thoughtx.validate.runs import SEGMENTS, Run, decoded, longest, prefilled
 
 WEIGHTS = (".safetensors", "config.json")  # of the inputs, those that make the numbers; tokenizers do not
+Model = Path | Checkpoint
 MAX_RAGGED_LENGTH = 512
 
 
@@ -93,11 +94,12 @@ def validate(
     private_data: bool = False,
     verify_key: Path | None = None,
     export_check: Path | None = None,
+    lora_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Check the engine in `engine_dir` against a Hugging Face directory or a golden file; `backend` None is every one it holds.
 
-    `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits.
+    `exact`: onnxruntime runs the graph as it stands, and is judged by the exact graph's limits. `lora_dir` is merged by peft.
     `prompts`: a JSONL file of prompts that are checked beside the plan's; with `private_data` a recorded file has only their hashes.
     `record` writes the reference's results as a golden file. `bisect` adds a check that names the first layer out of its band.
     `verify_key` adds a check: that this public key signed the directory. `export_check`, where nothing failed, gets files with which
@@ -108,7 +110,9 @@ def validate(
         _check_request(reference, golden, record)
     if private_data and (record is None or prompts is None):
         why, fix = "it says how a recorded file keeps the prompts that were given", "add --record FILE and --prompts FILE.jsonl"
-        raise ThoughtxError("E001", "--private_data needs --record and --prompts", where="--private_data", why=why, fix=fix)
+        raise _usage("--private_data", "--private_data needs --record and --prompts", why, fix)
+    if lora_dir is not None and reference is None:
+        raise _usage("--lora_dir", "--lora_dir needs --reference", "it changes the reference alone", "add --reference HF")
     directory = EngineDir.open(Path(engine_dir))
     backends = directory.backends if backend is None else (directory.choose(backend),)
     if export_check is not None:
@@ -121,7 +125,8 @@ def validate(
         assert export_check is not None
         return Report((*checks, polygraphy.export_check(directory, export_check, seed)), "nothing")
     given = () if prompts is None else given_prompts(prompts, directory)
-    expected = read_expected(directory, reference, golden, seed, progress, given)
+    model = reference and Checkpoint.open(reference, HUGGING_FACE, lora_dir)
+    expected = read_expected(directory, model, golden, seed, progress, given)
     if record is not None:
         golden_file.write_golden(Path(record), expected, is_private=private_data)
     for name in backends:
@@ -131,10 +136,12 @@ def validate(
     return Report(tuple(checks), expected.source)
 
 
-def _check_request(reference: Path | None, golden: Path | None, record: Path | None) -> None:
-    def refuse(what: str, why: str, fix: str) -> ThoughtxError:
-        return ThoughtxError("E001", what, where="--reference, --golden, --record", why=why, fix=fix)
+def _usage(where: str, what: str, why: str, fix: str) -> ThoughtxError:
+    return ThoughtxError("E001", what, where=where, why=why, fix=fix)
 
+
+def _check_request(reference: Path | None, golden: Path | None, record: Path | None) -> None:
+    refuse = partial(_usage, "--reference, --golden, --record")
     if (reference is None) == (golden is None):
         raise refuse("one thing to compare with is needed", "give either --reference or --golden", "add --reference HF or --golden FILE")
     if record is not None and reference is None:
@@ -165,23 +172,23 @@ def identity_of(directory: EngineDir) -> dict[str, Any]:
 
 
 def read_expected(
-    directory: EngineDir, reference: Path | None, golden: Path | None, seed: int, progress: Progress, given: tuple[Prompt, ...] = ()
+    directory: EngineDir, reference: Model | None, golden: Path | None, seed: int, progress: Progress, given: tuple[Prompt, ...] = ()
 ) -> Expected:
     """From a golden file, or from the reference. `given`: prompts beside those of the plan."""
     identity = identity_of(directory)
     if golden is not None:
         return golden_file.read_golden(Path(golden), identity, given)
     assert reference is not None
-    _check_same_model(directory, Path(reference))
+    check_same_model(directory, reference := Checkpoint.open(reference, HUGGING_FACE))
     config, build, prompts = directory.config, directory.build, tuple[Prompt, ...]()
     if config.quantization is not None:
         prompts = quality.prompts_of(quality.read_limits(directory)[1], build, config.vocab_size)
     prompts = (*(prompts or parity.plan_prompts(config, build, seed)), *given)
-    return run_reference(Path(reference), config, build, identity, seed, progress, prompts)
+    return run_reference(reference, config, build, identity, seed, progress, prompts)
 
 
 def run_reference(
-    path: Path,
+    path: Model,
     config: ModelConfig,
     build: BuildConfig,
     identity: dict[str, Any],
@@ -208,22 +215,8 @@ def run_reference(
         rough, rough_hidden = runs[1][name]
         bands = tuple(parity.band_of(a, b) for a, b in zip(hidden, rough_hidden, strict=True))
         truths[name] = Truth(logits, parity.band_of(logits, rough), tuple(hidden), bands)
-    source = f"transformers {version()} in {parity.WIDER[dtype]}, seed {seed}"
+    source = f"{version(path)} in {parity.WIDER[dtype]}, seed {seed}"
     return Expected(identity, source, prompts, parity.pooled(truths, dtype))
-
-
-def _check_same_model(directory: EngineDir, reference: Path) -> None:
-    with open_weights(Checkpoint.open(reference, HUGGING_FACE), allow_nonfinite=True) as source:
-        theirs, ours = (dataclasses.asdict(config) | {"dtype": None, "quantization": None} for config in (source.config, directory.config))
-    differ = [f"{key}: reference {shown(theirs[key])}, engine {shown(ours[key])}" for key in ours if theirs[key] != ours[key]]
-    if differ:
-        raise ThoughtxError(
-            "E101",
-            "the reference is not the model that this engine was built from",
-            where=shown(str(reference)),
-            why=listed(differ),
-            fix="give the Hugging Face directory that the engine, or its checkpoint, was made from",
-        )
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from trtllm_thoughtx.build.build import build
 from trtllm_thoughtx.calibrate.chunks.windows import settings
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.config import AUTO
 from trtllm_thoughtx.evaluate.questions import Question
 from trtllm_thoughtx.evaluate.record import Record
@@ -29,7 +30,9 @@ MAX_NEW_TOKENS = 400
 class Asker:
     """Use as a context manager. Greedy answers, onnxruntime, `context` tokens of question and answer at most."""
 
-    def __init__(self, model_dir: Path, context: int, progress: Progress, template: tuple[str | None, str | None] = (None, None)) -> None:
+    def __init__(
+        self, model_dir: Path | Checkpoint, context: int, progress: Progress, template: tuple[str | None, str | None] = (None, None)
+    ) -> None:
         self.model_dir, self.context, self.progress, self.template = model_dir, context, progress, template
         self.root = Path(tempfile.mkdtemp(prefix="thoughtx-windows-"))
         self.params = GenerationParams(max_new_tokens=min(MAX_NEW_TOKENS, context // 2))

@@ -50,6 +50,7 @@ def chunk_report(
     model_dir: Path,
     output_dir: Path,
     *,
+    lora_dir: Path | None = None,
     calib_data: Path | None = None,
     calib_size: int = 16,
     context: int | None = None,
@@ -66,7 +67,7 @@ def chunk_report(
     `max_task_loss` are fractions in [0, 1]. Returns what chunks.json holds. E101, E112, E161 for inputs that cannot be used."""
     command = command_line("thoughtx-calibrate --chunk_report", locals())
     plot.need_matplotlib()
-    checkpoint = Checkpoint.open(model_dir, HUGGING_FACE)
+    checkpoint = Checkpoint.open(model_dir, HUGGING_FACE, lora_dir)
     with open_weights(checkpoint, progress=progress) as source:
         config, members = source.config, source.members
     context = min(DEFAULT_CONTEXT, config.longest) if context is None else context
@@ -91,7 +92,7 @@ def chunk_report(
         return {**files.read_json(output_dir, CHUNKS), "model_dir": str(model_dir), "up_to_date": True}
     output.prepare(0)
     windows = candidates(context)
-    seen = Look(model_dir, sequences, windows, config.num_layers, progress)
+    seen = Look(checkpoint, sequences, windows, config.num_layers, progress)
     rows = [
         {"window": report.plain(w), "slots": num_slots(w, context), "share": num_slots(w, context) / context, **seen.recall.summary(i)}
         for i, w in enumerate(windows)
@@ -108,7 +109,7 @@ def chunk_report(
         "windows": rows,
     }
     if questions:
-        with Asker(model_dir, context, progress, template) as asker:
+        with Asker(checkpoint, context, progress, template) as asker:
             told = _ask(asker, questions, windows, enough, max_task_loss, has_tags=text.think_ids is not None)
     else:
         told = Told(chosen=enough[0] if enough else None)
@@ -140,7 +141,7 @@ class Look:
     """Recalls of all windows on all sequences (`recall`), and the outputs of the model under one of them."""
 
     def __init__(
-        self, model_dir: Path, sequences: Sequence[Sequence[int]], windows: list[ChunkSpec], num_layers: int, progress: Progress
+        self, model_dir: Checkpoint, sequences: Sequence[Sequence[int]], windows: list[ChunkSpec], num_layers: int, progress: Progress
     ) -> None:
         from trtllm_thoughtx.validate.reference import Reference
 

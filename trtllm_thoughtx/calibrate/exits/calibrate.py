@@ -52,6 +52,7 @@ def calibrate_exits(
     model_dir: Path,
     output_dir: Path,
     *,
+    lora_dir: Path | None = None,
     fit_exit_head: bool = False,
     exit_layers: Sequence[int] = (),
     adapter_rank: int = 64,
@@ -76,7 +77,7 @@ def calibrate_exits(
     """
     command = command_line("thoughtx-calibrate", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    with open_weights(model_dir, progress=progress) as source:
+    with open_weights(Checkpoint.open(model_dir, lora_dir=lora_dir), progress=progress) as source:
         config = source.config
         _check(config, fit_exit_head, exit_layers, adapter_rank, max_accuracy_loss)
         gain = source.read("transformer.ln_f.weight", "float32")
@@ -126,7 +127,7 @@ def calibrate_exits(
         found = ({"head": of_head} if of_head else {}) | ({"adapters": of_drafts} if of_drafts else {})
         made = ExitWeights(head or held.head, adapters or held.adapters, {**held.report, **report.plain(found)})
         checkpoint: Path | Checkpoint = source.checkpoint
-        if source.kind == "huggingface":
+        if source.kind == "huggingface" or source.checkpoint.adapter is not None:
             checkpoint = scratch / "checkpoint"
             convert(source.checkpoint, scratch / "checkpoint", progress=progress)
         _write(output, checkpoint, made, config)

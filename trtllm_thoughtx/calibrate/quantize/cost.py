@@ -16,6 +16,7 @@ from typing import Any
 
 from trtllm_thoughtx.bench import bench
 from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.evaluate.questions import SIZES, Question, from_file, generated
@@ -81,7 +82,7 @@ class Speed:
 
 
 def measure(
-    before: Path,
+    before: Path | Checkpoint,
     after: Path,
     work: Path,
     questions: Sequence[Question],

@@ -37,6 +37,7 @@ from trtllm_thoughtx.calibrate.quantize.settings import check_target, fits_nothi
 from trtllm_thoughtx.calibrate.self_traces import answered
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CALIBRATION_PAGE
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.checkpoint.outputs import Output
 from trtllm_thoughtx.checkpoint.recorded import command_line
 from trtllm_thoughtx.checkpoint.tensor_check import STORED_DTYPES
@@ -89,6 +90,7 @@ def calibrate(
     model_dir: Path,
     output_dir: Path,
     *,
+    lora_dir: Path | None = None,
     qformat: str,
     calib_data: Path | None = None,
     calib_size: int | None = None,
@@ -126,7 +128,7 @@ def calibrate(
     command = command_line("thoughtx-calibrate", locals())
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     load, goal = os.getloadavg()[0], Goal(sensitivity, accuracy_budget, target_bits)
-    with open_weights(model_dir, progress=progress) as source:
+    with open_weights(Checkpoint.open(model_dir, lora_dir=lora_dir), progress=progress) as source:
         config = source.config
         goal.check()
         quant = quant_config(config, qformat, group_size, exclude, quant_lm_head, plain_rounding, int8_layers)
@@ -187,7 +189,7 @@ def calibrate(
         say = progress.warn if data.facts["is_generic"] else progress.note
         say(told(data, quant, rounding))
         if self_traces:
-            data = answered(data, model_dir, work, min(calib_seq_len, config.longest), seed, progress)
+            data = answered(data, source.checkpoint.again(), work, min(calib_seq_len, config.longest), seed, progress)
         for warning in data.warnings:
             progress.note(f"warning: {warning}")
         from trtllm_thoughtx.calibrate.quantize import estimate
@@ -205,7 +207,9 @@ def calibrate(
         def result(made: Path) -> Calibration:
             answers = speed = None
             if questions:
-                answers, speed = cost.measure(model_dir, made, work, questions, room, max_new_tokens, progress, template, load=load)
+                answers, speed = cost.measure(
+                    source.checkpoint.again(), made, work, questions, room, max_new_tokens, progress, template, load=load
+                )
             return Calibration(
                 qformat=qformat,
                 quantization=final,
