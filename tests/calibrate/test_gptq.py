@@ -93,7 +93,7 @@ def test_inputs_that_say_nothing_are_rounded_to_nearest_and_named():
     assert error(weight, made, x) < error(weight, gptq.nearest(weight, FORMS[0]), x)
     for bad in (torch.full((128, 128), float("inf")), torch.zeros(128, 128), -torch.eye(128)):
         assert gptq.compensated(weight, bad, FORMS[0]) is None
-    seen = watch.Watch([[0, 1]], wants_hessian=True)
+    seen = watch.Watch([[0, 1]], "gptq")
     seen.add(x * 1e19, 0)
     quant = QuantConfig(algo="W4A16", group_size=32, zero_point=True)
     found, facts = watch.choose("transformer.layers.0", {"mlp.proj": weight}, seen.inputs(), quant)
@@ -110,7 +110,7 @@ def test_inputs_that_say_nothing_are_rounded_to_nearest_and_named():
 def test_a_hessian_is_summed_in_panels_and_rows_are_seen_in_order(monkeypatch):
     monkeypatch.setattr(watch, "PANEL", 48)
     x = correlated(num=30)
-    seen = watch.Watch([[0], [0]], wants_hessian=True)
+    seen = watch.Watch([[0], [0]], "gptq")
     seen.add(x[:10], 0)
     seen.add(x[10:], 1)
     torch.testing.assert_close(seen.inputs().hessian, x.T @ x / 30, rtol=1e-4, atol=1e-4)

@@ -41,10 +41,12 @@ def test_scales_are_the_same_numbers_in_every_type():
 @pytest.mark.parametrize("qformat", QUANT_ALGOS)
 def test_pack_and_unpack_are_inverse(qformat):
     algo, weight = QUANT_ALGOS[qformat], torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    scale = grid.weight_scale(weight, algo, 32)
-    found = grid.unpack(grid.pack(weight, scale, algo), scale.numpy())
+    scale = grid.weight_scale(weight, algo, 16 if qformat.startswith("nvfp4") else 32)
+    found = grid.unpack(grid.pack(weight, scale, algo), scale.numpy(), algo=algo)
     assert np.array_equal(found, grid.on_grid(weight, scale, algo).numpy())
-    step = {"fp8": 1 / 14, "int8_sq": 1 / 127, "int8_wo": 1 / 127, "int4_wo": 1 / 7, "int4_awq": 1 / 7}[qformat]
+    step = {"fp8": 1 / 14, "int8_sq": 1 / 127, "int8_wo": 1 / 127, "int4_wo": 1 / 7, "int4_awq": 1 / 7, "nvfp4": 1 / 3, "nvfp4_wo": 1 / 3}[
+        qformat
+    ]
     assert np.abs(found - weight.numpy()).max() <= 0.51 * step * float(weight.abs().max()) * 1.01 + 1e-6
 
 
@@ -395,19 +397,20 @@ def test_half_precision_engines_stay_close(tmp_path, dtype, qformat):
 @pytest.mark.parametrize("qformat", QUANT_ALGOS)
 @pytest.mark.slow
 def test_plans_compute_in_low_precision(tmp_path, qformat):
-    """For SM89 and SM120, without a GPU: every product is found among the plan's layers with weights of its type."""
+    """For SM89 and SM120 (NVFP4: SM120), without a GPU: every product is found among the plan's layers with weights of its type."""
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
     write_tiny(tmp_path / "m", dtype="float16", hidden_size=256, intermediate_size=512, vocab_size=128)
     rows = 0 if qformat == "int8_wo" else None
     calibrate(tmp_path / "m", tmp_path / "c", qformat=qformat, calib_size=8, calib_seq_len=32, quant_lm_head=True, group_size=rows)
-    options = {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": ("8.9", "12.0")}
+    targets = ("12.0",) if qformat.startswith("nvfp4") else ("8.9", "12.0")
+    options = {"backend": ("tensorrt-rtx",), "max_seq_len": 64, "compute_capabilities": targets}
     made = build(tmp_path / "c", tmp_path / "e", options)
     check = next(check for check in made["checks"] if check["name"].startswith("low-precision"))
     assert check["status"] == "passed", check
     assert check["evidence"] == {
         "expected": 11,
         "found": 11,
-        "types": [{"fp8": "FP8", "int8_sq": "Int8", "int8_wo": "Int8"}.get(qformat, "Int4")],
+        "types": [{"fp8": "FP8", "int8_sq": "Int8", "int8_wo": "Int8", "nvfp4": "FP4E2M1", "nvfp4_wo": "FP4E2M1"}.get(qformat, "Int4")],
     }
 
 

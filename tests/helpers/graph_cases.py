@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = ("qwen2", "qwen3", "llama", "qwen2_moe", "qwen3_moe")
 IMPORTED = ("awq", "gptq", "fp8")
-CALIBRATED = ("fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo", "int8_wo, int8 cache")
+CALIBRATED = ("fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo", "int8_wo, int8 cache", "nvfp4", "nvfp4_wo")
 CASES = (
     *(f"qwen3, {name}" for name in OPTIONS),
     *(f"{family}, {name}" for family in FAMILIES if family != "qwen3" for name in ("full", "chunks")),

@@ -33,7 +33,7 @@ def quantized(hf: Path, out: Path, qformat: str, **options) -> Path:
     return out / "e"
 
 
-@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo"])
+@pytest.mark.parametrize("qformat", ["fp8", "int8_sq", "int8_wo", "int4_awq", "int4_wo", "nvfp4"])
 @pytest.mark.slow
 def test_a_good_engine_passes(hf, tmp_path, qformat):
     result = validate(quantized(hf, tmp_path, qformat), reference=hf)

@@ -8,6 +8,7 @@ its emulation in float32 (`backends.ort_bfloat16`), since onnxruntime has no bfl
 from __future__ import annotations
 
 import functools
+import io
 import math
 import mmap
 import os
@@ -23,6 +24,7 @@ from onnx import helper
 from trtllm_thoughtx import files
 from trtllm_thoughtx.backends.ort_bfloat16 import emulated_bfloat16, is_bfloat16
 from trtllm_thoughtx.backends.ort_experts import fuse_experts
+from trtllm_thoughtx.backends.ort_fp4 import has_blocks, without_fp4
 from trtllm_thoughtx.backends.ort_fused import Fused, fuse
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.errors import ThoughtxError
@@ -87,13 +89,16 @@ class OnnxRuntimeRunner:
         graph = files.read_inside(root, part.onnx, MAX_GRAPH_BYTES, code="E121")
         try:
             model = onnx.ModelProto.FromString(graph)
-            if is_bfloat16(model):
-                model = emulated_bfloat16(model)
-            rewriters = self._rewriters()
-            if rewriters and part.data:
-                with files.open_inside(root, part.data) as data:
-                    found = [rewrite(model, data) for rewrite in rewriters]
-                arrays = {name: array for one in found for name, array in one.arrays.items()}
+            is_emulated, found = is_bfloat16(model), list[Fused]()
+            with files.open_inside(root, part.data) if part.data else io.BytesIO() as data:
+                for rewrite in self._rewriters(model) if part.data else ():
+                    found.append(rewrite(model, data))
+                if is_emulated:
+                    model = emulated_bfloat16(model)
+                if self.config.experts is not None and part.data and not self.exact and self.device == "cpu":
+                    found.append(fuse_experts(model, data))
+            arrays = {name: array for one in found for name, array in one.arrays.items()}
+            if arrays:
                 self.is_exact = self.is_exact and not any(one.num_rounding for one in found)
                 values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
                 options.add_external_initializers(list(arrays), values)
@@ -109,16 +114,14 @@ class OnnxRuntimeRunner:
                 fix=f"build the engine again; onnxruntime here is {ort.__version__}, 1.24 or later is needed",
             ) from None
 
-    def _rewriters(self) -> list[Callable[[onnx.ModelProto, BinaryIO], Fused]]:
-        """What replaces nodes of the graph by this runtime's own operators."""
-        if self.exact or self.device != "cpu":
-            return []
+    def _rewriters(self, model: onnx.ModelProto) -> list[Callable[[onnx.ModelProto, BinaryIO], Fused]]:
+        """What replaces quantized products by this runtime's own operators, and types that it does not know."""
         quant = self.config.quantization
-        products = quant is not None and self.build.dtype == "float32"
+        fused = quant is not None and self.build.dtype == "float32" and not self.exact and self.device == "cpu"
         few_bits = quant is not None and quant.algo is not None and FORMATS[quant.algo].number.bits < 8
         return [
-            *([functools.partial(fuse, rounds_inputs=few_bits)] if products else []),
-            *([fuse_experts] if self.config.experts is not None else []),
+            *([functools.partial(fuse, rounds_inputs=few_bits)] if fused else []),
+            *([without_fp4] if has_blocks(model) else []),
         ]
 
     def _tap(self, model: onnx.ModelProto, part: PartFiles) -> None:

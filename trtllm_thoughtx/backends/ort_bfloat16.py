@@ -25,6 +25,7 @@ ROUNDED = (
     "ChunkedAttention",
     "SparseExperts",
     "Sigmoid",
+    "RoundedInBlocks",
 )
 
 

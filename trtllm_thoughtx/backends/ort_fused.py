@@ -8,6 +8,7 @@ So the float32 graph is rewritten while it is read, with the same stored numbers
     INT8 embedding         rows are looked up, and multiplied by their scales. Beside 4-bit layers the head is a `MatMulNBits` as well.
     INT8 weights           in blocks `MatMulNBits`, by rows `QGemm`: inputs are rounded to 16 bits, 8 of them in each of two products.
                            Inputs of 8 bits would double the loss.
+    NVFP4                  twice an E2M1 number is an integer: as INT8 weights in blocks, whether inputs were rounded or not.
     INT8 by INT8           `QGemm`, the graph's own integers. Signed by signed has no kernel on x86; unsigned by unsigned is as exact.
     FP8, odd group sizes   widened to float32 once, where memory has room: no CPU computes with them.
 
@@ -22,6 +23,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -37,7 +39,7 @@ from trtllm_thoughtx.backends.ort_blocks import (
     split_nodes,
     takes_bytes,
 )
-from trtllm_thoughtx.checkpoint.tensor_file import unpack_four
+from trtllm_thoughtx.checkpoint.tensor_file import doubled, unpack_e2m1, unpack_four
 from trtllm_thoughtx.families.formats import INT8
 from trtllm_thoughtx.process.machine import available_bytes
 
@@ -103,9 +105,11 @@ def fuse(model: onnx.ModelProto, data: BinaryIO, *, rounds_inputs: bool = False)
         if kind == "static":
             products, arrays = _static_product(node, matrix, made, tensors, data)
         elif kind in ("rows", "bytes") and (size := _size_of(matrix, tensors, rounds_inputs)):
-            raw, scales = read_initializer(tensors[matrix.input[0]], data), _scales(matrix, made, tensors, data)
+            raw, scales = read_initializer(tensors[matrix.input[0]], data), scales_of(matrix, made, tensors, data)
             names = (f"{matrix.input[0]}/blocks", f"{matrix.input[1]}/blocks")
             num_out, num_in = tensors[matrix.input[0]].dims
+            if tensors[matrix.input[0]].data_type == TensorProto.FLOAT4E2M1:  # twice the numbers are integers
+                raw, scales = doubled(raw), scales / 2
             arrays = dict(zip(names, blocked_bytes(raw.reshape(num_out, num_in), scales, size), strict=True))
             where = (node.input[0], names, _output(node), num_out, num_in, size)
             products = bytes_nodes(*where, rounds_inputs=rounds_inputs and kind == "rows", done=done)
@@ -181,6 +185,8 @@ def _matrix(node: onnx.NodeProto, made: Mapping[str, onnx.NodeProto]) -> onnx.No
 def _kind(node: onnx.NodeProto, matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto]) -> str:
     """static: INT8 by INT8; rows, bytes, blocks: weight-only, with a scale for each row, or block of 8 or 4 bits; wide: anything else."""
     source, weight = made.get(node.input[0]), tensors[matrix.input[0]]
+    if weight.data_type == TensorProto.FLOAT4E2M1:
+        return "bytes" if takes_bytes() else "wide"
     if source is not None and source.op_type == "DequantizeLinear":
         return "static" if weight.data_type == TensorProto.INT8 else "wide"
     if weight.data_type == TensorProto.INT8 and not _group(matrix):
@@ -234,7 +240,8 @@ def rewrite(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], arrays: Map
         tensor = graph.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value=name)
-    model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    if all(one.domain != DOMAIN for one in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
 def _output(node: onnx.NodeProto) -> str:
@@ -318,11 +325,18 @@ def rows_nodes(x: str, weight: str, scale: str, zero: str, output: str, done: Co
     return nodes
 
 
-def _scales(
+def scales_of(
     matrix: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto], data: BinaryIO
 ) -> np.ndarray:
-    """The scales of a matrix in float32; the file may hold them in float16."""
-    cast = made.get(matrix.input[1])
+    """The scales of a matrix in float32; the file may hold them in float16. Those of blocks of E2M1 numbers come as the graph has them: a
+    float16 or bfloat16 one rounds their products with the second scale."""
+    cast, kind = made.get(matrix.input[1]), TensorProto.FLOAT
+    if cast is not None and tensors[matrix.input[0]].data_type == TensorProto.FLOAT4E2M1:
+        kind, cast = (cast.attribute[0].i, made[cast.input[0]]) if cast.op_type == "Cast" else (kind, cast)
+        stored, second = (read_initializer(tensors[name], data) for name in cast.input)
+        found = stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * second.view(np.float32)
+        rounded = found.astype(helper.tensor_dtype_to_np_dtype(kind))
+        return rounded if kind == TensorProto.FLOAT16 else rounded.astype(np.float32)
     scale = tensors[matrix.input[1] if cast is None else cast.input[0]]
     if not scale.external_data:
         return onnx.numpy_helper.to_array(scale)
@@ -338,9 +352,11 @@ def _widened(
     raw = read_initializer(weight, data)
     if weight.data_type == TensorProto.INT4:
         values = unpack_four(raw).astype(np.float32)
+    elif weight.data_type == TensorProto.FLOAT4E2M1:
+        values = unpack_e2m1(raw)
     else:
         values = raw.view(helper.tensor_dtype_to_np_dtype(weight.data_type)).astype(np.float32)
-    scales = _scales(matrix, made, tensors, data)
+    scales = scales_of(matrix, made, tensors, data)
     rows = num_out if scales.size > 1 else 1
     wide = values.reshape(rows, scales.size // rows, -1)
     wide *= scales.reshape(rows, -1, 1)
@@ -356,7 +372,7 @@ def _blocks_product(
     zero: onnx.TensorProto | None,
 ) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     weight, group = tensors[matrix.input[0]], _group(matrix)
-    scales = _scales(matrix, made, tensors, data).reshape(weight.dims[0], -1)
+    scales = scales_of(matrix, made, tensors, data).reshape(weight.dims[0], -1)
     arrays = blocked(read_initializer(weight, data), scales, group, None if zero is None else read_initializer(zero, data))
     names = [f"{matrix.input[0]}/unsigned", f"{matrix.input[1]}/blocks", *([] if zero is None else [f"{zero.name}/blocks"])]
     return [blocks_node(node.input[0], names, _output(node), weight.dims[0], weight.dims[1], group)], dict(zip(names, arrays, strict=True))

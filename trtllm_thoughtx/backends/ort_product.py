@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from trtllm_thoughtx.backends import ort_blocks, ort_fused
-from trtllm_thoughtx.families.formats import INT4, INT8, Format
+from trtllm_thoughtx.families.formats import FP4, INT4, INT8, Format
 
 OPERATORS = {
     "rows": "QGemm twice, inputs rounded to 16 bits",
@@ -51,6 +51,8 @@ class FusedProduct:
 
 def kind_of(form: Format, group_size: int) -> str | None:
     """The operators that round more than the graph: a key of `OPERATORS`, or None where the graph's own numbers are computed."""
+    if form.number == FP4:
+        return "bytes" if ort_blocks.takes_bytes() else None
     if not form.is_weight_only:
         return None
     if (form.number, form.scales) == (INT8, "row"):

@@ -15,7 +15,7 @@ from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.flags import CHUNK_SIZE, COUNT, LAYERS, MAX_LEN, NATS, PATH, POSITIVE, CommaList, Count, FiniteFloat, OneOf
 from trtllm_thoughtx.config import AUTO, CHUNK_STEP, DTYPES, PLUGINS, BuildConfig, ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.families.formats import FORMATS, INT4
+from trtllm_thoughtx.families.formats import FORMATS, FP8, INT4
 from trtllm_thoughtx.families.size import layer_parameters
 
 STAGE_BYTES = 2100 << 20  # a TensorRT build is cut into stages of at most so many bytes of weights, unless asked otherwise
@@ -323,7 +323,7 @@ def _notes_of_cpu(quant: QuantConfig, settings: BuildConfig) -> list[str]:
         why = f"onnxruntime widens quantized weights of a {settings.dtype} engine in every step on a CPU"
         return [f"slower than float32: {why}; for CPUs build with --backend onnxruntime --dtype float32"]
     number = FORMATS[quant.algo or ""].number
-    if number.is_float:
+    if number == FP8:
         why = f"no CPU computes with {number.name}; onnxruntime widens the weights to float32 when it loads them, 4 bytes a weight"
         return [
             f"slower than float32 on a CPU at prefill, and no faster at decode: {why}; for CPUs quantize to int8_wo, int8_sq or int4_awq"

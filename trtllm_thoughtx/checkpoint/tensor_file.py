@@ -17,6 +17,7 @@ import numpy as np
 
 from trtllm_thoughtx import files
 from trtllm_thoughtx.checkpoint import directory as checkpoint
+from trtllm_thoughtx.families.formats import E2M1
 
 # safetensors type -> NumPy's. Two 4-bit numbers share a U8; an I32 is an order of channels.
 DTYPES: dict[str, np.dtype] = {
@@ -98,6 +99,17 @@ def unpack_four(packed: np.ndarray) -> np.ndarray:
     """Inverse of `pack_four`; the last axis doubles."""
     halves = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
     return (halves.astype(np.int8) ^ 8) - 8
+
+
+def unpack_e2m1(packed: np.ndarray) -> np.ndarray:
+    """Two E2M1 numbers of each byte, float32, the earlier from the low half; the last axis doubles."""
+    values = np.array([*E2M1, *(-value for value in E2M1)], np.float32)
+    return np.stack([values[packed & 15], values[packed >> 4]], -1).reshape(*packed.shape[:-1], -1)
+
+
+def doubled(packed: np.ndarray) -> np.ndarray:
+    """Twice the E2M1 numbers, which are integers: int8."""
+    return (2 * unpack_e2m1(packed)).astype(np.int8)
 
 
 def exactly(file: BinaryIO, num_bytes: int) -> bytes:

@@ -158,7 +158,7 @@ class WeightSource:
         self.checkpoint.pread(self._stored[tensor.name], 0, out)
         if tensor.stored in STORED_DTYPES or tensor.stored == FP8.stored:
             wide = out.astype(np.float32)
-            good = np.isfinite(wide) & ((wide > 0) | (tensor.stored == FP8.stored) | tensor.name.endswith(".zero"))
+            good = np.isfinite(wide) & ((wide > 0) | tensor.name.endswith((".weight", ".zero")))
             if not good.all():
                 raise ThoughtxError(
                     "E108",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+BLOCK = 16  # inputs of a block
+
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
@@ -46,8 +48,9 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A stored linear layer [out, in]: one scale a `tensor`, `row`, or `group` of a row's inputs; inputs `as they are`, rounded with one
-    `static` scale, or with a scale per `token`."""
+    """A stored linear layer [out, in]: one scale a `tensor`, `row`, or `group` of a row's inputs, or an E4M3 one a `block` of 16 and a
+    second one for all of them; inputs `as they are`, rounded with one `static` scale, with a scale per `token`, or in `blocks`, whose E4M3
+    scales follow from the inputs and whose second scale is static."""
 
     algo: str  # TensorRT-LLM's quant_algo
     number: Number
@@ -65,15 +68,31 @@ class Format:
         return self.inputs == "as they are"
 
     @property
+    def is_grouped(self) -> bool:
+        return self.scales in ("group", "block")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a scale of the inputs is stored."""
+        return self.inputs in ("static", "blocks")
+
+    @property
+    def input_span(self) -> float:
+        """The largest input, in units of the stored scale."""
+        return self.number.largest * (FP8.largest if self.inputs == "blocks" else 1)
+
+    @property
     def has_wide(self) -> bool:
         """Whether layers of 8 bits may stand beside its own."""
-        return self.is_weight_only and self.number.bits < 8 and not self.has_order
+        return self.is_weight_only and self.number.bits < 8 and not self.has_order and self.scales != "block"
 
     def scale_shape(self, num_out: int, num_in: int, group_size: int) -> tuple[int, ...]:
-        return {"tensor": (1,), "row": (num_out,), "group": (num_out, num_in // group_size)}[self.scales]
+        return {"tensor": (1,), "row": (num_out,)}.get(self.scales, (num_out, num_in // group_size))
 
     def bits(self, group_size: int, zero_point: bool = False) -> float:
-        """Bits of a weight, with its part of a group's 16-bit scale and zero point."""
+        """Bits of a weight, with its part of a group's 16-bit scale and zero point, or of a block's scale."""
+        if self.scales == "block":
+            return self.number.bits + FP8.bits / BLOCK
         of_zero = 0 if not zero_point else self.number.bits if self.zeros == "points" else 16
         return self.number.bits + ((16 + of_zero) / group_size if self.scales == "group" else 0.0)
 
@@ -84,7 +103,11 @@ FP8 = Number(
 )  # fmt: skip
 INT8 = Number(name="INT8", stored="I8", onnx="INT8", plan="Int8", bits=8, lowest=-127.0, largest=127.0, row_step=2.0**-9)
 INT4 = Number(name="INT4", stored="U8", onnx="INT4", plan="Int4", bits=4, lowest=-8.0, largest=7.0)
-NUMBERS = {number.name: number for number in (FP8, INT8, INT4)}
+FP4 = Number(
+    name="FP4", stored="U8", onnx="FLOAT4E2M1", plan="FP4E2M1", bits=4, lowest=-6.0, largest=6.0, is_float=True, first_capability=(12, 0)
+)  # E2M1
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what its three bits below the sign stand for
+NUMBERS = {number.name: number for number in (FP8, INT8, INT4, FP4)}
 
 FORMATS = {
     row.algo: row
@@ -99,6 +122,8 @@ FORMATS = {
         Format(algo="FP8_PER_CHANNEL_PER_TOKEN", number=FP8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W8A16_FP8", number=FP8),  # ours
         Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
+        Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4"),
+        Format(algo="W4A16_NVFP4", number=FP4, scales="block", qformat="nvfp4_wo"),
     )
 }
 OF_EMBEDDING = "W8A16_GPTQ"  # embeddings are stored so, or by its rows, beside layers of any format

@@ -9,6 +9,10 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     W4A16                 weight U8 [out, in / 2], weights_scaling_factor [out, in / group_size]; with zero points zero U8, of as many
     W4A16_AWQ             as W4A16 without zero points, and prequant_scaling_factor [in]
     W4A16_GPTQ            as W4A16; with zero points also zero [out, in / group_size], with activation order input_order I32 [in]
+    NVFP4                 weight U8 [out, in / 2], weights_scaling_factor F8_E4M3 [out, in / 16], weights_scaling_factor_2 [1],
+                          activation_scaling_factor [1]; the scale is the product of both, that of an input's block of 16 its largest
+                          over 6, as an E4M3 number times activation_scaling_factor
+    W4A16_NVFP4           as NVFP4, without activation_scaling_factor; not TensorRT-LLM's
     FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
     W8A16_FP8             weight F8_E4M3, weights_scaling_factor [out]; not TensorRT-LLM's
     FP8_PER_CHANNEL_PER_TOKEN   weight F8_E4M3, per_channel_scale [out]; the input's scale is each token's largest input over 448
@@ -31,11 +35,12 @@ from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import shown
 from trtllm_thoughtx.families.family import ALL, EMBEDDING, Part, Tensor
 from trtllm_thoughtx.families.fields import Fields
-from trtllm_thoughtx.families.formats import FORMATS, KV_ALGOS, OF_EMBEDDING
+from trtllm_thoughtx.families.formats import BLOCK, FORMATS, FP8, KV_ALGOS, OF_EMBEDDING
 
 LINEARS = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 TABLE = EMBEDDING.name.removesuffix(".weight")
 SCALE_TYPES = {"float32": "F32", "float16": "F16"}  # scale_dtype -> safetensors type
+SECOND = "weights_scaling_factor_2"  # of matrices with scales for blocks
 MAX_EXCLUDED = 1 << 14
 
 
@@ -70,9 +75,11 @@ def quantized_shapes(quant: QuantConfig, num_out: int, num_in: int) -> dict[str,
     shape = form.scale_shape(num_out, num_in, quant.group_size)
     found = {
         "weight": (form.number.stored, (num_out, num_in // form.number.per_item)),
-        form.scale_name: (SCALE_TYPES[quant.scale_dtype], shape),
+        form.scale_name: (FP8.stored if form.scales == "block" else SCALE_TYPES[quant.scale_dtype], shape),
     }
-    if form.inputs == "static":
+    if form.scales == "block":
+        found[SECOND] = ("F32", (1,))
+    if form.is_static:
         found["activation_scaling_factor"] = ("F32", (1,))
     if quant.zero_point:
         found["zero"] = (form.number.stored, form.number.stored_shape(shape)) if form.zeros == "points" else ("F32", shape)
@@ -89,7 +96,9 @@ def check_groups(config: ModelConfig, fields: Fields) -> None:
     if quant is not None and quant.embedding_group and config.hidden_size % quant.embedding_group:
         size, hidden = quant.embedding_group, config.hidden_size
         fields.wrong("quantization.embedding_group_size", f"is {size}, which does not cut {hidden} channels into groups")
-    if quant is not None and quant.algo is not None and FORMATS[quant.algo].scales == "group":
+    if quant is not None and quant.algo is not None and FORMATS[quant.algo].is_grouped:
+        if FORMATS[quant.algo].scales == "block" and quant.group_size != BLOCK:
+            fields.wrong("quantization.group_size", f"is {quant.group_size}; blocks of {quant.algo} have {BLOCK} inputs")
         for num_in in (config.hidden_size, config.q_size, config.intermediate_size):
             if num_in % quant.group_size or quant.group_size % 2:
                 fields.wrong("quantization.group_size", f"is {quant.group_size}, which does not cut {num_in} inputs into even groups")

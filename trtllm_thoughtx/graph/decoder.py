@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.families.quantization import TABLE
-from trtllm_thoughtx.graph import chunked_attention, exits, experts, quantized, rope
+from trtllm_thoughtx.graph import blocks, chunked_attention, exits, experts, quantized, rope
 from trtllm_thoughtx.graph.builder import Builder, Graph, Part
 from trtllm_thoughtx.graph.quantized import linear
 
@@ -61,6 +61,8 @@ def decoder_graph(config: ModelConfig, build: BuildConfig, part: Part, exits: Ex
     if config.experts is not None and b.num_attention:
         opsets += [] if functions else [helper.make_opsetid(experts.DOMAIN, 1)]
         functions.append(experts.function_proto(config.experts, b.elem_type))
+    if any(node.domain == blocks.DOMAIN for node in b.nodes):
+        opsets.append(helper.make_opsetid(blocks.DOMAIN, 1))
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=IR_VERSION, producer_name="trtllm-thoughtx")
     return Graph(part, model, tuple(b.external), b.num_attention, tuple(b.products))
 

@@ -27,10 +27,10 @@ from trtllm_thoughtx.progress import Progress
 
 NUM_READERS = 2  # reading and casting a tensor keeps one core busy
 ALIGNMENT = 4096  # a page, so that a runtime can map each tensor
-# Types of quantized tensors, as they lie in memory; INT32 is an order of channels, FLOAT16 scales.
+# Types of quantized tensors, as they lie in memory; INT32 is an order of channels, FLOAT16 and FLOAT are scales.
 QUANTIZED = {elem_type(number): number for number in NUMBERS.values()}
 FIXED = {kind: DTYPES[number.stored] for kind, number in QUANTIZED.items()}
-FIXED |= {TensorProto.INT32: DTYPES["I32"], TensorProto.FLOAT16: DTYPES["F16"]}
+FIXED |= {TensorProto.INT32: DTYPES["I32"], TensorProto.FLOAT16: DTYPES["F16"], TensorProto.FLOAT: DTYPES["F32"]}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS, FP8, INT8, Number
 from trtllm_thoughtx.families.quantization import TABLE, stored_as
+from trtllm_thoughtx.graph import blocks
 from trtllm_thoughtx.graph.builder import Builder, Product
 
 TOKEN_STEP = 2.0**-8  # the scale of inputs that their token's range has divided
@@ -43,13 +44,16 @@ def linear(b: Builder, x: str, module: str, output: str, num_out: int, num_in: i
         scale = b.weight(f"{module}.activation_scaling_factor", ())
         x = b.node("QuantizeLinear", [x, scale, _zero(b, form.number)], f"{output}.input.quantized")
         x = b.node("DequantizeLinear", [x, scale], f"{output}.input")
+    if form.inputs == "blocks":
+        x, both = blocks.rounded(b, x, module, output), True
     shape = form.scale_shape(num_out, num_in, quant.group_size)
-    if form.inputs == "token" or (both and shape != (1,)):
+    if form.inputs == "token" or (form.inputs == "static" and shape != (1,)):
         return _by_row(b, quant, x, module, output, num_out, num_in, bias=bias)
     inputs = [x, _matrix(b, quant, module, output, num_out, num_in)]
     if bias:
         inputs.append(b.weight(f"{module}.bias", (num_out,)))
-    b.products.append(Product(output, form.number.plan, both))
+    # Without rounded inputs a kernel of its own may widen E2M1 matrices: it is what reads them.
+    b.products.append(Product(inputs[1] if form.scales == "block" and not both else output, form.number.plan, both))
     if not quant.zero_point:
         return b.node("Gemm", inputs, output, transB=1)
     product = b.node("Gemm", inputs, f"{output}.product", transB=1)
@@ -69,10 +73,12 @@ def table(b: Builder) -> str:
 def _matrix(b: Builder, quant: QuantConfig, module: str, output: str, num_out: int, num_in: int) -> str:
     """The stored numbers times their scales; what zero points add is left to `_zeros`."""
     form = FORMATS[quant.algo or ""]
+    if form.scales == "block":
+        return blocks.matrix(b, module, form.scale_name, output, num_out, num_in)
     weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
     scale, shape = _scale(b, quant, module, num_out, num_in), form.scale_shape(num_out, num_in, quant.group_size)
-    blocks: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if form.scales == "group" else {"axis": 0} if shape != (1,) else {}
-    return b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **blocks)
+    by: dict[str, Any] = {"axis": 1, "block_size": quant.group_size} if form.scales == "group" else {"axis": 0} if shape != (1,) else {}
+    return b.node("DequantizeLinear", [weight, scale], f"{output}.matrix", **by)
 
 
 def _scale(b: Builder, quant: QuantConfig, module: str, num_out: int, num_in: int) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,11 +18,10 @@ from trtllm_thoughtx.calibrate.data import NUM_STORED
 from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.layers import STORED_LEN, Walk, add_stored
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, device, read
-from trtllm_thoughtx.calibrate.quantize.products import on_head, quantized
+from trtllm_thoughtx.calibrate.quantize.products import fused, on_head, quantized
 from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.errors import ThoughtxError
-from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence
 from trtllm_thoughtx.validate.quality import ORT
@@ -160,25 +158,21 @@ def _grids(walk: Walk, file: str) -> dict[str, Quantized]:
     for name in tensors:
         if name.endswith(".weight"):
             module = name.removesuffix(".weight")
-            scale = tensors[f"{module}.{FORMATS[walk.algo].scale_name}"]
-            matrix = torch.from_numpy(grid.unpack(tensors[name], scale, tensors.get(f"{module}.zero"))).to(device())
+            scale = grid.stored_scale(tensors, module, walk.algo)
+            matrix = torch.from_numpy(grid.unpack(tensors[name], scale, tensors.get(f"{module}.zero"), algo=walk.algo)).to(device())
             extra = [
                 torch.from_numpy(tensors[f"{module}.{key}"].copy()).to(device()) if f"{module}.{key}" in tensors else None
                 for key in ("activation_scaling_factor", "prequant_scaling_factor")
             ]
-            found[module] = Quantized(matrix, torch.from_numpy(scale.astype(np.float32)), extra[0], extra[1], None, 0.0, 0.0)
+            found[module] = Quantized(matrix, torch.from_numpy(scale), extra[0], extra[1], None, 0.0, 0.0)
     return found
 
 
 def _products(walk: Walk, file: str) -> dict[str, FusedProduct]:
     """The quantized layers of one of the calibration's layer files on onnxruntime's operators, by module."""
     tensors = tensor_file.read_all(walk.root, file)
-    suffix = FORMATS[walk.algo].scale_name
     modules = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-    return {
-        module: FusedProduct(tensors[f"{module}.weight"], tensors[f"{module}.{suffix}"].astype(np.float32), tensors.get(f"{module}.zero"))
-        for module in modules
-    }
+    return {module: fused(tensors, module, walk.algo) for module in modules}
 
 
 def _forward(

@@ -17,7 +17,7 @@ def seconds(walk: Walk) -> float:
     with torch.inference_mode():
         layer = Layer(walk.source, 0)
         x = torch.randn(length, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(walk.rotary.cos.device)
-        watches = {unit[0]: Watch([list(range(min(length, NUM_SAMPLED)))], wants_hessian=walk.compensates) for unit in UNITS}
+        watches = {unit[0]: Watch([list(range(min(length, NUM_SAMPLED)))], walk.rounding) for unit in UNITS}
 
         def linear(module: str, h: torch.Tensor) -> torch.Tensor:
             if module in watches:
@@ -28,7 +28,7 @@ def seconds(walk: Walk) -> float:
         began = time.perf_counter()
         layer.forward(x, walk.rotary)
         forward = time.perf_counter() - began
-        watches = {name: Watch([[0]], wants_hessian=walk.compensates) for name in watches}
+        watches = {name: Watch([[0]], walk.rounding) for name in watches}
         layer.forward(x, walk.rotary, linear)
         watched = time.perf_counter() - began - forward
         for unit in UNITS:

@@ -13,12 +13,14 @@ import torch
 
 from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.config import QuantConfig
-from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.families.formats import FORMATS, Number
 
 DAMPING = (0.1, 1.0, 10.0)  # added to H's diagonal, in units of its mean: the first with which H has an inverse
 BLOCK = 128  # columns whose errors reach the rest of the matrix together
 ROWS = 4096  # of a matrix that are rounded at a time
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that clips nothing
+# Of E2M1 numbers, whose steps are 1 from 2 to 4 and 2 above: a block may be better off with its largest at 4. E4M3 has no scales between.
+BLOCK_SHRINKS = (1.0, 0.875, 0.8125, 0.75, 0.6875, 1.125, 1.25, 1.375, 1.5)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Rounded:
 def nearest(weight: torch.Tensor, quant: QuantConfig, energy: torch.Tensor | None = None) -> Rounded:
     """Every weight to the nearest number of its group, with the scale that costs least where `energy` [in] of the inputs is known."""
     groups = weight.reshape(weight.shape[0], -1, _width(weight, quant))
-    parts = [best_scale(groups[:, i].T, _of(energy, i, groups.shape[2]), quant) for i in range(groups.shape[1])]
+    second = grid.second_scale(weight)
+    parts = [best_scale(groups[:, i].T, _of(energy, i, groups.shape[2]), quant, second) for i in range(groups.shape[1])]
     scale = torch.stack([part[0] for part in parts], 1)
     zero = torch.stack([part[1] for part in parts], 1) if quant.zero_point else None
     return _made(grid.on_grid(weight, scale, quant.algo or "", zero), scale, zero, quant)
@@ -44,8 +47,8 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, quant: QuantConfig)
     inverse = inverse_factor(hessian)
     if inverse is None:
         return None
-    energy = hessian.diagonal()
-    parts = [_rows(weight[at : at + ROWS], inverse, energy, quant) for at in range(0, weight.shape[0], ROWS)]
+    energy, second = hessian.diagonal(), grid.second_scale(weight)
+    parts = [_rows(weight[at : at + ROWS], inverse, energy, quant, second) for at in range(0, weight.shape[0], ROWS)]
     matrix, scale, zero = (torch.cat([part[i] for part in parts]) for i in range(3))
     return _made(matrix, scale, zero if quant.zero_point else None, quant)
 
@@ -70,10 +73,13 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def best_scale(weight: torch.Tensor, energy: torch.Tensor | None, quant: QuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def best_scale(
+    weight: torch.Tensor, energy: torch.Tensor | None, quant: QuantConfig, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, zero point) of each column of `weight` [group, rows], of those tried the one with the least error weighted by `energy`
-    [group]; without `energy` the one that clips nothing."""
-    number = FORMATS[quant.algo or ""].number
+    [group]; without `energy` the one that clips nothing. `second` is the matrix's second scale, for formats that have one."""
+    form = FORMATS[quant.algo or ""]
+    number, has_second = form.number, form.scales == "block"
     if quant.zero_point:
         low, high = weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0)
         whole, middle = (high - low) / (number.largest - number.lowest), (low + high) / 2
@@ -81,14 +87,15 @@ def best_scale(weight: torch.Tensor, energy: torch.Tensor | None, quant: QuantCo
         whole, middle = weight.abs().amax(0) / number.largest, None
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     least = torch.full_like(whole, float("inf"))
-    for shrink in SHRINKS if energy is not None else SHRINKS[:1]:
-        scale = grid.tidy(whole * shrink, up=shrink == 1)
+    shrinks = BLOCK_SHRINKS if has_second else SHRINKS
+    for shrink in shrinks if energy is not None else shrinks[:1]:
+        scale = grid.of_blocks(whole * shrink, second) if has_second else grid.tidy(whole * shrink, up=shrink == 1)
         zero = torch.zeros_like(scale)
         if middle is not None:
             zero = ((number.lowest + number.largest) / 2 - middle / scale).round().clamp(number.lowest, number.largest)
         if energy is None:
             return scale, zero
-        steps = ((weight / scale).round() + zero).clamp(number.lowest, number.largest) - zero
+        steps = _steps(weight / scale, zero, number)
         cost = ((steps * scale - weight).square() * energy[:, None]).sum(0)
         better = cost < least
         found = [(torch.where(better, scale, found[0][0]), torch.where(better, zero, found[0][1]))] if found else [(scale, zero)]
@@ -96,8 +103,15 @@ def best_scale(weight: torch.Tensor, energy: torch.Tensor | None, quant: QuantCo
     return found[0]
 
 
+def _steps(values: torch.Tensor, zero: torch.Tensor, number: Number) -> torch.Tensor:
+    """The nearest numbers, less the zero point."""
+    if number.is_float:
+        return grid.to_grid(values, number)
+    return values.round_().add_(zero).clamp_(number.lowest, number.largest).sub_(zero)
+
+
 def _rows(
-    weight: torch.Tensor, inverse: torch.Tensor, energy: torch.Tensor, quant: QuantConfig
+    weight: torch.Tensor, inverse: torch.Tensor, energy: torch.Tensor, quant: QuantConfig, second: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(matrix, scales, zero points) of some rows; columns are worked on as rows of the transposed matrix."""
     number, width = FORMATS[quant.algo or ""].number, _width(weight, quant)
@@ -105,7 +119,7 @@ def _rows(
     whole = width == weight.shape[1]
     scales, zeros = [], []
     if whole:  # a scale for a row: chosen before its weights change
-        scales, zeros = ([part] for part in best_scale(rest, energy, quant))
+        scales, zeros = ([part] for part in best_scale(rest, energy, quant, second))
     step = BLOCK if whole else max(BLOCK // width, 1) * width
     for begin in range(0, len(rest), step):
         end = min(begin + step, len(rest))
@@ -116,11 +130,10 @@ def _rows(
         )
         for i in range(end - begin):
             if not whole and (begin + i) % width == 0:
-                scale, zero = best_scale(block[i : i + width], energy[begin + i : begin + i + width], quant)
+                scale, zero = best_scale(block[i : i + width], energy[begin + i : begin + i + width], quant, second)
                 scales.append(scale)
                 zeros.append(zero)
-            steps = (block[i] / scales[-1]).round().add_(zeros[-1]).clamp_(number.lowest, number.largest).sub_(zeros[-1])
-            done[begin + i] = steps.mul_(scales[-1])
+            done[begin + i] = _steps(block[i] / scales[-1], zeros[-1], number).mul_(scales[-1])
             errors[i] = (block[i] - done[begin + i]) / part[i, i]
             block[i + 1 :].addr_(part[i, i + 1 :], errors[i], alpha=-1)
         rest[end:].addmm_(inverse[begin:end, end:].T, errors, alpha=-1)
@@ -129,7 +142,7 @@ def _rows(
 
 def _width(weight: torch.Tensor, quant: QuantConfig) -> int:
     """Inputs that share a scale."""
-    return quant.group_size if FORMATS[quant.algo or ""].scales == "group" else weight.shape[1]
+    return quant.group_size if FORMATS[quant.algo or ""].is_grouped else weight.shape[1]
 
 
 def _of(energy: torch.Tensor | None, index: int, width: int) -> torch.Tensor | None:

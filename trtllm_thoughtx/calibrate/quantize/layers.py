@@ -20,7 +20,7 @@ from trtllm_thoughtx.backends.ort_product import FusedProduct
 from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.quantize import grid, kv, table
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, Rotary, read
-from trtllm_thoughtx.calibrate.quantize.products import on_head, operators_of, quantized
+from trtllm_thoughtx.calibrate.quantize.products import fused, on_head, operators_of, quantized
 from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.calibrate.quantize.states import States
 from trtllm_thoughtx.calibrate.quantize.watch import Judge, Watch, choose, picks_of, stored_tensors
@@ -46,7 +46,7 @@ class Walk:
     ) -> None:
         assert quant.algo is not None
         self.source, self.data, self.quant, self.algo, self.root = source, data, quant, quant.algo, root
-        self.batch_size, self.compensates = batch_size, rounding == "gptq"
+        self.batch_size, self.rounding, self.compensates = batch_size, rounding, rounding == "gptq"
         self.num_rows, self.num_held = len(data.rows), len(data.judging)
         self.kind = operators_of(quant)
         self.ways = (EXACT, ORT) if self.kind else (EXACT,)
@@ -70,9 +70,7 @@ class Walk:
         made = {}
         for module, one in found.items():
             name = f"{prefix}.{module}".strip(".")
-            stored = stored_tensors(name, one, self.quant)
-            scale = stored[f"{name}.{FORMATS[self.algo].scale_name}"].astype(np.float32)
-            made[module] = FusedProduct(stored[f"{name}.weight"], scale, stored.get(f"{name}.zero"))
+            made[module] = fused(stored_tensors(name, one, self.quant), name, self.algo)
         return made
 
     def embedded(self) -> Callable[[Sequence[int]], torch.Tensor]:
@@ -146,7 +144,7 @@ class Walk:
 
     def _layer(self, index: int) -> None:
         layer = Layer(self.source, index)
-        watches: dict[str, Watch] = {unit[0]: Watch(self.picks, wants_hessian=self.compensates) for unit in UNITS}
+        watches: dict[str, Watch] = {unit[0]: Watch(self.picks, self.rounding) for unit in UNITS}
 
         def observe(row: int, x: torch.Tensor) -> torch.Tensor:
             def linear(module: str, h: torch.Tensor) -> torch.Tensor:
@@ -241,7 +239,7 @@ class Walk:
         one: Quantized | None = None
         product: FusedProduct | None = None
         if self.quant.covers("lm_head"):
-            watch = Watch(self.picks, wants_hessian=self.compensates)
+            watch = Watch(self.picks, self.rounding)
             for row in range(self.num_rows):
                 watch.add(head.normed(torch.from_numpy(self.states.read(last, row)).to(head.weight.device)), row)
             found, facts = choose("", {"lm_head": head.weight}, watch.inputs(), self.quant)

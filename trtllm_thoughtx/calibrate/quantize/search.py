@@ -37,6 +37,7 @@ class Inputs:
     rows: torch.Tensor
     num_sequences: int  # that were seen, with or without a row in the sample
     hessian: torch.Tensor | None = None  # mean of x x^T [in, in], where the matrix is rounded by it
+    fits_scales: bool = True  # scales of blocks
 
 
 @dataclass
@@ -73,7 +74,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Quantized:
     wanted = seen.rows @ weight[::step].T
     energy = float(wanted.double().square().sum()) or 1.0
     form = FORMATS[algo]
-    static = form.inputs == "static"
+    static = form.is_static
 
     def error(factor: torch.Tensor | None, scale: torch.Tensor | None = None) -> float:
         part = weight[::step] if factor is None else weight[::step] / factor
@@ -113,7 +114,7 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Quantized:
         cost = float((x @ made.matrix[::step].T - wanted).double().square().sum()) / energy
         return replace(found, matrix=made.matrix, scale=made.scale, zero=made.zero, error=cost, rounding=rounding)
 
-    if quant.zero_point:
+    if quant.zero_point or (form.scales == "block" and seen.fits_scales):
         found = rounded(gptq.nearest(scaled, quant, seen.square), "nearest")
     if seen.hessian is None:
         return found

@@ -10,7 +10,7 @@ from typing import Any
 from trtllm_thoughtx.calibrate.quantize.result import stored_bits, wide_bits
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.families.formats import FORMATS, QUANT_ALGOS
+from trtllm_thoughtx.families.formats import BLOCK, FORMATS, FP8, QUANT_ALGOS
 from trtllm_thoughtx.families.quantization import TABLE, linear_modules
 
 GROUPS, SHORT_GROUPS = (128, 64, 32, 16), (32, 16, 64, 128)  # that fit first; of formats with zero points
@@ -18,18 +18,22 @@ BYTE_GROUPS = (64, 32, 128, 16)  # of 8-bit formats
 
 
 def rounding_of(quant: QuantConfig, rounding: str | None, plain: bool) -> str:
-    """`gptq` for 4-bit layers unless told otherwise. E001 where it cannot be: inputs are rounded too, or plain rounding was asked for."""
+    """gptq | nearest | plain, with no search of scales; `gptq` for 4-bit layers unless told otherwise. E001 where it cannot be: inputs are
+    rounded too, with one scale, or plain rounding was asked for."""
     form = FORMATS[quant.algo or ""]
-    if rounding == "gptq" and (plain or not form.is_weight_only):
+    if rounding == "gptq" and (plain or not (form.is_weight_only or form.is_grouped)):
         why = "--plain_rounding rounds to nearest" if plain else "its scales are fitted to rounded inputs, one of a tensor or row"
         raise ThoughtxError("E001", "--rounding gptq cannot be used here", where="--rounding", why=why, fix="leave it out")
-    return rounding or ("gptq" if form.scales == "group" and form.is_weight_only and not plain else "nearest")
+    if plain and form.scales == "block":
+        return "plain"
+    return rounding or ("gptq" if form.is_grouped and not plain else "nearest")
 
 
 def fits_nothing(quant: QuantConfig, rounding: str) -> bool:
     """True for weight-only rounding without a search: no number of the checkpoint depends on the data."""
-    is_fitted = quant.prequant or quant.zero_point or rounding != "nearest"
-    return not is_fitted and FORMATS[quant.algo or ""].is_weight_only and quant.kv_algo is None
+    form = FORMATS[quant.algo or ""]
+    is_fitted = quant.prequant or quant.zero_point or rounding == "gptq" or (form.scales == "block" and rounding != "plain")
+    return not is_fitted and form.is_weight_only and quant.kv_algo is None
 
 
 def quant_config(
@@ -67,7 +71,7 @@ def quant_config(
         scale_dtype="float16" if FORMATS[algo].scales == "group" else "float32",
         prequant=FORMATS[algo].search is not None and not plain,
         zero_point=FORMATS[algo].zeros is not None and not plain,
-        embedding=not (FORMATS[algo].number.is_float or table_stays),  # trtllm-build reads FP8 checkpoints, but no such embedding
+        embedding=not (FORMATS[algo].number == FP8 or table_stays),  # trtllm-build reads FP8 checkpoints, but no such embedding
         embedding_group=size if FORMATS[algo].of_rows and not table_stays else 0,
         wide=tuple(wide),
         exclude=excluded,
@@ -86,16 +90,17 @@ def quant_config(
 def _sizes(config: ModelConfig, algo: str, group_size: int | None) -> tuple[str, int]:
     """(format, inputs of a group); a format that has rows as well takes them for a group size of 0, and where no group fits."""
     form = FORMATS[algo]
-    if form.scales != "group":
+    if not form.is_grouped:
         return algo, group_size or 128
     widths = (config.hidden_size, config.q_size, config.intermediate_size)
-    wanted = BYTE_GROUPS if form.of_rows else SHORT_GROUPS if form.zeros else GROUPS
+    wanted = (BLOCK,) if form.scales == "block" else BYTE_GROUPS if form.of_rows else SHORT_GROUPS if form.zeros else GROUPS
     fitting = [g for g in wanted if all(width % g == 0 for width in widths)]
     if form.of_rows and (group_size == 0 or (group_size is None and not fitting)):
         return form.of_rows, 128
     size = group_size or (fitting[0] if fitting and group_size is None else 0)
-    if not size or size % 2 or any(width % size for width in widths):
-        why = f"a group must be even and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
+    rule = f"be {BLOCK}" if form.scales == "block" else "be even"
+    if not size or size % 2 or any(width % size for width in widths) or (form.scales == "block" and size != BLOCK):
+        why = f"a group must {rule} and divide the numbers of inputs, {', '.join(map(str, sorted(set(widths))))}"
         fix = f"use --group_size {fitting[0]}" if fitting else "choose an 8-bit format"
         raise ThoughtxError("E001", "groups of inputs do not fit this model", where=f"--group_size {group_size or 0}", why=why, fix=fix)
     return algo, size

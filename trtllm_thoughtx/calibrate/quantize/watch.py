@@ -13,7 +13,7 @@ from trtllm_thoughtx.calibrate.quantize import grid
 from trtllm_thoughtx.calibrate.quantize.search import Inputs, Quantized, search
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.families.formats import FORMATS
-from trtllm_thoughtx.families.quantization import stored_as
+from trtllm_thoughtx.families.quantization import SECOND, stored_as
 
 NUM_SAMPLED = 256  # rows of inputs that a search compares candidates on
 FLOAT16_LARGEST = 65504.0
@@ -23,10 +23,10 @@ PANEL = 512  # rows of a Hessian that are summed at a time
 class Watch:
     """Collects `Inputs` of one unit over all calibrating rows, in their order."""
 
-    def __init__(self, picks: Sequence[Sequence[int]], *, wants_hessian: bool = False) -> None:
+    def __init__(self, picks: Sequence[Sequence[int]], rounding: str = "nearest") -> None:
         self.picks, self.rows, self.is_first, self.num, self.num_sequences = picks, [], [], 0, 0
         self.amax: torch.Tensor | None = None
-        self.wants_hessian, self.hessian = wants_hessian, None
+        self.rounding, self.hessian = rounding, None
 
     rows: list[torch.Tensor]
     is_first: list[bool]
@@ -47,7 +47,7 @@ class Watch:
         self.num_sequences += 1
         self.rows.append(x[list(self.picks[row])])
         self.is_first += [row % 2 == 0] * len(self.picks[row])
-        if self.wants_hessian:
+        if self.rounding == "gptq":
             num = x.shape[1]
             self.hessian = torch.zeros(num, num, device=x.device) if self.hessian is None else self.hessian
             for at in range(0, num, PANEL):  # the upper half; the lower one is the same
@@ -63,7 +63,7 @@ class Watch:
         if self.hessian is not None:
             upper = torch.triu(self.hessian).div_(self.num)
             hessian, self.hessian = upper + torch.triu(upper, 1).T, None
-        return Inputs(self.amax, (first, second), is_first, mean, square, rows, self.num_sequences, hessian)
+        return Inputs(self.amax, (first, second), is_first, mean, square, rows, self.num_sequences, hessian, self.rounding != "plain")
 
 
 class Judge:
@@ -79,7 +79,7 @@ class Judge:
         self.energy += float(wanted.double().square().sum())
         if self.found.input_scale is not None:
             scaled = (x if self.found.factor is None else x * self.found.factor).abs()
-            self.num_clipped += int((scaled > self.found.input_scale * FORMATS[self.algo].number.largest).sum())
+            self.num_clipped += int((scaled > self.found.input_scale * FORMATS[self.algo].input_span).sum())
         self.num += x.numel()
 
     def facts(self) -> dict[str, Any]:
@@ -142,8 +142,11 @@ def stored_tensors(name: str, one: Quantized, quant: QuantConfig) -> dict[str, n
     quant = stored_as(quant, name) or quant
     algo = quant.algo or ""
     form, shape = FORMATS[algo], FORMATS[algo].scale_shape(one.matrix.shape[0], one.matrix.shape[1], quant.group_size)
-    scale = one.scale.reshape(shape).numpy(force=True).astype(quant.scale_dtype)
-    tensors = {f"{name}.weight": grid.pack(one.matrix, one.scale, algo, one.zero), f"{name}.{form.scale_name}": scale}
+    tensors, scale = {f"{name}.weight": grid.pack(one.matrix, one.scale, algo, one.zero)}, one.scale.reshape(shape).numpy(force=True)
+    if form.scales == "block":
+        tensors[f"{name}.{form.scale_name}"], tensors[f"{name}.{SECOND}"] = grid.two_scales(scale)
+    else:
+        tensors[f"{name}.{form.scale_name}"] = scale.astype(quant.scale_dtype)
     if one.input_scale is not None:
         tensors[f"{name}.activation_scaling_factor"] = one.input_scale.numpy(force=True)
     if one.zero is not None:
