@@ -9,7 +9,7 @@ JOBS ?= 2
 MODEL ?= smollm2
 export PYTHONDONTWRITEBYTECODE := # the tests start many processes: without bytecode each compiles the package again
 
-.PHONY: help setup demo serve check test lint bench real oracles sample plugin clean
+.PHONY: help setup demo serve check test lint bench real oracles triton sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,13 @@ oracles: .oracles/.stamp ## .oracles: other people's tools that judge what is sh
 .oracles/.stamp: tests/ship/oracles.txt $(STAMP)
 	test -x .oracles/bin/python || $(PYTHON) -m venv .oracles
 	.oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ship/oracles.txt
+	@touch $@
+
+triton: .triton/.stamp ## .triton: a Triton server for the tests of `thoughtx-export --triton` (600 MB); without it they are skipped
+
+.triton/.stamp: tests/ship/triton.txt
+	test -x .triton/bin/python || $(PYTHON) -m venv .triton
+	.triton/bin/python -m pip install --quiet --disable-pip-version-check -r tests/ship/triton.txt
 	@touch $@
 
 sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample-out (hours on two cores; resumable)

@@ -151,7 +151,7 @@ READERS = {
     "files.py": ("convert", "build", "calibrate", "distill"),
     "inspection.py": ("inspect",),
     "ship/": ("sign",),
-    "ship/export.py": ("export",),
+    "ship/export/": ("export",),
     "ship/preflight.py": ("inspect",),
     "validate/given.py": ("validate",),
     "validate/golden.py": ("validate",),

@@ -236,20 +236,44 @@ def sign(engine_dir: Path, key: Path, force: bool, as_json: bool, quiet: bool, d
 @command(
     "export",
     "thoughtx-export --engine_dir ./engine --oci ./engine.oci --tag 2026-11",
-    "thoughtx-export --engine_dir ./engine --oci ./engine.oci --verify_key pub.pem --json",
+    "thoughtx-export --engine_dir ./engine --triton ./repository --model_name answers --verify_key pub.pem",
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to export.")
-@click.option("--oci", type=PATH, required=True, help="New directory for an OCI image layout with ModelPack's media types.")
-@click.option("--tag", default="latest", help="Name of the artifact in the layout.")
+@click.option("--oci", type=PATH, help="New directory for an OCI image layout with ModelPack's media types.")
+@click.option("--tag", help="With --oci: name of the artifact in the layout.  [default: latest]")
+@click.option("--triton", type=PATH, help="Model repository of a Triton server, to which the engine is added.")
+@click.option("--model_name", help="With --triton: name of the model.  [default: the engine directory's]")
 @framework.verify_key_option
-def export(engine_dir: Path, oci: Path, tag: str, verify_key: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Write an engine in the form that container registries take."""
+def export(
+    engine_dir: Path,
+    oci: Path | None,
+    tag: str | None,
+    triton: Path | None,
+    model_name: str | None,
+    verify_key: Path | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Write an engine in the form that container registries, or Triton, take."""
     from trtllm_thoughtx.inspection import summary_table
-    from trtllm_thoughtx.ship.export import export_oci
+    from trtllm_thoughtx.ship.export.oci import export_oci
+    from trtllm_thoughtx.ship.export.triton import export_triton
 
-    made = export_oci(engine_dir, oci, tag=tag, verify_key=verify_key, progress=Progress(quiet=quiet))
-    following = f"next: oras cp --from-oci-layout {oci}:{tag} REGISTRY/NAME:{tag}"
-    emit("export", made, as_json=as_json, human=[summary_table("OCI image layout", made), following])
+    framework.one_of({"oci": oci, "triton": triton}, "thoughtx-export")
+    if (tag if triton is not None else model_name) is not None:
+        flag, other = ("--tag", "--oci") if triton is not None else ("--model_name", "--triton")
+        raise ThoughtxError(
+            "E001", f"{flag} needs {other}", where="thoughtx-export", why="it names what that flag writes", fix=f"leave {flag} out"
+        )
+    if triton is not None:
+        made = export_triton(engine_dir, triton, model_name=model_name, verify_key=verify_key, progress=Progress(quiet=quiet))
+        title, following = "Triton model", f"next: tritonserver --model-repository {triton.resolve()}"
+    else:
+        assert oci is not None
+        made = export_oci(engine_dir, oci, tag=tag or "latest", verify_key=verify_key, progress=Progress(quiet=quiet))
+        title, following = "OCI image layout", f"next: oras cp --from-oci-layout {oci}:{made['tag']} REGISTRY/NAME:{made['tag']}"
+    emit("export", made, as_json=as_json, human=[summary_table(title, made), following])
 
 
 @command(

@@ -47,6 +47,11 @@ class Completion:
     num_probes_skipped: int = 0  # they could not have been taken back from a bounded cache
     seconds: float = field(default=0.0, compare=False)  # from when its prompt began to be read
 
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's word for `stop_reason`."""
+        return "length" if self.stop_reason in ("length", "capacity") else "stop"
+
 
 @dataclass
 class Work:

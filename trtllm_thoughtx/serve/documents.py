@@ -21,7 +21,6 @@ from trtllm_thoughtx.text.reply_stream import ANSWER, REASONING
 from trtllm_thoughtx.text.text import Text
 from trtllm_thoughtx.text.thinking import CUT
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "capacity": "length"}
 DONE = b"data: [DONE]\n\n"
 
 
@@ -162,7 +161,7 @@ class Documents:
     def _end(self, choice: Choice) -> dict[str, Any]:
         done = choice.done
         assert done is not None
-        reason = {"finish_reason": FINISH[done.stop_reason], "stop_reason": done.stop_string}
+        reason = {"finish_reason": done.finish_reason, "stop_reason": done.stop_string}
         return {"logprobs": self._chat_logprobs(done) if self.is_chat else self._logprobs(choice, done), **reason}
 
     def _chat_logprobs(self, done: Completion) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtllm_thoughtx.errors import shown
-from trtllm_thoughtx.serve.documents import FINISH, Choice, Documents
+from trtllm_thoughtx.serve.documents import Choice, Documents
 from trtllm_thoughtx.serve.wire import BadRequest
 from trtllm_thoughtx.text.reply_stream import ANSWER, REASONING
 
@@ -159,7 +159,7 @@ class Reply:
 
     def _response(self, made: Documents, choice: Choice | None, output: list[dict[str, Any]]) -> dict[str, Any]:
         done = None if choice is None else choice.done
-        is_cut = done is not None and FINISH[done.stop_reason] == "length"
+        is_cut = done is not None and done.finish_reason == "length"
         status = "in_progress" if done is None else "incomplete" if is_cut else "completed"
         params, usage = made.wanted.asks[0].params, None
         if choice is not None and done is not None:

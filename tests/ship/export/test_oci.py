@@ -21,7 +21,7 @@ from trtllm_thoughtx import report
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli.params import run
-from trtllm_thoughtx.ship import export as module
+from trtllm_thoughtx.ship.export import contents as module
 
 REGISTRIES = ("docker-registry", "registry")
 VERSIONS = {"tensorrt_rtx": "1.7.1.116"}

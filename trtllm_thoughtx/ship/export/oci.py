@@ -10,17 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trtllm_thoughtx.build.engine_dir import EngineDir
-from trtllm_thoughtx.errors import ThoughtxError, listed, shown
-from trtllm_thoughtx.files import atomic_dir, check_output, open_inside, require_space
+from trtllm_thoughtx.errors import ThoughtxError, shown
+from trtllm_thoughtx.files import atomic_dir, check_output, require_space
 from trtllm_thoughtx.progress import SILENT, Progress
-from trtllm_thoughtx.report import MANIFEST
+from trtllm_thoughtx.ship.export.contents import checked_names, copy, num_bytes
 from trtllm_thoughtx.ship.sign import MADE
-from trtllm_thoughtx.ship.signature import present, verify
 
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -42,20 +40,15 @@ def export_oci(
         raise ThoughtxError("E001", f"{shown(tag)} is no tag", where="--tag", why=why, fix=fix)
     check_output(target, force=False, inputs=[engine_dir])
     directory = EngineDir.open(Path(engine_dir))
-    root, manifest = directory.root, directory.manifest
-    names = sorted({row["name"] for row in manifest["outputs"]} | {MANIFEST} | (set(MADE) & {path.name for path in root.iterdir()}))
-    if others := sorted(present(root) - set(names)):
-        why = f"{MANIFEST} does not list: {listed([shown(name) for name in others])}"
-        raise ThoughtxError("E130", "the directory holds files that the build did not make", where=str(root), why=why, fix="remove them")
-    verify(directory, verify_key)
-    num_bytes = sum((root / name).stat().st_size for name in names)
-    require_space(target.absolute().parent, num_bytes + (1 << 20))
+    manifest, names = directory.manifest, checked_names(directory, verify_key)
+    total = num_bytes(directory, names)
+    require_space(target.absolute().parent, total + (1 << 20))
     with atomic_dir(target, force=False) as partial:
         blobs = partial / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        with progress.stage("copying", num_bytes, "bytes") as stage:
-            layers = [_layer(root, name, blobs, manifest, stage) for name in names]
-        config = _blob(blobs, _config(root.resolve().name, layers, directory))
+        with progress.stage("copying", total, "bytes") as stage:
+            layers = [_layer(directory, name, blobs, stage) for name in names]
+        config = _blob(blobs, _config(directory.root.resolve().name, layers, directory))
         model = {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
@@ -78,7 +71,7 @@ def export_oci(
         "tag": tag,
         "digest": found["digest"],
         "layers": len(layers),
-        "bytes": num_bytes,
+        "bytes": total,
     }
 
 
@@ -94,26 +87,18 @@ def _blob(blobs: Path, value: object) -> dict[str, Any]:
     return {"digest": f"sha256:{digest}", "size": len(data)}
 
 
-def _layer(root: Path, name: str, blobs: Path, manifest: Mapping[str, Any], stage: Any) -> dict[str, Any]:
-    """Copy a file as a blob. E111 when it is not what was verified."""
-    digest, size, partial = hashlib.sha256(), 0, blobs / f"{name}.partial"
-    with open_inside(root, name) as source, partial.open("xb") as out:
-        while block := source.read(1 << 22):
-            out.write(block)
-            digest.update(block)
-            size += len(block)
-            stage.advance(len(block))
-    if any(row["sha256"] != digest.hexdigest() for row in manifest["outputs"] if row["name"] == name):
-        fix = "let nothing write to the directory meanwhile, and export again"
-        raise ThoughtxError("E111", "a file changed while it was copied", where=str(root / name), why="its sha256 is another now", fix=fix)
-    partial.rename(blobs / digest.hexdigest())
-    about = {"name": name, "mode": 0o644, "uid": 0, "gid": 0, "size": size, "mtime": manifest["created"], "typeflag": ord("0")}
+def _layer(directory: EngineDir, name: str, blobs: Path, stage: Any) -> dict[str, Any]:
+    """Copy a file as a blob."""
+    partial = blobs / f"{name}.partial"
+    digest, size = copy(directory, name, partial, stage)
+    partial.rename(blobs / digest)
+    about = {"name": name, "mode": 0o644, "uid": 0, "gid": 0, "size": size, "mtime": directory.manifest["created"], "typeflag": ord("0")}
     annotations = {
         "org.cncf.model.filepath": name,
         "org.cncf.model.file.metadata+json": json.dumps(about, sort_keys=True),
         "org.opencontainers.image.title": name,
     }
-    return {"mediaType": LAYER_TYPE.format(_kind(name)), "digest": f"sha256:{digest.hexdigest()}", "size": size, "annotations": annotations}
+    return {"mediaType": LAYER_TYPE.format(_kind(name)), "digest": f"sha256:{digest}", "size": size, "annotations": annotations}
 
 
 def _kind(name: str) -> str:
