@@ -1,9 +1,10 @@
-"""An open load on servers with OpenAI's API: total tokens a second, time to the first token and between tokens, against the request rate.
+"""An open load on servers with OpenAI's API or Triton's: tokens a second, time to the first token and between tokens, by the request rate.
 
     python bench/serving_http.py --base_url http://127.0.0.1:8000/v1 --output load.json --plot load.png
     python bench/serving_http.py --output load.json --plot load.png \\
       --system thoughtx 'thoughtx-serve --engine_dir ENGINE --port {port} --max_num_seqs 8' \\
       --system llama.cpp 'llama-server -m MODEL.gguf --port {port} -np 8 -c 8192 -t 2' \\
+      --system Triton 'python bench/triton_server.py REPOSITORY --http_port {port}' \\
       --system OpenVINO 'OV/bin/python bench/serving_openvino.py MODEL --port {port} --max_num_seqs 8'
 
 Requests arrive as a Poisson process of `--rates` requests a second for `--seconds` (open loop: none waits for another), and at last
@@ -28,7 +29,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ read need land different home
 WORDS = re.findall("[a-z]+", TEXT)
 PERCENTILES = (50, 99)
 BURST = "burst"
+COUNTS = ("return_num_input_tokens", "return_num_output_tokens")
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,17 @@ class Client:
                 return str(json.loads(reply.read())["data"][0]["id"]) if reply.status == 200 else None
         return None
 
-    def ask(self, asked: Asked, answer: Answer, began: float) -> None:
+    def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {"prompt": asked.prompt, "max_tokens": asked.num_new, "temperature": 0, "ignore_eos": True, "stream": True}
         body |= {"stream_options": {"include_usage": True}, **({"model": self.model} if self.model else {})}
+        return f"{self.path}/completions", body
+
+    def ask(self, asked: Asked, answer: Answer, began: float) -> None:
+        path, body = self.request(asked)
         try:
             connection = http.client.HTTPConnection(self.host, self.port, timeout=self.seconds)
             with contextlib.closing(connection):
-                connection.request("POST", f"{self.path}/completions", json.dumps(body), self.headers)
+                connection.request("POST", path, json.dumps(body), self.headers)
                 reply = connection.getresponse()
                 answer.status = reply.status
                 if reply.status != 200:
@@ -134,11 +140,41 @@ class Client:
             if "error" in said:
                 answer.error = json.dumps(said["error"])[:400]
                 return
-            if any(choice.get("text") for choice in said.get("choices", ())):
-                answer.events.append(now)
-            if said.get("usage"):
-                answer.num_prompt_tokens = said["usage"]["prompt_tokens"]
-                answer.num_new_tokens = said["usage"]["completion_tokens"]
+            self.read(said, answer, now)
+
+    def read(self, said: Mapping[str, Any], answer: Answer, now: float) -> None:
+        if any(choice.get("text") for choice in said.get("choices", ())):
+            answer.events.append(now)
+        if said.get("usage"):
+            answer.num_prompt_tokens = said["usage"]["prompt_tokens"]
+            answer.num_new_tokens = said["usage"]["completion_tokens"]
+
+
+class TritonClient(Client):
+    """The same of the first ready model of a Triton server, through generate_stream."""
+
+    def named(self) -> str | None:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, StopIteration):
+            connection = http.client.HTTPConnection(self.host, self.port, timeout=5)
+            with contextlib.closing(connection):
+                connection.request("POST", f"{self.path}/repository/index", headers=self.headers)
+                rows = json.loads(connection.getresponse().read())
+                return str(next(row["name"] for row in rows if row.get("state") == "READY"))
+        return None
+
+    def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
+        body = {"text_input": asked.prompt, "max_tokens": asked.num_new, "temperature": 0, "ignore_eos": True, "stream": True}
+        return f"{self.path}/models/{self.model}/generate_stream", {**body, **dict.fromkeys(COUNTS, True)}
+
+    def read(self, said: Mapping[str, Any], answer: Answer, now: float) -> None:
+        if said.get("text_output"):
+            answer.events.append(now)
+        answer.num_prompt_tokens = said["num_input_tokens"]
+        answer.num_new_tokens += said["num_output_tokens"]
+
+
+def client_of(url: str, *more: Any) -> Client:
+    return (TritonClient if urlsplit(url).path.startswith("/v2") else Client)(url, *more)
 
 
 def loaded(client: Client, load: Sequence[Asked]) -> list[Answer]:
@@ -200,13 +236,12 @@ def started(command: str, args: argparse.Namespace) -> Iterator[tuple[str, subpr
         except OSError as error:
             raise SystemExit(f"{words[0]} cannot be started: {error.strerror}") from None
     try:
-        url = f"http://127.0.0.1:{port}/v1"
-        client = Client(url, None, args.api_key, args.timeout)
-        while client.named() is None:
+        clients = [client_of(f"http://127.0.0.1:{port}/{version}", None, args.api_key, args.timeout) for version in ("v1", "v2")]
+        while (client := next((one for one in clients if one.named() is not None), None)) is None:
             if process.poll() is not None or time.monotonic() - began > args.timeout:
-                raise SystemExit(f"{words[0]} does not answer at {url} (status {process.poll()}); --log FILE keeps what it says")
+                raise SystemExit(f"{words[0]} does not answer on port {port} (status {process.poll()}); --log FILE keeps what it says")
             time.sleep(0.1)
-        yield url, process, time.monotonic() - began
+        yield f"http://127.0.0.1:{port}{client.path}", process, time.monotonic() - began
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -251,7 +286,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--base_url", help="a server that runs already, with its /v1")
+    where.add_argument("--base_url", help="a server that runs already, with its /v1, or Triton's /v2")
     where.add_argument("--system", nargs=2, action="append", metavar=("NAME", "COMMAND"), help="one to be started; {port} in its command")
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[0.1, 0.2, math.inf])
     parser.add_argument("--seconds", type=float, default=60, help="of arrivals at each rate")
@@ -273,7 +308,7 @@ def main() -> None:
         print(name, flush=True)
         with contextlib.ExitStack() as stack:
             url, process, seconds = stack.enter_context(started(command, args)) if command else (args.base_url, None, 0.0)
-            client = Client(url, args.model, args.api_key, args.timeout)
+            client = client_of(url, args.model, args.api_key, args.timeout)
             client.model = args.model or client.named()
             at_load = memory(process) if process else None
             loads = measured(client, args)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from places import ROOT
@@ -15,7 +16,8 @@ PAGES = {
     path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
 }
 BLOCKS = [block for page in PAGES.values() for block in re.findall(r"<!-- run -->\n```(bash|python)\n(.*?)```", page, re.DOTALL)]
-NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "sign", "export", "release", "inspect", "eval", "distill")
+OTHERS = {"system", "tokenizer", "use_fused_mlp"}  # flags of other tools that a page names alone
+NAMES = ("convert", "calibrate", "build", "validate", "run", "bench", "sign", "export", "inspect", "eval", "distill", "serve")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,49 @@ def test_every_file_that_the_pages_name_exists():
     for page in PAGES.values():
         for name in re.findall(r"`((?:tests|bench|build_configs|docs|plugins)/[\w./-]*|constraints\.txt)`", page):
             assert (ROOT / name).exists(), name
+
+
+def test_every_line_of_production_was_run_or_says_why_not():
+    for marked, block in re.findall(r"(<!-- run -->\n)?```bash\n(.*?)```", PAGES["production.md"], re.DOTALL):
+        lines = block.replace("\\\n", "").splitlines()
+        assert marked or [line for line in lines if not re.search(r"# not run: (GPU|registry|Triton)$", line)] == []
+    assert PAGES["production.md"].count("<!-- run -->") >= 9
+
+
+def commands_in(page: str) -> Iterator[tuple[str, str]]:
+    """Commands of this package that a page types: the name, and its flags' text, as far as the command goes."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for text in (*lines, *spans):
+        yield from re.findall(r"thoughtx[- ]([a-z]+)((?:(?!thoughtx[- ][a-z]|[|;&#)]).)*)", " ".join(text.split()))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_flags_that_pages_name_exist(name):
+    from trtllm_thoughtx.cli.commands import COMMANDS
+
+    flags = {
+        one: {option.lstrip("-").replace("-", "_") for param in command.params for option in (*param.opts, *param.secondary_opts)}
+        | {"help"}
+        for one, command in COMMANDS.items()
+    }
+    page, wrong = PAGES[name], []
+    for command, rest in commands_in(page):
+        if command in flags:
+            wrong += [f"{command} --{flag}" for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", rest) if flag not in flags[command]]
+    every = set().union(*flags.values()) | OTHERS
+    alone = re.findall(r"(?<!`)`--([a-z][\w-]*)", page)  # without a command: of any
+    assert wrong + [flag for flag in alone if flag.replace("-", "_") not in every] == []
+
+
+def test_the_walk_over_flags_sees_what_it_must():
+    page = "`thoughtx-run --a x`\n```bash\nthoughtx-eval --b \\\n  --c | thoughtx bench --d  # --e\n```\n"
+    assert [(name, rest.split()) for name, rest in commands_in(page)] == [
+        ("eval", ["--b", "--c"]),
+        ("bench", ["--d"]),
+        ("run", ["--a", "x"]),
+    ]
 
 
 def test_the_exit_statuses_are_the_ones_of_the_program():

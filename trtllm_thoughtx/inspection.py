@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_thoughtx import files, report
+from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.options import speed_notes
 from trtllm_thoughtx.checkpoint import directory as checkpoint
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
@@ -210,6 +211,13 @@ def summary_table(title: str, facts: Mapping[str, Any]) -> Table:
     return report.table(title, ["fact", "value"], _flat(report.plain(facts)))
 
 
+def _generations(build: Mapping[str, Any]) -> list[str]:
+    """The compute capabilities that the plans are for, where there are plans."""
+    plans = [BACKENDS[name] for name in build["backends"] if BACKENDS[name].builds_plans]
+    named = ", ".join(build["compute_capabilities"])
+    return [f"{record.name}: {named if record.has_targets else 'of this machine'}" for record in plans]
+
+
 def build_tables(summary: Mapping[str, Any]) -> list[Any]:
     """What thoughtx-build made, or with --dry_run what it would make."""
     model, build = summary["model"], summary["build"]
@@ -229,6 +237,7 @@ def build_tables(summary: Mapping[str, Any]) -> list[Any]:
         ),
         "dtype": build["dtype"],
         "backends": build["backends"],
+        "GPU generations": _generations(build),
         "limits": f"batch {build['max_batch_size']}, prompt segment {build['max_input_len']}, sequence {build['max_seq_len']} tokens",
         "attention": chunks if build["use_chunked_attention"] else "full causal",
         "exit head": f"ends the thinking from {build['exit_threshold']:g} on, when asked" if build["exit_head"] else None,

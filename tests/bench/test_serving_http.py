@@ -63,3 +63,14 @@ def test_a_load_on_a_server_that_it_starts(tmp_path):
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     words[3:5] = ["ours", f"{sys.executable} -c pass"]
     assert "does not answer" in subprocess.run(words, capture_output=True, text=True).stderr
+
+
+def test_what_triton_is_asked_and_what_it_says():
+    client = bench.client_of("http://127.0.0.1:1/v2", "m", None, 1.0)
+    path, body = client.request(bench.Asked(0.0, "a b", 3))
+    assert path == "/v2/models/m/generate_stream" and (body["text_input"], body["max_tokens"], body["stream"]) == ("a b", 3, True)
+    answer = bench.Answer(0.0, 200)
+    for at, piece in enumerate(("a", "", "b")):
+        client.read({"text_output": piece, "num_input_tokens": 4, "num_output_tokens": 1}, answer, float(at))
+    assert (answer.events, answer.num_prompt_tokens, answer.num_new_tokens) == ([0.0, 2.0], 4, 3)
+    assert type(bench.client_of("http://127.0.0.1:1/v1", None, None, 1.0)) is bench.Client

@@ -130,6 +130,16 @@ def test_both_spellings_of_a_flag(checkpoint, tmp_path, capsys):
     assert not (tmp_path / "e").exists()
 
 
+def test_a_dry_run_says_which_gpus_a_plan_is_for(checkpoint, tmp_path, capsys):
+    words = ("build", "--checkpoint_dir", checkpoint, "--output_dir", tmp_path / "e", "--dry_run", "--compute_capabilities", "8.9,12.0")
+    assert run(*words, "--backend", "onnxruntime,tensorrt-rtx") == 0
+    assert "tensorrt-rtx: 8.9, 12.0" in capsys.readouterr().out
+    assert run(*words[:-2], "--backend", "onnxruntime") == 0
+    assert "GPU generations" not in capsys.readouterr().out
+    assert run("build", "--help") == 0
+    assert "[default: 8.6,8.9,12.0]" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("words", [["onnxruntime,tensorrt_rtx"], ["onnxruntime", "tensorrt-rtx"]])
 def test_backends_joined_or_repeated(words, checkpoint, tmp_path, capsys):
     flags = [flag for word in words for flag in ("--backend", word)]

@@ -145,11 +145,22 @@ def test_runtime_versions(backend: str, here: str, status: str, says: str, root:
     assert says in reason(root, backend, "runtime version")
 
 
-def test_the_gpu_must_be_one_of_those_built_for(root: Path, machine: Any) -> None:
+def test_every_visible_gpu_is_judged(root: Path, machine: Any) -> None:
     planned.add_plans(root, {"tensorrt-rtx": b"plan"}, VERSIONS)
-    machine.gpus = [Gpu("NVIDIA H100", "9.0", 80 << 30, 79 << 30), L4]  # plans run on the first
+    machine.gpus = [L4, Gpu("NVIDIA H100", "9.0", 80 << 30, 79 << 30), Gpu("NVIDIA A10", "8.6", 24 << 30, 1)]
+    found = statuses(root, "tensorrt-rtx")
+    assert [found[f"compute capability of GPU {place}"] for place in range(3)] == ["passed", "failed", "passed"]
+    assert [found[f"memory at batch 4 of GPU {place}"] for place in range(3)] == ["passed", "passed", "failed"]
+    said = reason(root, "tensorrt-rtx", "capability of GPU 1")
+    assert "NVIDIA H100 has 9.0, the plans are for 8.6, 8.9" in said and "CUDA_VISIBLE_DEVICES" in said
+    machine.gpus = machine.gpus[1:2]
     assert statuses(root, "tensorrt-rtx")["compute capability"] == "failed"
-    assert "NVIDIA H100 has 9.0, the plans are for 8.6, 8.9" in reason(root, "tensorrt-rtx", "capability")
+
+
+def test_capabilities_are_in_the_order_of_their_numbers(root: Path, machine: Any) -> None:
+    planned.add_plans(root, {"tensorrt-rtx": b"plan"}, VERSIONS, compute_capabilities=("12.0", "8.9", "10.0", "8.6"))
+    machine.gpus = [Gpu("NVIDIA H100", "9.0", 80 << 30, 79 << 30)]
+    assert "the plans are for 8.6, 8.9, 10.0, 12.0:" in reason(root, "tensorrt-rtx", "capability")
 
 
 def test_a_plan_of_an_unknown_gpu_is_not_judged(root: Path, machine: Any) -> None:

@@ -25,6 +25,7 @@ NAMES = CommaList(
 )
 TARGETS = CommaList("LIST", r"\d{1,2}\.\d", str, "a compute capability such as 8.9")
 BLANK = BuildConfig()
+_HELP_OF_TARGETS = f"GPU generations (compute capabilities) of a tensorrt-rtx plan.  [default: {','.join(BLANK.compute_capabilities)}]"
 
 
 def refuse(flag: str, value: object, why: str, fix: str) -> ThoughtxError:
@@ -286,7 +287,7 @@ _ROWS = (  # in the order of the command's help
         bounds=lambda given: (1, 1, given.config.num_layers),
         target="",
     ),
-    Option("compute_capabilities", TARGETS, "GPU generations that a tensorrt-rtx engine serves, e.g. 8.6,8.9.", _targets),
+    Option("compute_capabilities", TARGETS, _HELP_OF_TARGETS, _targets),
     Option("optimization_level", Count(0, 5), "TensorRT builder optimization level."),
 )
 OPTIONS = {row.name: row for row in _ROWS}

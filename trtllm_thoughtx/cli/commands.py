@@ -158,7 +158,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
 @framework.on_error_option
 @click.option("--no_chat_template", is_flag=True, help="Do not apply the chat template.")
-@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: onnxruntime, if built]")
 @click.option("--max_new_tokens", type=POSITIVE, help="Maximum tokens to generate per request.  [default: the checkpoint's, or 256]")
 @click.option("--temperature", type=FiniteFloat(min=0, max=100), help="0 is greedy.  [default: the checkpoint's]")
 @click.option(
@@ -197,7 +197,7 @@ def run_command(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to time.")
 @click.option("--against", type=PATH, help="Hugging Face directory that transformers runs eagerly in the same process.")
-@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to time.  [default: one that runs here]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to time.  [default: onnxruntime, if built]")
 @click.option("--prompt_len", type=POSITIVE, default=64, help="Tokens of each random prompt.")
 @click.option("--max_new_tokens", type=Count(2, 1 << 20), default=32, help="Tokens to decode per request.")
 @click.option("--batch_size", type=POSITIVE, default=1, help="Requests per call.")

@@ -37,7 +37,7 @@ SECONDS = FiniteFloat(0, 1e6, min_open=True)
 @click.option("--drain_timeout", type=SECONDS, default=30.0, help="Seconds that running requests get when the server is told to stop.")
 @click.option("--api_key_file", type=PATH, help="File with one key a line; clients must send one of them.")
 @click.option("--reasoning_efforts", metavar="LIST", help="Thinking tokens of reasoning_effort, e.g. low=256,high=unlimited.")
-@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: one that runs here]")
+@click.option("--backend", type=OneOf(tuple(BACKENDS)), help="Which of the engine's plans to run.  [default: onnxruntime, if built]")
 @exact_option
 @verify_key_option
 @click.option("--num_threads", type=Count(1, 1024), help="CPU threads.")

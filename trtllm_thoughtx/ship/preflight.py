@@ -99,11 +99,11 @@ def _of_backend(directory: EngineDir, name: str, made_with: Mapping[str, Any], f
         yield _platform(name, made_with)
         if record.has_targets:
             yield from _headers(directory, name, is_installed=here[record.module] != MISSING, intact=intact)
-        yield _capability(directory, name, found)
+        yield from _capability(directory, name, found)
         yield _driver(name)
         if record.takes_plugins and directory.build.plugin == "cpp":
             yield _library(directory, name, here[record.module], intact=intact)
-    yield _memory(directory, name, found)
+    yield from _memory(directory, name, found)
 
 
 def _version(name: str, built: str, here: str) -> Check:
@@ -156,19 +156,28 @@ def _headers(directory: EngineDir, name: str, *, is_installed: bool, intact: boo
             yield Check(label, status, reason)
 
 
-def _capability(directory: EngineDir, name: str, found: list[Gpu]) -> Check:
+def _capability(directory: EngineDir, name: str, found: list[Gpu]) -> Iterator[Check]:
+    """One for each visible GPU: a process runs on the first that it sees, and CUDA_VISIBLE_DEVICES may make that any of them."""
     label = f"{name}: compute capability"
     each = [set(part.plans[name].compute_capabilities) for part in directory.parts]
-    built = sorted(set.intersection(*each))
-    evidence = {"built for": ", ".join(map(shown, built)), "here": ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in found)}
+    built = sorted(set.intersection(*each), key=lambda one: (_numbers(one), one))
+    wanted = ", ".join(map(shown, built))
     if not found:
-        return Check(label, "skipped", f"no NVIDIA driver, or no GPU that it can see; built for {evidence['built for']}", evidence)
-    if built == [NATIVE]:
-        return Check(label, "skipped", "the engine does not say for which GPU it was built", evidence)
-    if found[0].compute_capability in built:
-        return Check(label, "passed", evidence=evidence)
-    gpu = f"{shown(found[0].name)} has {found[0].compute_capability}"
-    return Check(label, "failed", f"{gpu}, the plans are for {evidence['built for']}: thoughtx-build --compute_capabilities", evidence)
+        yield Check(label, "skipped", f"no NVIDIA driver, or no GPU that it can see; built for {wanted}", {"built for": wanted, "here": ""})
+    for gpu, of_gpu in zip(found, _places(found), strict=True):
+        here, evidence = gpu.compute_capability, {"built for": wanted, "here": f"{gpu.name} ({gpu.compute_capability})"}
+        if built == [NATIVE]:
+            yield Check(f"{label}{of_gpu}", "skipped", "the engine does not say for which GPU it was built", evidence)
+        elif here in built:
+            yield Check(f"{label}{of_gpu}", "passed", evidence=evidence)
+        else:
+            fix = "thoughtx-build --compute_capabilities, or hide that GPU (CUDA_VISIBLE_DEVICES)"
+            yield Check(f"{label}{of_gpu}", "failed", f"{shown(gpu.name)} has {here}, the plans are for {wanted}: {fix}", evidence)
+
+
+def _places(found: list[Gpu]) -> list[str]:
+    """What a check's name says of its GPU, where there are several."""
+    return [f" of GPU {place}" for place in range(len(found))] if len(found) > 1 else [""] * len(found)
 
 
 def _driver(name: str) -> Check:
@@ -229,17 +238,21 @@ def memory_need(directory: EngineDir, backend: str) -> dict[str, int]:
     }
 
 
-def _memory(directory: EngineDir, name: str, found: list[Gpu]) -> Check:
-    record, label = BACKENDS[name], f"{name}: memory at batch {directory.build.max_batch_size}"
+def _memory(directory: EngineDir, name: str, found: list[Gpu]) -> Iterator[Check]:
+    """Of the machine; for plans, of each visible GPU."""
+    label, on_gpu = f"{name}: memory at batch {directory.build.max_batch_size}", BACKENDS[name].builds_plans
     need = memory_need(directory, name)
     total = sum(need.values())
-    free = (found[0].free_bytes if found else None) if record.builds_plans else available_bytes()
     parts = ", ".join(f"{part} {human_bytes(size)}" for part, size in need.items())
     text = f"{human_bytes(total)} ({parts}, estimated)"
-    evidence = {"needed": text, "free": None if free is None else human_bytes(free), "bytes": {**need, "free": free}}
-    if free is None:
-        why = "no GPU whose free memory could be asked" if record.builds_plans else "the system does not say what is free"
-        return Check(label, "skipped", f"{why}; needed: {text}", evidence)
-    if total > free:
-        return Check(label, "failed", f"needed: {text}; free: {human_bytes(free)}; lower thoughtx-build --max_batch_size", evidence)
-    return Check(label, "passed", evidence=evidence)
+    frees = [gpu.free_bytes for gpu in found] or [None] if on_gpu else [available_bytes()]
+    for free, of_gpu in zip(frees, (_places(found) or [""]) if on_gpu else [""], strict=True):
+        evidence = {"needed": text, "free": None if free is None else human_bytes(free), "bytes": {**need, "free": free}}
+        if free is None:
+            why = "no GPU whose free memory could be asked" if on_gpu else "the system does not say what is free"
+            yield Check(f"{label}{of_gpu}", "skipped", f"{why}; needed: {text}", evidence)
+        elif total > free:
+            why = f"needed: {text}; free: {human_bytes(free)}; lower thoughtx-build --max_batch_size"
+            yield Check(f"{label}{of_gpu}", "failed", why, evidence)
+        else:
+            yield Check(f"{label}{of_gpu}", "passed", evidence=evidence)
