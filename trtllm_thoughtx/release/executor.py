@@ -22,7 +22,10 @@ from trtllm_thoughtx.release.work import PROGRAM, Outcome, Stop, run_step
 
 
 class Executor(Protocol):
-    cores: int  # that steps share
+    @property
+    def cores(self) -> int:
+        """That steps share."""
+        ...
 
     def lacks(self, step: Step) -> str:
         """Why the step can never run here, and what there is instead; "" when it can."""

@@ -4,6 +4,7 @@ OUT/store/              outputs by key, unless --store names a directory that ma
 OUT/engines/NAME        links to what passed: signed where there is a key
 OUT/images/NAME         links to its OCI layout
 OUT/release.json        every engine with its measures, checks, steps and commands
+OUT/release.html        the same for people
 OUT/release.xml         the checks as JUnit
 """
 
@@ -26,6 +27,7 @@ from trtllm_thoughtx.files import atomic_file, human_bytes
 from trtllm_thoughtx.progress import Progress, duration
 from trtllm_thoughtx.release.document import Flags, read_release
 from trtllm_thoughtx.release.executor import Executor, LocalExecutor
+from trtllm_thoughtx.release.page import page
 from trtllm_thoughtx.release.plan import Engine, Plan, Planner
 from trtllm_thoughtx.release.rates import Rates
 from trtllm_thoughtx.release.schedule import DONE, Schedule, State
@@ -100,7 +102,11 @@ def release(path: Path, output_dir: Path, flags: Flags, *, store_dir: Path | Non
 
 
 def _executor(ray: str | None, store: Store) -> Executor:
-    return LocalExecutor(store)
+    if ray is None:
+        return LocalExecutor(store)
+    from trtllm_thoughtx.release.on_ray import RayExecutor
+
+    return RayExecutor(store, ray)
 
 
 def _check_output(output_dir: Path) -> None:
@@ -143,6 +149,8 @@ def _write(made: Released, plan: Plan, store: Store, states: Mapping[str, State]
             is_there = step is not None and row.status == "passed" and states[step.key].status in DONE
             _point(root / engine.name, store.path(step.key) / step.label if is_there and step else None)
     report.junit(made.output_dir / "release.xml", [check for row in made.rows for check in row.checks], "thoughtx-release")
+    with atomic_file(made.output_dir / "release.html") as file:
+        file.write(page(made.name, made.rows, made.seconds, made.counts).encode())
     with atomic_file(made.output_dir / "release.json") as file:
         file.write(report.to_json({"schema": "thoughtx.release/1", **report.plain(made)}).encode())
 

@@ -108,12 +108,12 @@ class Schedule:
         """All that the step needs has ended."""
         step = self.steps[key]
         bad = [need for need in step.inputs if self.states[need].status not in DONE]
-        if self.store.has(key) and not bad:
-            self._settle(key, "found")
-        elif bad:
+        if bad:
             self._settle(key, "skipped", f"{self.steps[bad[0]].name} is not there")
-        elif step.gate is not None and (why := self.passed(step.gate)):
+        elif step.gate is not None and (why := self.passed(step.gate)):  # also where it is there: limits may have changed
             self._settle(key, "skipped", f"not passed: {why}")
+        elif self.store.has(key):
+            self._settle(key, "found")
         else:
             self._ready.append(key)
 

@@ -1,0 +1,149 @@
+"""A release of a small model by the real commands: what is left for people and for programs."""
+
+from __future__ import annotations
+
+import hashlib
+import html.parser
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tiny import write_tiny
+
+from trtllm_thoughtx.cli import commands as cli
+from trtllm_thoughtx.cli.params import run
+from trtllm_thoughtx.release.page import frontier, page
+from trtllm_thoughtx.release.verdict import Row
+
+TEXT = """name: small
+date: 2026-11-30
+models: {tiny: {path: model}}
+formats: {plain: {}}
+targets:
+  cpu: {backend: onnxruntime, dtype: float32, max_seq_len: 64}
+  half: {backend: onnxruntime, dtype: float16, max_seq_len: 64}
+limits: {max_bytes: 1 MiB}
+sign: {key: key.pem}
+export: {tag: v1}
+"""
+
+
+def release(root: Path, capsys: pytest.CaptureFixture[str], out: str = "out") -> tuple[int, dict]:
+    capsys.readouterr()
+    words = [str(root / "r.yaml"), "--output_dir", str(root / out), "--store", str(root / "store"), "--json"]
+    status = run(cli.COMMANDS["release"], "thoughtx-release", words)
+    captured = capsys.readouterr()
+    assert all(json.loads(line)["event"] == "step" for line in captured.err.splitlines() if line.startswith("{"))
+    return status, json.loads(captured.out)
+
+
+def shipped(root: Path) -> dict[str, str]:
+    """Hashes of the files behind the links."""
+    return {
+        f"{path.parent.name}/{path.name}/{file.relative_to(path.resolve())}": hashlib.sha256(file.read_bytes()).hexdigest()
+        for path in [*root.glob("engines/*"), *root.glob("images/*")]
+        for file in path.resolve().rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_a_release(tmp_path, capsys):
+    pytest.importorskip("transformers", reason="validation compares with transformers")
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519", reason="signatures need cryptography")
+    from cryptography.hazmat.primitives import serialization
+
+    secret = ed25519.Ed25519PrivateKey.generate()
+    (tmp_path / "key.pem").write_bytes(
+        secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (tmp_path / "key.pem").chmod(0o600)
+    write_tiny(tmp_path / "model", tokenizer=True, dtype="float32")
+    (tmp_path / "r.yaml").write_text(TEXT)
+    status, made = release(tmp_path, capsys)
+    assert status == 0, made
+    assert made["ok"] and made["count"] == {"passed": 2} and made["steps"] == {"made": 9}
+    row = made["engines"][0]
+    assert row["parity"]["failed"] == 0 and row["parity"]["passed"] > 3 and row["signed_by"] and row["kl_from"] == "parity"
+    first = shipped(tmp_path / "out")
+    assert {"engines/tiny-plain-cpu/thoughtx.sig", "images/tiny-plain-half/index.json"} <= set(first)
+    suite = ElementTree.parse(tmp_path / "out" / "release.xml").getroot()
+    assert [case.get("name") for case in suite] == ["tiny-plain-cpu", "tiny-plain-half"] and suite.get("failures") == "0"
+    assert json.loads((tmp_path / "out" / "release.json").read_text())["release"] == "small"
+
+    status, again = release(tmp_path, capsys)
+    assert status == 0 and again["steps"] == {"found": 9} and shipped(tmp_path / "out") == first
+
+    # other limits judge again what is there: nothing is built, and what does not pass is not shipped
+    (tmp_path / "r.yaml").write_text(TEXT.replace("1 MiB", "300 KiB"))
+    sizes = {row["name"]: row["num_bytes"] for row in made["engines"]}
+    assert sizes["tiny-plain-half"] < 300 << 10 < sizes["tiny-plain-cpu"], sizes
+    status, judged = release(tmp_path, capsys)
+    assert status == 1 and judged["steps"] == {"found": 7, "skipped": 2} and judged["count"] == {"failed": 1, "passed": 1}
+    assert {name.split("/")[1] for name in shipped(tmp_path / "out")} == {"tiny-plain-half"}
+    assert "max_bytes" in (tmp_path / "out" / "release.html").read_text()
+
+    # a store of its own makes the same bytes; the reproducing commands are those that one types
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "r.yaml").write_text(TEXT + "leave_out:\n- targets: cpu\n")
+    status, fresh = release(tmp_path, capsys, "other")
+    assert status == 0 and shipped(tmp_path / "other") == {name: digest for name, digest in first.items() if "-half/" in name}
+    assert [line.split()[0] for line in fresh["engines"][0]["commands"]] == ["thoughtx-convert", "thoughtx-build", "thoughtx-validate"]
+
+
+def test_an_output_of_something_else_is_left_alone(tmp_path, capsys):
+    write_tiny(tmp_path / "model", tokenizer=True)
+    (tmp_path / "r.yaml").write_text(TEXT.replace("sign: {key: key.pem}\n", ""))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    status, made = release(tmp_path, capsys)
+    assert status == 3 and made["error"]["code"] == "E130" and not (tmp_path / "store").exists()
+
+
+def row(name: str, num_bytes: int | None, kl: float | None, status: str = "passed", **more) -> Row:
+    at = {"models": "m", "formats": name, "targets": "t", "attention": "none", "exits": "none"}
+    return Row(name, at, status=status, num_bytes=num_bytes, kl=kl, **more)
+
+
+def test_the_frontier():
+    rows = [row("a", 100, 0.0), row("b", 50, 0.1), row("c", 60, 0.2), row("d", 40, 0.05, "failed"), row("e", 50, 0.3), row("f", 10, None)]
+    assert [one.name for one in frontier(rows)] == ["b", "a"]
+
+
+def test_the_page_holds_everything_and_loads_nothing():
+    class Parsed(html.parser.HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags, self.open, self.text = [], [], ""
+
+        def handle_starttag(self, tag, attrs):
+            self.tags.append((tag, dict(attrs)))
+            if tag != "meta":
+                self.open.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            self.tags.append((tag, dict(attrs)))
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_data(self, data):
+            self.text += data
+
+    rows = [
+        row("a", 100 << 20, 0.0, kl_from="parity"),
+        row("b", 50 << 20, 0.1),
+        row("c", 20 << 20, 0.3, "failed", reasons=["max_kl: 0.3, at most 0.1 must hold"]),
+        row("<b>x</b>", None, None, "skipped", commands=["thoughtx-build --x '<y>'"]),
+    ]
+    parsed = Parsed()
+    parsed.feed(page("r", rows, 3.0, {"made": 4}))
+    assert parsed.open == []
+    assert not [attrs for _, attrs in parsed.tags if {"src", "href"} & set(attrs)] and not {"script", "link"} & {
+        tag for tag, _ in parsed.tags
+    }
+    circles = [attrs["class"] for tag, attrs in parsed.tags if tag == "circle"]
+    assert sorted(circles) == ["on", "on", "out"] and len([tag for tag, _ in parsed.tags if tag == "polyline"]) == 1
+    assert "at most 0.1 must hold" in parsed.text and "<b>x</b>" in parsed.text and "thoughtx-build --x '<y>'" in parsed.text
