@@ -157,6 +157,7 @@ READERS = {
     "validate/golden.py": ("validate",),
     "validate/merging.py": ("validate",),
     "validate/quality.py": ("validate",),
+    "release/": ("release",),
     "report.py": ("convert", "build", "calibrate", "distill"),  # it names the command that made an output
     "cli/run.py": ("run",),
     "runtime/": ("run", "eval"),
@@ -167,10 +168,10 @@ READERS = {
     "validate/validate.py": ("validate",),
     "checkpoint/weights.py": ("convert", "build"),
 }
-# flags' own help, scripts, flags of accelerate and of Polygraphy
+# flags' own help, scripts, flags of accelerate and of Polygraphy, variables of CSS
 NO_ADVICE = (
     *(f"cli/{name}.py" for name in ("commands", "calibrate", "distill", "evaluate", "framework", "demo")),
-    *("distill/plan.py", "distill/sample.py", "validate/polygraphy.py"),
+    *("distill/plan.py", "distill/sample.py", "validate/polygraphy.py", "release/page.py"),
 )
 NOT_COMMANDS = {"tiny", "bug", "weights", "windows", "harness"}  # the sample's name; directories in the system's temporary place
 FLAGS = {

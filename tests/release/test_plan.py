@@ -12,6 +12,7 @@ from places import ROOT, TINY
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli.params import run
 from trtllm_thoughtx.cli.release import flags_of_documents
+from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.progress import SILENT
 from trtllm_thoughtx.release.facts import NEVER, NOT_RUN
 from trtllm_thoughtx.release.job import commands, open_plan
@@ -104,7 +105,7 @@ ENTRIES = {
     "build": ("build/build.py",),
     "validate": ("validate/validate.py",),
     "sign": ("ship/sign.py",),
-    "export": ("ship/export.py",),
+    "export": ("ship/export/oci.py",),
 }
 
 
@@ -141,3 +142,9 @@ def test_dry_run(tmp_path, model, capsys):
     document = json.loads(capsys.readouterr().out)
     assert len(document["steps"]) == 12 and document["num_found"] == 0 and not (tmp_path / "out").exists()
     assert all(step["memory_bytes"] > 0 for step in document["steps"])
+
+
+def test_what_is_not_there_is_said(tmp_path, model):
+    with pytest.raises(ThoughtxError) as refused:
+        plan(tmp_path, model, ("evaluate:", "sign: {key: none.pem}\nevaluate:"))
+    assert refused.value.code == "E101" and "none.pem" in refused.value.where

@@ -15,7 +15,7 @@ from trtllm_thoughtx.progress import Progress
 # Flags that a release sets itself, or that mean nothing in one
 COMMON = {"config", "json", "quiet", "debug", "help", "version", "force", "dry_run", "output", "resume", "answers", "on_error", "plot"}
 PLACES = {"model_dir", "output_dir", "checkpoint_dir", "engine_dir", "reference", "record", "golden", "compare", "junit", "export_check"}
-WITHHELD = COMMON | PLACES | {"against", "verify_key", "plugin_library"}
+WITHHELD = COMMON | PLACES | {"against", "verify_key", "plugin_library", "lora_dir"}
 
 
 @framework.command(

@@ -268,6 +268,7 @@ def _left_out(reader: Reader, node: yaml.Node, name: str) -> tuple[Mapping[str, 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     path: Path = field(metadata=_by(_path))
+    lora_dir: Path | None = field(default=None, metadata=_by(_path))  # a PEFT directory that is merged
     dtype: str = field(
         default="auto",
         metadata=_by(_checked(lambda v: v in ("auto", "float32", "float16", "bfloat16"), "auto, float32, float16 or bfloat16")),

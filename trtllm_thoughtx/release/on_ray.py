@@ -55,7 +55,7 @@ class RayExecutor:
             try:
                 ray.init(**given) if address == LOCAL else ray.init(address, **given)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                why, fix = shown(str(error), 400), "start it with `ray start --head`, correct the address, or use --ray local"
+                why, fix = shown(str(error), 400), "start a cluster (ray start), correct the address, or use --ray local"
                 raise ThoughtxError("E205", "no Ray cluster answers", where=f"--ray {shown(address)}", why=why, fix=fix) from None
         self._task = ray.remote(_work)
         self._running: dict[Any, Step] = {}

@@ -18,6 +18,7 @@ from typing import Any
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.config import BuildConfig
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.files import open_named
 from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.release.document import AXES, KINDS, Flag, Release, Target
 from trtllm_thoughtx.release.estimate import LIBRARIES, TORCH, Size, bits_of, built, item_bytes, settings_of, size_of
@@ -92,11 +93,16 @@ class Planner:
     def _model(self, path: Path) -> Input:
         return self._inputs.get(path) or self._input(path, model_files(path))
 
+    def _lora(self, engine: Engine) -> list[Word]:
+        """For the command that reads the model itself, and for the reference."""
+        path = self.release.models[engine.at["models"]].lora_dir
+        return [] if path is None else ["--lora_dir", self._input(path, _files(path))]
+
     def _words(self, flags: Sequence[Flag]) -> list[Word]:
         words: list[Word] = []
         for flag in flags:
             words.append(f"--{flag.name}")
-            words += [self._input(flag.file, [flag.file])] if flag.file else list(flag.words)
+            words += [self._input(flag.file, _files(flag.file))] if flag.file else list(flag.words)
         return words
 
     def _make(self, engine: Engine) -> None:
@@ -107,14 +113,16 @@ class Planner:
         item = item_bytes(model.dtype, size.config)
         stored = size.total * item
         step: Step | Input = source
+        lora = self._lora(engine)
         words: list[Word]
         if model.dtype != "auto" or not (quantized.flags or exits.flags):  # a calibration reads the model itself
-            words = ["convert", "--model_dir", source, "--output_dir", f"{HERE}/{at['models']}", "--dtype", model.dtype]
+            words = ["convert", "--model_dir", source, "--output_dir", f"{HERE}/{at['models']}", "--dtype", model.dtype, *lora]
             step = engine.steps["convert"] = self._add("convert", at["models"], words, memory=LIBRARIES, disk=stored, size=stored)
         for kind, given in (("calibrate", quantized), ("fit", exits)):
             if given.flags:
                 label = "-".join((at["models"], at["formats"], *((at["exits"],) if kind == "fit" else ())))
                 words = ["calibrate", "--model_dir", step, "--output_dir", f"{HERE}/{label}", *self._words(given.flags)]
+                words += lora if step is source else []
                 memory = TORCH + 6 * size.layer * 4 + 2 * size.table * 4 if kind == "calibrate" else TORCH + size.total * 6
                 step = engine.steps[kind] = self._add(kind, label, words, memory=memory, disk=stored, size=size.total * 4)
         flags = {flag.name: flag for flag in (*release.attention[at["attention"]].flags, *engine.target.flags)}
@@ -151,7 +159,15 @@ class Planner:
         on = engine.name if not gpu else f"{engine.name}-{PLAIN.sub('_', gpu)}"  # without a GPU it is another step, which skips the plan
         if release.validate is not None:
             source = self._model(release.models[engine.at["models"]].path)
-            words: list[Word] = ["validate", "--engine_dir", build, "--reference", source, *self._words(release.validate.flags)]
+            words: list[Word] = [
+                "validate",
+                "--engine_dir",
+                build,
+                "--reference",
+                source,
+                *self._lora(engine),
+                *self._words(release.validate.flags),
+            ]
             memory, size = TORCH + engine.parameters * 4 + engine.memory, engine.parameters * 4
             engine.steps["validate"] = self._add("validate", on, words, memory=memory, size=size, **(where if gpu else {}))
         for kind, given in (("evaluate", release.evaluate), ("bench", release.bench)):
@@ -172,9 +188,17 @@ class Planner:
         after = tuple(engine.steps[kind].key for kind in EVIDENCE if kind in engine.steps)
         more = {"after": after, "gate": engine.name, "memory": LIBRARIES, "size": step.size}
         if release.sign is not None:
-            key = self._input(release.sign.key, [release.sign.key])
+            key = self._input(release.sign.key, _files(release.sign.key))
             words: list[Word] = ["sign", "--engine_dir", f"{HERE}/{engine.name}", "--key", key]
             step = engine.steps["sign"] = self._add("sign", engine.name, words, copies=step, **more)
         if release.export is not None:
             words = ["export", "--engine_dir", step, "--oci", f"{HERE}/{engine.name}", "--tag", release.export.tag]
             engine.steps["export"] = self._add("export", engine.name, words, disk=step.size, **more)
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all files of a directory. E101 when there is none."""
+    if path.is_dir():
+        return sorted(one for one in path.rglob("*") if one.is_file())
+    open_named(path).close()
+    return [path]
