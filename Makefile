@@ -9,7 +9,7 @@ JOBS ?= 2
 MODEL ?= smollm2
 export PYTHONDONTWRITEBYTECODE := # the tests start many processes: without bytecode each compiles the package again
 
-.PHONY: help setup demo serve check test lint bench real oracles triton sample plugin clean
+.PHONY: help setup demo release serve check test lint bench real oracles triton sample plugin clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt tests/plugins/trt_bindings.txt
 
 demo: $(STAMP) ## sample checkpoint -> engine -> proof -> answer, in ./demo-out
 	@$(VENV)/bin/python -m trtllm_thoughtx.cli.demo
+
+release: $(STAMP) ## the samples in four formats for two targets, proved, with a page that compares them: in ./release-out
+	@$(VENV)/bin/thoughtx-release build_configs/releases/samples.yaml --output_dir release-out
 
 serve: $(STAMP) ## the demo's engine behind the API, on port 8000
 	@test -d demo-out/engine || $(VENV)/bin/python -m trtllm_thoughtx.cli.demo
@@ -74,7 +77,7 @@ sample: $(STAMP) ## train the shipped samples again from their seed, in ./sample
 	@$(VENV)/bin/python -m trtllm_thoughtx.distill.sample --output_dir sample-out --seed 0
 
 clean: ## remove what demo and the tools wrote (keeps .venv)
-	rm -rf demo-out real-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo-out real-out release-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 plugin: ## the C++ plugin for one TensorRT: make plugin TRT_INCLUDE=/path/to/TensorRT/include (needs nvcc), in ./build

@@ -6,16 +6,23 @@ import hashlib
 import html.parser
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from fake_release import PROGRAM, Silent, fake_step
 from tiny import write_tiny
 
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli.params import run
+from trtllm_thoughtx.release.document import Limits, Target
+from trtllm_thoughtx.release.executor import LocalExecutor
 from trtllm_thoughtx.release.page import frontier, page
-from trtllm_thoughtx.release.verdict import Row
+from trtllm_thoughtx.release.plan import Engine
+from trtllm_thoughtx.release.schedule import Schedule, State
+from trtllm_thoughtx.release.store import Store
+from trtllm_thoughtx.release.verdict import Judge, Row
 
 TEXT = """name: small
 date: 2026-11-30
@@ -70,7 +77,9 @@ def test_a_release(tmp_path, capsys):
     first = shipped(tmp_path / "out")
     assert {"engines/tiny-plain-cpu/thoughtx.sig", "images/tiny-plain-half/index.json"} <= set(first)
     suite = ElementTree.parse(tmp_path / "out" / "release.xml").getroot()
-    assert [case.get("name") for case in suite] == ["tiny-plain-cpu", "tiny-plain-half"] and suite.get("failures") == "0"
+    cases = [case.get("name") for case in suite]
+    assert {"tiny-plain-cpu", "tiny-plain-half", "tiny-plain-cpu: files match the manifest"} <= set(cases)
+    assert suite.get("failures") == "0" and len(cases) == 2 + sum(sum(one["parity"].values()) for one in made["engines"])
     assert json.loads((tmp_path / "out" / "release.json").read_text())["release"] == "small"
 
     status, again = release(tmp_path, capsys)
@@ -147,3 +156,66 @@ def test_the_page_holds_everything_and_loads_nothing():
     circles = [attrs["class"] for tag, attrs in parsed.tags if tag == "circle"]
     assert sorted(circles) == ["on", "on", "out"] and len([tag for tag, _ in parsed.tags if tag == "polyline"]) == 1
     assert "at most 0.1 must hold" in parsed.text and "<b>x</b>" in parsed.text and "thoughtx-build --x '<y>'" in parsed.text
+
+
+def test_an_engine_that_was_not_validated_is_not_passed(tmp_path):
+    """Where no machine has the GPU of its plan, it is neither signed nor exported."""
+    target = Target(gpu="H999")
+    engine = Engine("e", {"formats": "f"}, target)
+    build = fake_step(tmp_path / "note", "build", "e")
+    engine.steps = {"build": build, "validate": fake_step(tmp_path / "note", "validate", "e", [build], gpu="H999")}
+    engine.steps["sign"] = fake_step(tmp_path / "note", "sign", "e", [build], after=(engine.steps["validate"].key,), gate="e")
+    (tmp_path / "store").mkdir()
+    store, steps = Store(tmp_path / "store"), {step.key: step for step in engine.steps.values()}
+    schedule = Schedule(steps, store, LocalExecutor(store, program=PROGRAM), Silent())
+    judge = Judge([engine], Limits(), store, schedule.states)
+    schedule.passed = judge.passed
+    states = schedule.run()
+    row = judge.row(engine)
+    assert [states[step.key].status for step in engine.steps.values()] == ["made", "skipped", "skipped"]
+    assert row.status == "skipped" and "H999" in row.skipped[0] and "H999" in states[engine.steps["sign"].key].reason
+
+
+def judged(tmp_path: Path, limits: Limits, **found) -> Row:
+    """The row of an engine with these results."""
+    engine = Engine("e", {"formats": "f"}, Target())
+    store = Store(tmp_path)
+    for kind, result in {"build": {}, "validate": {"count": {"passed": 1, "failed": 0, "skipped": 0}, "checks": []}, **found}.items():
+        step = engine.steps[kind] = fake_step(tmp_path / "note", kind, "e")
+        with store.partial(step.key) as here:
+            store.publish(step.key, here, {"bytes": 1000, "result": result})
+    states = {step.key: State("made") for step in engine.steps.values()}
+    return Judge([engine], limits, store, states).row(engine)
+
+
+LIMITS = [
+    (Limits(), "passed", ""),
+    (Limits(max_bytes=999), "failed", "max_bytes: 1000 bytes, at most 999 bytes"),
+    (Limits(min_tokens_per_second=100), "failed", "min_tokens_per_second: 50, at least 100"),
+    (Limits(min_tokens_per_second=50), "passed", ""),
+    (Limits(max_kl=0.0), "passed", ""),
+    (Limits(max_points_lost=1), "passed", ""),  # the first format is what others are compared with
+    (Limits(strict=True), "passed", ""),
+]
+
+
+@pytest.mark.parametrize(("limits", "status", "why"), LIMITS)
+def test_limits(limits, status, why, tmp_path):
+    row = judged(tmp_path, limits, bench={"rows": [{"phase": "prefill", "median": 1}, {"phase": "decode", "median": 50}]})
+    assert row.status == status and why in "; ".join(row.reasons)
+
+
+def test_what_was_not_measured_is_skipped_and_with_strict_fails(tmp_path):
+    limits = Limits(min_tokens_per_second=1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    lax, strict = judged(tmp_path / "a", limits), judged(tmp_path / "b", replace(limits, strict=True))
+    assert (lax.status, strict.status) == ("passed", "failed")
+    assert lax.skipped == strict.reasons == ["min_tokens_per_second: it was not measured"]
+
+
+def test_points_lost_are_those_of_all_tasks(tmp_path):
+    rows = [{"measure": "accuracy", "first": 90.0, "second": 95.0}, {"measure": "F1", "first": 1.0, "second": 2.0}]
+    evaluate = {"num_errors": 0, "summary": {"overall": {"accuracy": 0.9}}, "comparison": {"rows": rows}}
+    row = judged(tmp_path, Limits(), evaluate=evaluate)
+    assert row.points_lost == 5.0 and row.accuracy == 0.9

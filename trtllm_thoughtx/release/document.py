@@ -279,8 +279,8 @@ class Model:
 class Target(Flagged):
     """Flags of thoughtx-build, and the machine that runs the engine (and builds it, where plans need that)."""
 
-    gpu: str | None = field(default=None, metadata=_by(_text))  # as Ray's accelerator_type names it
-    resources: Mapping[str, float] | None = field(default=None, metadata=_by(_share))  # custom resources of a Ray cluster
+    gpu: str | None = field(default=None, metadata=_by(_text))  # part of its name, and Ray's accelerator_type unless there are
+    resources: Mapping[str, float] | None = field(default=None, metadata=_by(_share))  # of a Ray cluster, which stand for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ class RayExecutor:
         cores = step.cores if not step.alone else max((one.get("CPU", 1) for one in self._nodes), default=1)
         asks = {"CPU": float(cores), "memory": float(step.memory), **dict(step.resources)}
         if step.gpu is not None:
-            asks |= {"GPU": 1.0, ACCELERATOR + step.gpu: 0.001}
+            asks |= {"GPU": 1.0} if step.resources else {"GPU": 1.0, ACCELERATOR + step.gpu: 0.001}
         return asks
 
     def lacks(self, step: Step) -> str:

@@ -50,7 +50,8 @@ class Judge:
 
     def passed(self, name: str) -> str:
         """Why the engine did not pass; "" when it did. Its evidence has ended."""
-        return "; ".join(self.row(self.engines[name]).reasons)
+        row = self.row(self.engines[name])
+        return "" if row.status == "passed" else "; ".join(row.reasons or row.skipped)
 
     def row(self, engine: Engine) -> Row:
         row = Row(engine.name, engine.at)
@@ -67,7 +68,8 @@ class Judge:
                 (row.reasons if state.status == "failed" else row.skipped).append(f"{kind}: {state.reason or state.status}")
         if "build" in results:
             self._prove(row, engine, results)
-        row.status = "failed" if row.reasons else "passed" if "build" in results else "skipped"
+        is_judged = "build" in results and ("validate" in results or "validate" not in engine.steps)
+        row.status = "failed" if row.reasons else "passed" if is_judged else "skipped"
         for kind in ("sign", "export"):
             if kind in engine.steps and self.states[engine.steps[kind].key].status == "failed":
                 row.reasons.append(f"{kind}: {self.states[engine.steps[kind].key].reason}")
@@ -114,6 +116,7 @@ class Judge:
             found = results["validate"]["result"]
             row.reasons += [f"{check['name']}: {check['reason']}" for check in found["checks"] if check["status"] == "failed"]
             row.skipped += [f"{check['name']}: {check['reason']}" for check in found["checks"] if check["status"] == "skipped"]
+            row.checks += [report.Check(f"{row.name}: {c['name']}", c["status"], c["reason"], c["evidence"]) for c in found["checks"]]
         if "evaluate" in results and (errors := results["evaluate"]["result"]["num_errors"]):
             row.reasons.append(f"evaluate: {counted(errors, 'question')} could not be asked")
         limits = self.limits
