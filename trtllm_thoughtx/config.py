@@ -180,6 +180,8 @@ class BuildConfig:
     optimization_level: int | None = None
     kv_cache_dtype: str = since(2, AUTO)  # "float16": of a float32 engine, whose cache takes half of the bytes then
 
+    max_lora_rank: int = since(2, 0)  # of adapters that rows bring; 0: none can
+
     @property
     def cache_dtype(self) -> str:
         """Of the KV cache, unless the checkpoint has a quantized one."""

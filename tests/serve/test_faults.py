@@ -98,7 +98,7 @@ def test_bodies_that_are_no_requests(server):
     ("path", "body", "status", "param"),
     [
         (CHAT, {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
-        (CHAT, {"messages": MESSAGES, "model": "gpt-5"}, 400, "model"),
+        (CHAT, {"messages": MESSAGES, "model": "gpt-5"}, 404, "model"),
         (CHAT, {"messages": MESSAGES, "max_tokens": 5000}, 400, "max_tokens"),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 4000}]}, 400, "messages"),
         (CHAT, {"messages": MESSAGES, "exit_threshold": 0.5}, 400, None),

@@ -55,6 +55,23 @@ def test_a_merged_engine_passes_beside_peft_and_fails_beside_the_base(pair, tmp_
     assert error.value.code == "E001"
 
 
+def test_an_engine_that_takes_adapters_is_proven_with_one_and_without(tmp_path):
+    """Of a base in bfloat16 no weight is rounded again: the reference is merged in float64."""
+    save(tmp_path / "base", "qwen2", dtype="bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(model("qwen2"), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        made.save_pretrained(tmp_path / "lora")
+    build(tmp_path / "base", tmp_path / "engine", OPTIONS | {"max_lora_rank": 8})
+    for lora in (None, tmp_path / "lora"):
+        found = validate(tmp_path / "engine", tmp_path / "base", lora_dir=lora)
+        assert found.ok, [check for check in found.checks if check.status == "failed"]
+
+
 def test_quantization_sees_the_merged_weights(pair, tmp_path):
     base, lora = pair
     convert(base, tmp_path / "merged", lora_dir=lora)

@@ -104,6 +104,11 @@ class Runner(Protocol):
         """Two rows of the KV cache change places, as far as their first `num_slots` slots, at least."""
         ...
 
+    def set_adapter(self, row: int, matrices: Mapping[str, np.ndarray]) -> None:
+        """A row has these matrices of an adapter, by input, and zeros for others; of engines with `max_lora_rank`. Rows that change places
+        take theirs along, a new start leaves zeros."""
+        ...
+
     def copy(self, source: int, target: int, num_slots: int) -> None:
         """The first `num_slots` slots, at least, of a row of the KV cache into another one."""
         ...

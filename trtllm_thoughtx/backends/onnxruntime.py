@@ -29,6 +29,7 @@ from trtllm_thoughtx.backends.ort_fused import Fused, fuse
 from trtllm_thoughtx.config import BuildConfig, ModelConfig, PartFiles
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.formats import FORMATS
+from trtllm_thoughtx.graph import lora
 from trtllm_thoughtx.graph.decoder import layer_output
 
 MAX_GRAPH_BYTES = 256 << 20  # a graph without its weights takes kilobytes per layer
@@ -72,9 +73,11 @@ class OnnxRuntimeRunner:
         self.kv_dtype: type = np.float16 if build.cache_dtype == "float16" else np.float32
         if config.quantization is not None and config.quantization.kv_algo == "INT8":
             self.kv_dtype = np.int8
-        self._item_bytes = np.dtype(self.kv_dtype).itemsize
         self.tapped: dict[int, np.ndarray] = {}
         self.cache: dict[str, ort.OrtValue] = {}
+        self._lora_dtype: type = np.float16 if build.dtype == "float16" else np.float32
+        self.adapters: dict[str, ort.OrtValue] = {}  # of each row, by input
+        self._held: list[Mapping[str, np.ndarray]] = []  # whose matrices each row has
         self.is_exact = True
         self.sessions = [self._session(root, part, num_threads, tap_layers) for part in parts]
         self.bindings = [session.io_binding() for session in self.sessions]
@@ -132,12 +135,41 @@ class OnnxRuntimeRunner:
 
     def start(self, batch_size: int) -> None:
         shape = (batch_size, self.config.num_kv_heads, self.build.kv_capacity, self.config.head_dim)
+        self._start_adapters(batch_size)
         names = [f"{kind}_{layer}" for layer in range(self.config.num_layers) for kind in ("key", "value")]
         if names and names[0] in self.cache and tuple(self.cache[names[0]].shape()) == shape:
             return  # stale positions are masked by kv_positions; what they hold is finite
         self.cache = {name: ort.OrtValue.ortvalue_from_numpy(_zeros(shape, self.kv_dtype), self.device, 0) for name in names}
 
+    def _start_adapters(self, batch_size: int) -> None:
+        """Every row is the base model."""
+        if len(self._held) == batch_size:
+            for row in range(batch_size):
+                self.set_adapter(row, {})
+            return
+        shapes = lora.shapes_of(self.config, self.build.max_lora_rank) if self.build.max_lora_rank else {}
+        self.adapters, self._held = {}, [{} for _ in range(batch_size)]
+        for layer in range(self.config.num_layers):
+            for module, both in shapes.items():
+                for name, shape in zip(lora.inputs_of(module, layer), both, strict=True):
+                    zeros = _zeros((batch_size, *shape), self._lora_dtype)
+                    self.adapters[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+
+    def set_adapter(self, row: int, matrices: Mapping[str, np.ndarray]) -> None:
+        held = self._held[row]
+        if held is matrices:
+            return
+        for name in held.keys() | matrices.keys():
+            array = self.adapters[name].numpy()
+            array[row] = matrices.get(name, 0)
+            if self.device != "cpu":
+                self.adapters[name].update_inplace(array)
+        self._held[row] = matrices
+
     def exchange(self, a: int, b: int, num_slots: int) -> None:
+        one, other = self._held[a], self._held[b]
+        self.set_adapter(a, other)
+        self.set_adapter(b, one)
         for array in self._arrays():
             kept = array[a, :, :num_slots].copy()
             array[a, :, :num_slots] = array[b, :, :num_slots]
@@ -165,7 +197,9 @@ class OnnxRuntimeRunner:
             binding.clear_binding_outputs()
             for value in session.get_inputs():
                 if value.name.startswith("past_"):
-                    binding.bind_input(value.name, *self._rows(value.name[5:], row, num_rows))
+                    binding.bind_input(value.name, *self._rows(self.cache[value.name[5:]], self.kv_dtype, row, num_rows))
+                elif value.name in self.adapters:
+                    binding.bind_input(value.name, *self._rows(self.adapters[value.name], self._lora_dtype, row, num_rows))
                 elif value.name == "hidden_states" and hidden is not None:
                     binding.bind_ortvalue_input(value.name, hidden)
                 else:
@@ -173,7 +207,7 @@ class OnnxRuntimeRunner:
             names = [value.name for value in session.get_outputs()]
             for name in names:
                 if name.startswith("present_"):
-                    binding.bind_output(name, *self._rows(name[8:], row, num_rows))
+                    binding.bind_output(name, *self._rows(self.cache[name[8:]], self.kv_dtype, row, num_rows))
                 else:
                     binding.bind_output(name, self.device if name == "hidden_states_out" else "cpu")
             session.run_with_iobinding(binding)
@@ -185,10 +219,11 @@ class OnnxRuntimeRunner:
         found = {name: results[name].numpy() for name in OUTPUTS if name in results}
         return found
 
-    def _rows(self, name: str, row: int, num_rows: int) -> tuple[str, int, type, list[int], int]:
-        """Rows of a tensor of the KV cache, as a binding takes them."""
-        shape = self.cache[name].shape()[1:]
-        return self.device, 0, self.kv_dtype, [num_rows, *shape], self.cache[name].data_ptr() + row * math.prod(shape) * self._item_bytes
+    def _rows(self, value: ort.OrtValue, dtype: type, row: int, num_rows: int) -> tuple[str, int, type, list[int], int]:
+        """Rows of a tensor of the KV cache, or of the adapters, as a binding takes them."""
+        shape = value.shape()[1:]
+        offset = row * math.prod(shape) * np.dtype(dtype).itemsize
+        return self.device, 0, dtype, [num_rows, *shape], value.data_ptr() + offset
 
     def close(self) -> None:
         self.sessions, self.bindings, self.cache = [], [], {}

@@ -202,6 +202,17 @@ def _targets(given: Given) -> tuple[str, ...]:
     return tuple(name for name in names if name not in old)
 
 
+def _max_lora_rank(given: Given) -> int:
+    rank = int(given.value("max_lora_rank"))
+    if rank and any(BACKENDS[name].builds_plans for name in given["backends"]):
+        why = "plans with such inputs are not run yet"
+        raise refuse("max_lora_rank", rank, why, "add --backend onnxruntime, or merge the adapter: --lora_dir")
+    if rank and given.config.experts is not None:
+        why = "products beside experts are not implemented"
+        raise refuse("max_lora_rank", rank, why, "merge the adapter: --lora_dir")
+    return rank
+
+
 def _check_cache(config: ModelConfig, backends: tuple[str, ...]) -> None:
     """E103 for a quantized KV cache that a backend cannot hold."""
     kv_algo = config.quantization.kv_algo if config.quantization is not None else None
@@ -288,6 +299,9 @@ _ROWS = (  # in the order of the command's help
         target="",
     ),
     Option("compute_capabilities", TARGETS, _HELP_OF_TARGETS, _targets),
+    Option(
+        "max_lora_rank", Count(0, 1024), "Keep LoRA adapters of up to this rank as inputs, chosen per request; 0: none.", _max_lora_rank
+    ),
     Option("optimization_level", Count(0, 5), "TensorRT builder optimization level."),
 )
 OPTIONS = {row.name: row for row in _ROWS}

@@ -43,6 +43,7 @@ NOT_HERE = {
     "plugin_library": "its attention is a plugin of its own",
     "compute_capabilities": "an engine is for the GPU that builds it",
     "kv_cache_dtype": "the checkpoint says which type its KV cache has",
+    "max_lora_rank": f"{COMMAND} has flags of its own for adapters",
     "optimization_level": f"{COMMAND} has no such flag",
 }
 

@@ -48,8 +48,14 @@ class Checkpoint:
         """The checkpoint at `path`, or the one that is open already; with the adapter in `lora_dir`."""
         opened = path if isinstance(path, Checkpoint) else cls(Path(path), wanted)
         if lora_dir is not None:
-            opened.adapter = cls(Path(lora_dir), known=("peft", directory.adapter_config(Path(lora_dir))))
+            opened.adapter = cls.adapter_in(lora_dir)
         return opened
+
+    @classmethod
+    def adapter_in(cls, lora_dir: Path) -> Checkpoint:
+        """The files of a PEFT directory. E101 for another path, E109 for a pickle."""
+        path = Path(lora_dir)
+        return cls(path, known=("peft", directory.adapter_config(path)))
 
     def again(self) -> Checkpoint:
         """The same, with file handles of its own."""

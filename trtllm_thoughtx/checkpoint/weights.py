@@ -112,8 +112,9 @@ class WeightSource:
         # A tied checkpoint may store the head as well; it is dropped, once it has been seen to be the embedding.
         self._changes = changes or {}
         self._stored_head = HEAD if config.tied and not config.has_head and HEAD in self._stored else None
-        for name in checkpoint.shards:  # before threads ask for them
-            checkpoint.handle(name)
+        for one in [checkpoint, *([checkpoint.adapter] if checkpoint.adapter else [])]:
+            for name in one.shards:  # before threads ask for them
+                one.handle(name)
 
     def names(self) -> tuple[str, ...]:
         """TensorRT-LLM's names, layer-major; a tied model has no `lm_head.weight`, unless that is quantized."""

@@ -155,6 +155,7 @@ def validate(engine_dir: Path, strict: bool, junit_file: Path | None, as_json: b
 @click.option("--input_ids", type=TOKENS, help="Token ids of one request, comma-separated.")
 @click.option("--prompts", type=PATH, help='JSONL file, - is stdin: {"prompt": TEXT} and settings a line, or lines of a server batch.')
 @click.option("--output", type=PATH, help="Append each answer to this JSONL file when it is done.")
+@framework.worn_lora_option
 @click.option("--resume", is_flag=True, help="Go on with --output: what it holds is not asked again.")
 @framework.on_error_option
 @click.option("--no_chat_template", is_flag=True, help="Do not apply the chat template.")

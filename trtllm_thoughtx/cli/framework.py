@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from trtllm_thoughtx.build.flags import COUNT, PATH, PENALTY, PROBABILITY, PROBA
 from trtllm_thoughtx.build.options import OPTIONS
 from trtllm_thoughtx.cli.params import CONTEXT, EXIT_CODES
 from trtllm_thoughtx.config import EXIT_POLICIES
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import ThoughtxError, shown
 
 COMMANDS: dict[str, click.Command] = {}
 
@@ -64,6 +65,26 @@ def on_error_option(function: Callable[..., None]) -> Callable[..., None]:
     """The flag that says what a bad line of a job costs."""
     text = "A bad line stops the job before it starts, or is a row."
     return click.option("--on_error", type=OneOf(("stop", "row")), default="stop", help=text)(function)
+
+
+class Named(click.ParamType):
+    """NAME=DIR."""
+
+    name = "NAME=DIR"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"([\w.:-]{1,100})=(.+)", str(value), re.ASCII | re.DOTALL)
+        if match is None:
+            self.fail(f"{shown(str(value))!r} is not NAME=DIR", param, ctx)
+        return match[1], PATH.convert(match[2], param, ctx)
+
+
+def worn_lora_option(function: Callable[..., None]) -> Callable[..., None]:
+    """The flag that gives an adapter to the requests of an engine that takes any."""
+    text = "PEFT directory of a LoRA adapter for all requests; the engine was built with --max_lora_rank."
+    return click.option("--lora_dir", type=PATH, help=text)(function)
 
 
 def lora_option(function: Callable[..., None]) -> Callable[..., None]:

@@ -142,6 +142,7 @@ def run_requests(
     num_threads: int | None = None,
     exact: bool = False,
     verify_key: Path | None = None,
+    lora_dir: Path | None = None,
     output: Path | None = None,
     resume: bool = False,
     on_error: str = STOP,
@@ -164,6 +165,7 @@ def run_requests(
     answers = None if output is None else Answers(output, resume=resume)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
     try:
+        adapter = None if lora_dir is None else engine.load_adapter(lora_dir)
         unread = _template_notes(engine.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
         given = {name: value for name, value in sampling.items() if value is not None}
         params = engine.default_params(**given)
@@ -194,7 +196,7 @@ def run_requests(
                 print(f"[{name}] {row['text'] if row['text'] is not None else row['output_ids']}", file=stream, flush=True)
             return rows
 
-        job = Job(engine, answers, on_error, progress, is_file=prompts is not None)
+        job = Job(engine, answers, on_error, progress, is_file=prompts is not None, adapter=adapter)
         results = job.run(requests, bad, todo, done, on_token, return_logits=output_logits_npy is not None)
         if at_end is not None and stream is not None:
             at_end()

@@ -9,7 +9,7 @@ import click
 
 from trtllm_thoughtx.backends import BACKENDS
 from trtllm_thoughtx.build.flags import COUNT, PATH, POSITIVE, Count, FiniteFloat, OneOf
-from trtllm_thoughtx.cli.framework import command, exact_option, verify_key_option
+from trtllm_thoughtx.cli.framework import Named, command, exact_option, verify_key_option
 from trtllm_thoughtx.cli.params import emit
 from trtllm_thoughtx.progress import Progress
 
@@ -19,12 +19,19 @@ SECONDS = FiniteFloat(0, 1e6, min_open=True)
 @command(
     "serve",
     "thoughtx-serve --engine_dir ./engine --port 8000",
+    "thoughtx-serve --engine_dir ./engine --lora_modules sql=./adapter-sql --lora_modules law=./adapter-law",
     "thoughtx-serve --engine_dir ./engine --host 0.0.0.0 --api_key_file keys.txt --max_num_seqs 8",
 )
 @click.option("--engine_dir", type=PATH, required=True, help="Engine directory to serve.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=Count(0, 65535), default=8000, help="Port to listen on; 0: any free one.")
 @click.option("--served_model_name", multiple=True, help="Name of the model for clients; may be given several times.  [default: directory]")
+@click.option(
+    "--lora_modules",
+    type=Named(),
+    multiple=True,
+    help="LoRA adapter (PEFT directory) that clients pick as model NAME; may be given several times.",
+)
 @click.option("--max_num_seqs", type=POSITIVE, help="Answers that are generated at the same time.  [default: the engine's max_batch_size]")
 @click.option("--prefill_segment", type=POSITIVE, default=512, help="Most prompt tokens between two decode steps.")
 @click.option("--prompt_lookup", type=COUNT, default=0, help="Draft up to so many tokens from the request's own text; 0: off.")

@@ -24,6 +24,7 @@ from trtllm_thoughtx.config import BuildConfig, ModelConfig
 from trtllm_thoughtx.families.quantization import TABLE
 from trtllm_thoughtx.graph import blocks, chunked_attention, exits, experts, quantized, rope
 from trtllm_thoughtx.graph.builder import Builder, Graph, Part
+from trtllm_thoughtx.graph.lora import adapted
 from trtllm_thoughtx.graph.quantized import linear
 
 IR_VERSION = 11
@@ -114,23 +115,23 @@ def _layer(b: Builder, layer: int, x: str) -> str:
     weights = f"transformer.layers.{layer}"
     h = b.norm(x, f"{weights}.input_layernorm.weight", f"{name}.attention.norm", hidden)
     a = _attention(b, layer, h)
-    o = linear(b, a, f"{weights}.attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
+    o = adapted(b, a, layer, "attention.dense", f"{name}.attention.dense", hidden, config.q_size, bias=config.o_bias)
     x = b.node("Add", [x, o], f"{name}.attention.residual")
     h = b.norm(x, f"{weights}.post_layernorm.weight", f"{name}.mlp.norm", hidden)
     if config.experts is not None:
         return b.node("Add", [x, experts.mlp(b, h, layer)], layer_output(layer))
     # TensorRT-LLM names: fc is the activated projection (gate_proj), gate is up_proj.
-    fc = linear(b, h, f"{weights}.mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
-    gate = linear(b, h, f"{weights}.mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)
+    fc = adapted(b, h, layer, "mlp.fc", f"{name}.mlp.fc", config.intermediate_size, hidden)
+    gate = adapted(b, h, layer, "mlp.gate", f"{name}.mlp.gate", config.intermediate_size, hidden)
     active = b.node("Swish", [fc], f"{name}.mlp.active")
     product = b.node("Mul", [active, gate], f"{name}.mlp.product")
-    down = linear(b, product, f"{weights}.mlp.proj", f"{name}.mlp.proj", hidden, config.intermediate_size)
+    down = adapted(b, product, layer, "mlp.proj", f"{name}.mlp.proj", hidden, config.intermediate_size)
     return b.node("Add", [x, down], layer_output(layer))
 
 
 def _attention(b: Builder, layer: int, h: str) -> str:
     config, name, weights = b.config, f"layers.{layer}.attention", f"transformer.layers.{layer}.attention"
-    qkv = linear(b, h, f"{weights}.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
+    qkv = adapted(b, h, layer, "attention.qkv", f"{name}.qkv", config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias)
     split = [f"{name}.{x}.flat" for x in "qkv"]
     b.nodes.append(helper.make_node("Split", [qkv, "qkv.sizes"], split, name=f"{name}.split", axis=-1))
     heads = {}

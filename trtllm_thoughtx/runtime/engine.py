@@ -23,9 +23,11 @@ from trtllm_thoughtx.backends import Runner, open_runner
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.process.machine import release_freed
 from trtllm_thoughtx.runtime import chunks
+from trtllm_thoughtx.runtime.adapters import read_adapter
+from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.completion import Completion, Stats
 from trtllm_thoughtx.runtime.generation import Generation, OnToken
 from trtllm_thoughtx.runtime.pace import Pace
@@ -131,26 +133,65 @@ class Engine:
     def close(self) -> None:
         self.runner.close()
 
-    def forward(self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, segment: int | None = None) -> list[np.ndarray]:
-        """Read rows in segments of at most `segment` tokens; float32 logits [length, vocab] of every position of each row."""
-        return self.forward_layers(ids, chunk_size=chunk_size, segment=segment)[0]
+    def load_adapter(self, path: Path | str, name: str | None = None) -> str:
+        """Read a PEFT directory, which requests may name from then on; its name, by default that of the directory. E122 for an engine that
+        takes none, or one of a smaller rank; E103 for an adapter that has to be merged."""
+        name = name or Path(path).resolve().name
+        if name in self.session.adapters:
+            why, fix = "requests may be using it", "give the new one another name"
+            raise ThoughtxError("E001", f"there is an adapter {shown(name, 80)} already", where=shown(str(path)), why=why, fix=fix)
+        self.session.adapters[name] = read_adapter(Path(path), self.directory)
+        return name
+
+    def forward(
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        chunk_size: int | None = None,
+        segment: int | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> list[np.ndarray]:
+        """Read rows in segments of at most `segment` tokens; float32 logits [length, vocab] of every position of each row.
+
+        `adapters`: of each row, by name; None: the base model."""
+        return self.forward_layers(ids, chunk_size=chunk_size, segment=segment, adapters=adapters)[0]
 
     def forward_layers(
-        self, ids: Sequence[Sequence[int]], *, chunk_size: int | None = None, segment: int | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        chunk_size: int | None = None,
+        segment: int | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """`forward`, and hidden states by layer (0: embedding, i: after layer i) and row, float32 [length, hidden].
 
         Needs `Engine.load(..., tap_layers=True)`.
         """
-        return self.session.forward(self.session.start(ids, chunk_size), ids, segment)
+        return self.session.forward(self._start(ids, chunk_size, adapters), ids, segment)
 
-    def decode_logits(self, ids: Sequence[Sequence[int]], num_prompt: Sequence[int], *, chunk_size: int | None = None) -> list[np.ndarray]:
+    def _start(self, ids: Sequence[Sequence[int]], chunk_size: int | None, adapters: Sequence[str | None] | None) -> Batch:
+        batch = self.session.start(ids, chunk_size)
+        for row, adapter in enumerate(adapters or ()):
+            self.session.check_adapter(adapter)
+            self.session.wear(row, adapter)
+        return batch
+
+    def decode_logits(
+        self,
+        ids: Sequence[Sequence[int]],
+        num_prompt: Sequence[int],
+        *,
+        chunk_size: int | None = None,
+        adapters: Sequence[str | None] | None = None,
+    ) -> list[np.ndarray]:
         """Teacher-forced decoding: read the first `num_prompt[b]` tokens of each row, then feed a token a step to all rows that have one.
 
         Returns float32 logits [length - num_prompt + 1, vocab] per row, for positions num_prompt-1 .. length-1.
         """
         session, steps = self.session, [len(row) - num for row, num in zip(ids, num_prompt, strict=True)]
-        batch, order = session.start(ids, chunk_size), sorted(range(len(ids)), key=lambda row: -steps[row])
+        order = sorted(range(len(ids)), key=lambda row: -steps[row])
+        batch = self._start(ids, chunk_size, None if adapters is None else [adapters[row] for row in order])
         logits: dict[int, list[np.ndarray]] = {}
         for slot, row in enumerate(order):
             logits[row] = [session.extend(batch.view(slot, slot + 1), ids[row][: num_prompt[row]])]
@@ -175,9 +216,11 @@ class Engine:
         return_logprobs: bool = False,
         chunk_size: int | str | None = None,
         streams: Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt. `params`: for all, or one for each prompt; None: the checkpoint's generation_config, or greedy.
-        `chunk_size`: tokens, "auto" (each prompt gets one from its entropy), or None: as the engine was built.
+        `chunk_size`: tokens, "auto" (each prompt gets one from its entropy), or None: as the engine was built. `adapter`: the name of a
+        loaded one, for all, or one for each prompt; None: the base model.
 
         Sampling depends on the seed, the prompt's stream (default: its place in `prompts`) and the step, not on what runs beside it.
         A prompt with num_return_sequences above 1 gives so many completions, one behind the other, the first of them the one that it
@@ -189,9 +232,13 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} settings for {len(prompts)} prompts")
         numbers = range(len(prompts)) if streams is None else streams
+        worn = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         places = [(i, k) for i, one in enumerate(each) for k in range(one.num_return_sequences)]
         requests = [
-            Request(prompts[i], each[i], index, numbers[i] + k * STREAMS_APART, return_logits, return_logprobs, chunk_size)
+            Request(
+                *(prompts[i], each[i], index, numbers[i] + k * STREAMS_APART, return_logits, return_logprobs, chunk_size),
+                adapter=worn[i],
+            )
             for index, (i, k) in enumerate(places)
         ]
         done: dict[int, Completion] = {}

@@ -170,11 +170,22 @@ class Front:
         priority: int = 0,
         keeps_logprobs: bool = False,
         keeps_prompt_logprobs: bool = False,
+        adapter: str | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> Ticket:
         """Queue a request. `stream`: of its random numbers. `on_event` gets each event, in the engine's thread, and the ticket then gives
         none. E122 for a request that does not fit, `Full`, and the `problem` of an unhealthy front."""
-        request = Request(prompt, params, next(self._numbers), stream, False, keeps_logprobs, chunk_size, priority, keeps_prompt_logprobs)
+        request = Request(
+            prompt,
+            params,
+            next(self._numbers),
+            stream,
+            keeps_logprobs=keeps_logprobs,
+            chunk_size=chunk_size,
+            priority=priority,
+            keeps_prompt_logprobs=keeps_prompt_logprobs,
+            adapter=adapter,
+        )
         check_request(self.engine.session, self.engine.text, request)
         with self._changed:
             load = self.load()

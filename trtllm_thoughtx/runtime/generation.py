@@ -148,7 +148,7 @@ class Generation:
 
     def _choose_slot(self, index: int, free: list[int]) -> int:
         row = self.rows[index]
-        return self.slots.choose(() if self._is_chosen(row.request) else row.prompt, row.chunk_size, free)
+        return self.slots.choose(() if self._is_chosen(row.request) else row.prompt, row.chunk_size, free, row.request.adapter)
 
     def _fill(self, row: Row) -> None:
         """Feed the next segment of a prompt. When all of it is in, the row runs, and writes its first token."""
@@ -171,7 +171,7 @@ class Generation:
         """Feeds a prompt; stops between two calls. The slot stays the row's all the time."""
         slots, request = self.slots, row.request
         if self._is_chosen(request):
-            slots.empty(slot, None)
+            slots.empty(slot, None, request.adapter)
             batch = slots.view(slot, slot + 1)
             row.choice = yield from chunks.read(self.session, batch, row.prompt, self.segment)
             row.thought = self._thought(row)
@@ -181,9 +181,9 @@ class Generation:
             self.session.stats.num_read_again += len(fed) - same
             batch.forget(0, same)
         elif row.is_live:
-            row.num_reused = slots.begin(slot, row.prompt[: row.first_wanted + 1], row.chunk_size)
+            row.num_reused = slots.begin(slot, row.prompt[: row.first_wanted + 1], row.chunk_size, request.adapter)
         else:
-            slots.empty(slot, row.chunk_size)
+            slots.empty(slot, row.chunk_size, request.adapter)
         batch, most = slots.view(slot, slot + 1), self.segment
         if row.first_wanted < len(row.prompt) - 1:
             most = min(most, self.session.runner.max_logit_rows)
@@ -351,6 +351,7 @@ def check_request(session: Session, text: Text | None, request: Request) -> None
     check(session, text, request.params)
     chunks.check(session, request.chunk_size)
     session.check_prompt(request.index, request.fed)
+    session.check_adapter(request.adapter)
 
 
 def check(session: Session, text: Text | None, params: GenerationParams) -> None:

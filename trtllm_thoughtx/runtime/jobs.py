@@ -17,6 +17,7 @@ from typing import Any
 from trtllm_thoughtx.errors import ThoughtxError, counted, listed
 from trtllm_thoughtx.jsonl import Bad
 from trtllm_thoughtx.progress import Progress
+from trtllm_thoughtx.runtime.adapters import digest_of
 from trtllm_thoughtx.runtime.answers import Answers, Stamp, sha256_of, stamp
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
@@ -45,9 +46,12 @@ class Todo:
 
 
 class Job:
-    """`is_file`: the requests are lines of a file, and errors name them."""
+    """`is_file`: the requests are lines of a file, and errors name them. `adapter`: of all requests, by name."""
 
-    def __init__(self, engine: Engine, answers: Answers | None, on_error: str, progress: Progress, *, is_file: bool) -> None:
+    def __init__(
+        self, engine: Engine, answers: Answers | None, on_error: str, progress: Progress, *, is_file: bool, adapter: str | None = None
+    ) -> None:
+        self.adapter = adapter
         self.engine, self.answers, self.on_error, self.progress, self.is_file = engine, answers, on_error, progress, is_file
         self.stats: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self.num_kept = 0
@@ -113,7 +117,8 @@ class Job:
 
     def _stamps(self, ready: Sequence[Todo]) -> dict[str, Stamp]:
         engine = engine_sha256(self.engine)
-        settings = [{**settings_of(one.params, one.stream), "chunk_size": one.chunk_size} for one in ready]
+        more = {} if self.adapter is None else {"adapter": digest_of(self.engine.session.adapters[self.adapter])}
+        settings = [{**settings_of(one.params, one.stream), "chunk_size": one.chunk_size, **more} for one in ready]
         return {one.request.id: stamp(engine, one.ids, own) for one, own in zip(ready, settings, strict=True)}
 
     def _answered(
@@ -122,7 +127,11 @@ class Job:
         """Each request with its completions, or why it has none, as soon as it is done. An error stops the job where it is to."""
         places = [(i, k) for i, one in enumerate(todo) for k in range(one.num_answers)]
         requests = [
-            Request(one.ids, one.params, index, one.stream + k * STREAMS_APART, return_logits, chunk_size=one.chunk_size)
+            Request(
+                *(one.ids, one.params, index, one.stream + k * STREAMS_APART, return_logits),
+                chunk_size=one.chunk_size,
+                adapter=self.adapter,
+            )
             for index, (one, k) in enumerate((todo[i], k) for i, k in places)
         ]
         found: dict[int, dict[int, Completion]] = {}

@@ -44,6 +44,7 @@ class Request:
     priority: int = 0
     keeps_prompt_logprobs: bool = False
     continuations: tuple[tuple[int, ...], ...] = ()
+    adapter: str | None = None  # by name, of those that are loaded
 
     @property
     def fed(self) -> list[int]:

@@ -15,8 +15,9 @@ import numpy as np
 from trtllm_thoughtx.backends import Runner
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
-from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.errors import ThoughtxError, shown
 from trtllm_thoughtx.families.size import matrix_bytes
+from trtllm_thoughtx.runtime.adapters import Matrices
 from trtllm_thoughtx.runtime.batch import Batch
 from trtllm_thoughtx.runtime.completion import Stats
 from trtllm_thoughtx.runtime.pace import Pace
@@ -30,6 +31,8 @@ class Session:
     runner: Runner
     stats: Stats = field(default_factory=Stats)
     pace: Pace = field(default_factory=Pace)  # of drafts
+    adapters: dict[str, Matrices] = field(default_factory=dict)  # that rows may have, by name
+    adapter: str | None = None  # that rows of a batch begin with
 
     @property
     def config(self) -> ModelConfig:
@@ -65,7 +68,19 @@ class Session:
             raise self._unfit(f"a batch of {num_rows}; the engine takes 1 to {self.build.max_batch_size}")
         chunk = np.full(num_rows, chunk_size or self.build.chunk_size, np.int64) if self.build.use_chunked_attention else None
         self.runner.start(num_rows)
+        for row in range(num_rows if self.adapter is not None else 0):
+            self.wear(row, self.adapter)
         return Batch(num_rows, self.build, chunk)
+
+    def wear(self, row: int, adapter: str | None) -> None:
+        """The row is the base model (None), or has an adapter."""
+        if self.build.max_lora_rank:
+            self.runner.set_adapter(row, {} if adapter is None else self.adapters[adapter])
+
+    def check_adapter(self, adapter: str | None) -> None:
+        """E122 for one that is not loaded."""
+        if adapter is not None and adapter not in self.adapters:
+            raise self._unfit(f"there is no adapter {shown(adapter, 80)}; loaded are {', '.join(self.adapters) or 'none'}")
 
     def check_prompt(self, index: int, ids: Sequence[int]) -> None:
         """E122 for one that does not fit."""

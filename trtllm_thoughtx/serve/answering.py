@@ -107,6 +107,7 @@ class Answers:
             stream=ask.stream,
             priority=self.wanted.priority,
             keeps_prompt_logprobs=self.wanted.echo and ask.params.logprobs is not None,
+            adapter=self.wanted.adapter,
             on_event=hand_over,
         )
 

@@ -81,6 +81,7 @@ def _described(server: Server, name: str) -> dict[str, Any]:
         "created": server.began,
         "owned_by": "thoughtx",
         "max_model_len": server.engine.build.max_seq_len,
+        **({"parent": server.names[0]} if name in server.engine.session.adapters else {}),
     }
 
 
@@ -94,11 +95,12 @@ async def _models(server: Server, request: Request) -> Response:
         "has_thinking": server.engine.text is not None and server.engine.text.think_ids is not None,
         "reasoning_efforts": dict(server.efforts),
     }
-    return JSONResponse({"object": "list", "data": [{**_described(server, name), "thoughtx": about} for name in server.names]})
+    found = [{**_described(server, name), "thoughtx": about} for name in (*server.names, *server.engine.session.adapters)]
+    return JSONResponse({"object": "list", "data": found})
 
 
 async def _model(server: Server, request: Request) -> Response:
-    if (name := request.path_params["name"]) not in server.names:
+    if (name := request.path_params["name"]) not in (*server.names, *server.engine.session.adapters):
         raise HTTPException(404)
     return JSONResponse(_described(server, name))
 
@@ -175,7 +177,7 @@ async def _gone(request: Request) -> None:
 async def _answer(server: Server, request: Request) -> Response:
     """Chat and completions."""
     wanted = await _read(server, await _body(server, request), request.url.path)
-    made = Documents(wanted, server.names[0], _text(server))
+    made = Documents(wanted, wanted.adapter or server.names[0], _text(server))
     answers = _admitted(server, wanted, request.state.entry)
     if wanted.is_streamed:
         return _Events(answers, request.state.entry, _events(made, answers))
@@ -236,7 +238,7 @@ async def _respond(server: Server, request: Request) -> Response:
     chat, made = responses.read(body)
     wanted = await _read(server, chat, CHAT)
     text = _text(server)
-    documents = Documents(wanted, server.names[0], text)
+    documents = Documents(wanted, wanted.adapter or server.names[0], text)
     answers = _admitted(server, wanted, request.state.entry)
     if wanted.is_streamed:
         return _Events(answers, request.state.entry, _response_events(made, documents, answers))

@@ -71,8 +71,8 @@ def error_document(error: ThoughtxError, status: int) -> dict[str, Any]:
 
 
 def status_of(error: ThoughtxError) -> int:
-    """What a client did is 400; E123 and what the machine does is 500."""
-    return 400 if error.code in ("E001", "E122", "E140") else 500
+    """What a client did is 400, or 404 for a model that is not there; E123 and what the machine does is 500."""
+    return getattr(error, "status", 400) if error.code in ("E001", "E122", "E140") else 500
 
 
 class Door:

@@ -72,6 +72,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     served_model_name: tuple[str, ...] = (),
+    lora_modules: tuple[tuple[str, Path], ...] = (),
     max_num_seqs: int | None = None,
     prefill_segment: int = 512,
     prompt_lookup: int = 0,
@@ -106,9 +107,14 @@ def serve(
         engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
         try:
             _check(engine, engine_dir, max_num_seqs)
+            names = served_model_name or (engine_dir.resolve().name,)
+            for name, path in lora_modules:
+                if name in names:
+                    what, why = f"--lora_modules {name}: the model itself has that name", "clients could not tell the two apart"
+                    raise ThoughtxError("E001", what, where="--lora_modules", why=why, fix="choose another name")
+                engine.load_adapter(path, name)
             front = Front(engine, max_num_seqs, prefill_segment=prefill_segment)
             try:
-                names = served_model_name or (engine_dir.resolve().name,)
                 defaults = {"prompt_lookup": prompt_lookup} if prompt_lookup else {}
                 log = _log if access_log else _no_log
                 server = Server(Answering(engine, front), names, limits or Limits(), keys, efforts, defaults, log)

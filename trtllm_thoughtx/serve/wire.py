@@ -35,6 +35,16 @@ class BadRequest(ThoughtxError):
     def __init__(self, what: str, why: str, param: str | None = None, fix: str = FIX) -> None:
         super().__init__("E140", what, where="the request's body", why=why, fix=fix)
         self.param = param
+        self.status = 400
+
+
+class UnknownModel(BadRequest):
+    """OpenAI's clients expect status 404."""
+
+    def __init__(self, model: object, names: Sequence[str]) -> None:
+        why = f"the model is {names[0]}" + (f", with adapters {', '.join(names[1:])}" if names[1:] else "")
+        super().__init__(f"there is no model {shown(model, 80)} here", why, "model", f"write {' or '.join(names)}, or leave it out")
+        self.status = 404
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Wanted:
     is_apart: bool = True
     echo: bool = False
     priority: int = 0
+    adapter: str | None = None  # that `model` picked
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -90,11 +101,9 @@ def read_request(
     """The answers that a body for `url` asks for. `names`: of the model, as clients may write them; `defaults`: settings of requests that
     do not say otherwise."""
     rest = {name: value for name, value in body.items() if value is not None}
-    model = rest.get("model", names[0])
-    if model not in names:
-        raise BadRequest(
-            f"there is no model {shown(model, 80)} here", f"the model is {names[0]}", "model", f"write {names[0]}, or leave it out"
-        )
+    model, adapters = rest.get("model", names[0]), list(engine.session.adapters)
+    if model not in (*names, *adapters):
+        raise UnknownModel(model, (names[0], *adapters))
     given = {name: _flag(rest, name, default) for name, default in DELIVERY.items()}
     echo = _flag(rest, "echo", False) if url == COMPLETIONS else False
     if echo and given["stream"]:
@@ -128,6 +137,7 @@ def read_request(
         is_apart=given["separate_reasoning"],
         echo=echo,
         priority=priority,
+        adapter=model if model in adapters else None,
     )
 
 

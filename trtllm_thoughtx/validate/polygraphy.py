@@ -99,8 +99,12 @@ def _calls(engine: Engine, seed: int) -> Iterator[Call]:
         for number, part in enumerate(engine.directory.parts):
             inputs = {}
             for value in runner.sessions[number].get_inputs():
-                is_kv = value.name.startswith("past_")
-                inputs[value.name] = runner.cache[value.name[5:]].numpy()[:1, :, :written].copy() if is_kv else feeds[value.name]
+                if value.name.startswith("past_"):
+                    inputs[value.name] = runner.cache[value.name[5:]].numpy()[:1, :, :written].copy()
+                elif value.name in runner.adapters:
+                    inputs[value.name] = runner.adapters[value.name].numpy()[:1].copy()
+                else:
+                    inputs[value.name] = feeds[value.name]
             outputs = runner.run(feeds, number, number + 1)
             yield Call(f"{part.name}.{step}", step, part, inputs, outputs)
             feeds = feeds | {"hidden_states": outputs["hidden_states_out"]} if "hidden_states_out" in outputs else feeds

@@ -69,10 +69,13 @@ class _Widened(TorchFunctionMode):
 class Reference:
     """A transformers model in one precision. `dtype` is a key of `DTYPES`; `run` is the whole interface."""
 
-    def __init__(self, path: Path | Checkpoint, dtype: str) -> None:
+    def __init__(self, path: Path | Checkpoint, dtype: str, *, rounds: bool = True) -> None:
+        """`rounds`: a merged weight has the type of the stored one; else that of the run."""
         self.path, self.dtype = path, dtype
         self._precision: Callable[[], AbstractContextManager] = _Widened if dtype == "float64" else nullcontext
-        self._model = load_model(path, DTYPES[dtype], experts="eager")  # a loop over experts: grouped products know no float64
+        self._model = load_model(
+            path, DTYPES[dtype], experts="eager", rounds=rounds
+        )  # a loop over experts: grouped products know no float64
         if dtype == "float64":
             body = self._model.model
             with self._precision():  # the frequencies too are made in float32 by name
@@ -189,10 +192,13 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).numpy(force=True)
 
 
-def load_model(path: Path | Checkpoint, dtype: torch.dtype, attention: str = "eager", experts: str | None = None) -> Any:
+def load_model(
+    path: Path | Checkpoint, dtype: torch.dtype, attention: str = "eager", experts: str | None = None, rounds: bool = True
+) -> Any:
     """A model in evaluation mode, from local safetensors only, never running the checkpoint's code. `attention` and `experts` name
     transformers' implementations; None is its own choice. The adapter of a `Checkpoint` is merged, by peft."""
     stored, adapter = _checked(path)
+    stored = stored if rounds else dtype
     path = Path(path)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

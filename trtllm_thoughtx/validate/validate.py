@@ -130,7 +130,7 @@ def validate(
     if record is not None:
         golden_file.write_golden(Path(record), expected, is_private=private_data)
     for name in backends:
-        checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress)
+        checks += _backend_checks(directory, name, expected, bisect, exact and BACKENDS[name].runs_graph, progress, lora_dir)
     if export_check is not None and Report(tuple(checks), "").ok:
         checks.append(polygraphy.export_check(directory, export_check, seed))
     return Report(tuple(checks), expected.source)
@@ -204,7 +204,7 @@ def run_reference(
     runs = []
     for kind in (parity.WIDER[dtype], dtype):
         with progress.stage(f"reference in {kind}", len(prompts), "steps") as stage:
-            model, results = Reference(path, kind), {}
+            model, results = Reference(path, kind, rounds=not build.max_lora_rank), {}
             for prompt in prompts:
                 results[prompt.name] = model.run(prompt.ids, chunk=prompt.mask, layers=prompt.layers, rows=prompt.rows)
                 stage.advance(1)
@@ -222,12 +222,14 @@ def run_reference(
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress) -> list[Check]:
+def _backend_checks(
+    directory: EngineDir, backend: str, expected: Expected, bisect: bool, exact: bool, progress: Progress, lora_dir: Path | None
+) -> list[Check]:
     checks = [_plan_check(directory, backend)] if BACKENDS[backend].builds_plans else []
     if any(check.status == "failed" for check in checks):
         return [*checks, Check(f"{backend}: runs", "skipped", "the plan belongs to another graph")]
     try:
-        engine = Engine.load(directory.root, backend, exact=exact)
+        engine = _loaded(directory, backend, lora_dir, exact=exact)
     except ThoughtxError as error:
         if error.code not in ("E201", "E202"):
             raise
@@ -241,10 +243,18 @@ def _backend_checks(directory: EngineDir, backend: str, expected: Expected, bise
         engine.close()
     if not BACKENDS[backend].runs_graph:
         return [*checks, Check(f"{backend}: layers", "skipped", "a plan has no outputs for hidden states")]
-    tapped = Engine.load(directory.root, backend, tap_layers=True, exact=exact)
+    tapped = _loaded(directory, backend, lora_dir, exact=exact, tap_layers=True)
     checks += layers_checks(tapped, backend, expected, bisect)
     tapped.close()
     return checks
+
+
+def _loaded(directory: EngineDir, backend: str, lora_dir: Path | None, **how: Any) -> Engine:
+    """With the adapter in every row, where the engine takes adapters; else it is merged already."""
+    engine = Engine.load(directory.root, backend, **how)
+    if lora_dir is not None and directory.build.max_lora_rank:
+        engine.session.adapter = engine.load_adapter(lora_dir)
+    return engine
 
 
 def _plan_check(directory: EngineDir, backend: str) -> Check:
