@@ -13,8 +13,9 @@ from tiny import tiny_values, write_tiny
 
 from trtllm_thoughtx import Engine
 from trtllm_thoughtx.build.build import build
+from trtllm_thoughtx.checkpoint.layouts import unpack_words
 from trtllm_thoughtx.checkpoint.opened import Checkpoint
-from trtllm_thoughtx.checkpoint.quantized import import_quantized, unpack_words
+from trtllm_thoughtx.checkpoint.quantized import import_quantized
 from trtllm_thoughtx.checkpoint.weights import open_weights
 from trtllm_thoughtx.cli.commands import convert
 from trtllm_thoughtx.errors import ThoughtxError
@@ -49,6 +50,31 @@ def test_four_bits_with_zero_points_arrive_number_for_number(tmp_path, family, m
     write_tiny(tmp_path / "plain", family=family, tensors=meant, **SIZES)
     mine, wanted = logits(tmp_path / "c", tmp_path / "e"), logits(tmp_path / "plain", tmp_path / "p")
     np.testing.assert_allclose(mine, wanted, atol=5e-4 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "algo"),
+    [
+        ("awq", {"whole_rows": True}, "W4A16_GPTQ"),
+        ("gptq", {"whole_rows": True, "act_order": True}, "W4A16_GPTQ"),
+        ("gptq", {"bits": 8, "symmetric": True}, "W8A16_GPTQ"),
+        ("gptq", {"bits": 8, "symmetric": True, "whole_rows": True, "v2": True}, "W8A16"),
+    ],
+)
+def test_whole_rows_and_eight_bits_arrive_number_for_number(tmp_path, method, options, algo):
+    meant = four_bits(tmp_path / "q", method, **options)
+    assert import_quantized(tmp_path / "q", tmp_path / "c")["quant_algo"] == algo
+    write_tiny(tmp_path / "plain", tensors=meant, **SIZES)
+    mine, wanted = logits(tmp_path / "c", tmp_path / "e"), logits(tmp_path / "plain", tmp_path / "p")
+    np.testing.assert_allclose(mine, wanted, atol=5e-4 * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "act_order": True}])
+def test_eight_bits_with_zero_points_or_an_order_are_refused_by_name(tmp_path, options):
+    four_bits(tmp_path / "q", "gptq", bits=8, **options)
+    with pytest.raises(ThoughtxError, match="8 bits and zero points, or an activation order") as caught:
+        import_quantized(tmp_path / "q", tmp_path / "c")
+    assert caught.value.exit == 3 and not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("tied", "head"), [(True, False), (False, True)])
@@ -299,9 +325,11 @@ def change(path: Path, **config: Any) -> None:
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format marlin"),
         ({"version": "gemv"}, "awq version gemv"),
         ({"quant_method": "bitsandbytes"}, "quant_method bitsandbytes"),
-        ({"quant_method": "fp8"}, "quant_method fp8"),
+        ({"quant_method": "fp8"}, "FP8 in blocks of None"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "blocks of 32"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path, config, word):

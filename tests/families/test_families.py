@@ -287,7 +287,7 @@ def test_trtllm_config_of_yarn_carries_both_type_keys() -> None:
         ("E102", {"norm_epsilon": None}, "norm_epsilon"),
         ("E103", {"hidden_act": "swiglu"}, "swiglu"),
         ("E103", {"position_embedding_type": "mrope"}, "mrope"),
-        ("E103", {"quantization": {"quant_algo": "NVFP4"}}, "NVFP4"),
+        ("E103", {"quantization": {"quant_algo": "W4A8_NVFP4_FP8"}}, "NVFP4"),
         ("E103", {"quantization": {"quant_algo": "W4A16_AWQ", "has_zero_point": True}}, "has_zero_point"),
         ("E103", {"moe": {"num_experts": 8}}, "experts"),
         ("E103", {"is_pruned": True}, "is_pruned"),

@@ -23,10 +23,12 @@ def names(*, head: bool = False) -> list[str]:
 
 
 def packed(numbers: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """[rows, n] of 0..15 -> int32 [rows, n / 8]; place i of a word takes number `order[i]`. Written from the formats' descriptions."""
-    words = np.zeros((numbers.shape[0], numbers.shape[1] // 8), np.uint32)
+    """[rows, n] of 0..15 -> int32 [rows, n / 8]; place i of a word takes number `order[i]`; four places have 8 bits each. Written from the
+    formats' descriptions."""
+    num = len(order)
+    words = np.zeros((numbers.shape[0], numbers.shape[1] // num), np.uint32)
     for place, number in enumerate(order):
-        words |= numbers[:, number::8].astype(np.uint32) << np.uint32(4 * place)
+        words |= numbers[:, number::num].astype(np.uint32) << np.uint32(32 // num * place)
     return words.view(np.int32)
 
 
@@ -38,9 +40,18 @@ def groups_of(name: str, num_in: int, act_order: bool) -> np.ndarray:
 
 
 def four_bits(
-    path: Path, method: str, *, symmetric: bool = False, v2: bool = False, act_order: bool = False, head: bool = False, **sizes: Any
+    path: Path,
+    method: str,
+    *,
+    symmetric: bool = False,
+    v2: bool = False,
+    act_order: bool = False,
+    head: bool = False,
+    bits: int = 4,
+    whole_rows: bool = False,
+    **sizes: Any,
 ) -> dict[str, np.ndarray]:
-    """An AWQ or GPTQ checkpoint in `path`; returns what its matrices stand for, by Hugging Face name."""
+    """An AWQ or GPTQ checkpoint in `path`; returns what its matrices stand for, by Hugging Face name. `whole_rows`: group_size -1."""
     rng = np.random.default_rng(5)
     plain = write_tiny(path, **{**SIZES, **sizes})
     changed: dict[str, np.ndarray | None] = {}
@@ -48,10 +59,10 @@ def four_bits(
     for name in names(head=head):
         weight = plain[f"{name}.weight"]
         num_out, num_in = weight.shape
-        groups = groups_of(name, num_in, act_order)
-        numbers = rng.integers(0, 16, (num_out, num_in))
-        zeros = np.full((num_out, num_in // GROUP), 8) if symmetric else rng.integers(1, 16, (num_out, num_in // GROUP))
-        scales = (rng.uniform(0.5, 1.5, (num_out, num_in // GROUP)) * 0.04).astype(np.float16)
+        groups = np.zeros(num_in, np.int32) if whole_rows else groups_of(name, num_in, act_order)
+        numbers, num_groups = rng.integers(0, 1 << bits, (num_out, num_in)), 1 if whole_rows else num_in // GROUP
+        zeros = np.full((num_out, num_groups), 1 << (bits - 1)) if symmetric else rng.integers(1, 1 << bits, (num_out, num_groups))
+        scales = (rng.uniform(0.5, 1.5, (num_out, num_groups)) * 0.64 / (1 << bits)).astype(np.float16)
         meant[f"{name}.weight"] = ((numbers - zeros[:, groups]) * scales.astype(np.float32)[:, groups]).astype(np.float32)
         changed[f"{name}.weight"] = None
         changed[f"{name}.scales"] = np.ascontiguousarray(scales.T)
@@ -60,11 +71,11 @@ def four_bits(
             changed[f"{name}.qweight"] = packed(numbers.T, order)
             changed[f"{name}.qzeros"] = packed(zeros.T, order)
         else:
-            straight = tuple(range(8))
+            straight = tuple(range(32 // bits))
             changed[f"{name}.qweight"] = np.ascontiguousarray(packed(numbers, straight).T)
             changed[f"{name}.qzeros"] = packed(zeros.T - (0 if v2 else 1), straight)
             changed[f"{name}.g_idx"] = groups
-    config = {"quant_method": method, "bits": 4, "group_size": GROUP, "zero_point": not symmetric}
+    config = {"quant_method": method, "bits": bits, "group_size": -1 if whole_rows else GROUP, "zero_point": not symmetric}
     config |= {"checkpoint_format": "gptq_v2"} if v2 else {}
     config |= {"desc_act": True, "static_groups": False} if act_order else {}
     write_tiny(path, **{**SIZES, **sizes}, tensors=changed, config={"quantization_config": config})

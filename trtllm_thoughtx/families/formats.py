@@ -121,6 +121,8 @@ FORMATS = {
         Format(algo="FP8_PER_CHANNEL", number=FP8, inputs="static"),  # ours
         Format(algo="FP8_PER_CHANNEL_PER_TOKEN", number=FP8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W8A16_FP8", number=FP8),  # ours
+        Format(algo="W8A16_FP8_GROUPS", number=FP8, scales="group"),  # ours
+        Format(algo="W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", number=INT8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
         Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4"),
         Format(algo="W4A16_NVFP4", number=FP4, scales="block", qformat="nvfp4_wo"),
@@ -133,4 +135,5 @@ KV_ALGOS = {number.name.lower(): number.name for number in (FP8, INT8)}  # --kv_
 
 def algo_of(number: Number, scales: str, inputs: str) -> str:
     """The format of layers that were stored so by others."""
-    return next(row.algo for row in FORMATS.values() if (row.number, row.scales, row.inputs) == (number, scales, inputs) and not row.search)
+    found = [row for row in FORMATS.values() if (row.number, row.scales, row.inputs) == (number, scales, inputs)]
+    return min(found, key=lambda row: row.search is not None).algo

@@ -15,7 +15,9 @@ Names and scales are TensorRT-LLM 1.2's, as ModelOpt exports them, with matrices
     W4A16_NVFP4           as NVFP4, without activation_scaling_factor; not TensorRT-LLM's
     FP8_PER_CHANNEL       as FP8, but weights_scaling_factor [out]; not TensorRT-LLM's
     W8A16_FP8             weight F8_E4M3, weights_scaling_factor [out]; not TensorRT-LLM's
+    W8A16_FP8_GROUPS      weight F8_E4M3, weights_scaling_factor [out, in / group_size]; not TensorRT-LLM's
     FP8_PER_CHANNEL_PER_TOKEN   weight F8_E4M3, per_channel_scale [out]; the input's scale is each token's largest input over 448
+    W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN   weight I8, per_channel_scale [out]; the input's scale is each token's largest input over 127
 
 value = stored * scale (+ zero, of its group), in W4A16 (stored - zero) * scale; an input is multiplied by the prequant factor first.
 Column j of a matrix with an order belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low

@@ -18,13 +18,12 @@ from typing import Any
 from onnx import TensorProto, helper
 
 from trtllm_thoughtx.config import QuantConfig
-from trtllm_thoughtx.families.formats import FORMATS, FP8, INT8, Number
+from trtllm_thoughtx.families.formats import FORMATS, INT8, Number
 from trtllm_thoughtx.families.quantization import TABLE, stored_as
 from trtllm_thoughtx.graph import blocks
 from trtllm_thoughtx.graph.builder import Builder, Product
 
 TOKEN_STEP = 2.0**-8  # the scale of inputs that their token's range has divided
-TOKEN_SPAN = FP8.largest * TOKEN_STEP  # what the largest of a token's inputs becomes
 SMALLEST_RANGE = 2.0**-14  # smallest normal float16: a token of zeros is divided by it
 
 
@@ -97,7 +96,7 @@ def _by_row(b: Builder, quant: QuantConfig, x: str, module: str, output: str, nu
     """Both sides quantized, with a scale per row of the matrix, and per token where inputs have no static one: s * (x @ W^T) * r + bias."""
     form, spans = FORMATS[quant.algo or ""], []
     if form.inputs == "token":
-        x, span = _rounded_by_token(b, x)
+        x, span = _rounded_by_token(b, x, form.number)
         spans = [span]
     weight = b.weight(f"{module}.weight", (num_out, num_in), elem_type(form.number))
     matrix = b.node("DequantizeLinear", [weight, _number(b, "row.step", form.number.row_step)], f"{output}.matrix")
@@ -111,15 +110,15 @@ def _by_row(b: Builder, quant: QuantConfig, x: str, module: str, output: str, nu
     return y
 
 
-def _rounded_by_token(b: Builder, x: str) -> tuple[str, str]:
-    """(inputs on the E4M3 grid of their token, divided by its range; the ranges [N, 1]): the largest input over `TOKEN_SPAN`."""
+def _rounded_by_token(b: Builder, x: str, number: Number) -> tuple[str, str]:
+    """(inputs on the grid of their token, divided by its range; the ranges [N, 1]): the largest input becomes the number's largest."""
     span, rounded = f"{x}.range", f"{x}.rounded"
     if all(node.output[0] != span for node in b.nodes):  # layers that read the same inputs round them once
         largest = b.node("ReduceMax", [b.node("Abs", [x], f"{x}.sizes"), _axis(b, 1)], f"{x}.largest", keepdims=1)
-        over = b.node("Div", [largest, _number(b, "token.span", TOKEN_SPAN)], f"{x}.span")
+        over = b.node("Div", [largest, _number(b, "token.span", number.largest * TOKEN_STEP)], f"{x}.span")
         b.node("Max", [over, _number(b, "token.smallest", SMALLEST_RANGE)], span)
         step = _number(b, "token.step", TOKEN_STEP)
-        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, FP8)], f"{x}.quantized")
+        b.node("QuantizeLinear", [b.node("Div", [x, span], f"{x}.scaled"), step, _zero(b, number)], f"{x}.quantized")
         b.node("DequantizeLinear", [f"{x}.quantized", step], rounded)
     return rounded, span
 
