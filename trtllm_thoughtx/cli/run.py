@@ -6,12 +6,14 @@ stderr. Several requests are a job (`jobs`): each answer is printed under its id
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from trtllm_thoughtx import files, report
+from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.cli.framework import one_of
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.jsonl import Bad
@@ -20,7 +22,9 @@ from trtllm_thoughtx.runtime.answers import Answers
 from trtllm_thoughtx.runtime.completion import Completion
 from trtllm_thoughtx.runtime.engine import Engine
 from trtllm_thoughtx.runtime.jobs import STOP, Job, Todo, summary
+from trtllm_thoughtx.runtime.trtllm import Executor, is_trtllm
 from trtllm_thoughtx.text.answer import split_ids
+from trtllm_thoughtx.text.opening import INSIDE, state_of
 from trtllm_thoughtx.text.params import DRAFTS, PENALTIES, THINKING, GenerationParams, unused_settings
 from trtllm_thoughtx.text.prompts import Prompt, prompt_rows
 from trtllm_thoughtx.text.text import Text, prompt_ids, prompt_settings
@@ -128,6 +132,34 @@ def _row(request: Prompt, done: Completion, text: Text | None) -> dict[str, Any]
     }
 
 
+def _rows_of_trtllm(
+    executor: Executor, requests: list[Prompt], given: dict[str, Any], stream: TextIO | None, *, use_template: bool
+) -> list[dict[str, Any]]:
+    """The answers of an engine of TensorRT-LLM's own kind, all requests at once."""
+    text = executor.text
+    config = text.generation_config if text else read_generation_config(executor.root)
+    prompts = [prompt_ids(request, text, use_template=use_template) for request in requests]
+    default = text.default_params if text else functools.partial(GenerationParams.from_generation_config, config)
+    own = [prompt_settings(request, text) for request in requests]
+    if any("chunk_size" in settings for settings in own):
+        raise _usage("chunk_size cannot be used with an engine of TensorRT-LLM", "it has no chunk mask", "leave it out of the line")
+    params = [default(**{**given, **settings}) for settings in own]
+    rows = []
+    for request, ids, answer in zip(requests, prompts, executor.complete(prompts, params), strict=True):
+        said = text.decode(answer.output_ids) if text else None
+        reply = split_ids(text, answer.output_ids, is_open=text is not None and state_of(text, ids) == INSIDE)
+        row = {
+            "id": request.id,
+            "num_prompt_tokens": len(ids),
+            "num_output_tokens": len(answer.output_ids),
+            "output_ids": answer.output_ids,
+        }
+        rows.append({**row, "text": said, "reasoning": reply.reasoning, "answer": reply.answer, "stop_reason": answer.stop_reason})
+        if stream is not None:
+            print(f"[{request.id}] {said if said is not None else answer.output_ids}", file=stream, flush=True)
+    return rows
+
+
 def run_requests(
     *,
     engine_dir: Path,
@@ -162,6 +194,23 @@ def run_requests(
         raise _usage("--output_logits_npy takes one request and one answer", f"there are {num_answers}", "run the requests one by one")
     if output_logits_npy is not None:
         report.check_file_output(output_logits_npy)
+    if is_trtllm(engine_dir):
+        others = {"backend": backend, "chunk_size": chunk_size, "num_threads": num_threads, "exact": exact, "verify_key": verify_key}
+        others |= {"output": output, "output_logits_npy": output_logits_npy, "on_error": on_error if bad else None}
+        for name, value in others.items():
+            if value:
+                what = f"--{name} cannot be used with an engine of TensorRT-LLM"
+                raise _usage(what, "it is run by that package's own executor", "leave it out, or build for another --backend")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        executor = Executor(engine_dir)
+        try:
+            unread = _template_notes(executor.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
+            if unread:
+                progress.note(f"not applied: {', '.join(unread)}")
+            rows = _rows_of_trtllm(executor, requests, given, stream, use_template=not no_chat_template)
+        finally:
+            executor.close()
+        return {"engine_dir": str(engine_dir), "backend": "tensorrt-llm", "results": rows, "num_errors": 0, "not_applied": unread}
     answers = None if output is None else Answers(output, resume=resume)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
     try:

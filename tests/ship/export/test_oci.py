@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -22,6 +24,7 @@ from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.cli import commands as cli
 from trtllm_thoughtx.cli.params import run
 from trtllm_thoughtx.ship.export import contents as module
+from trtllm_thoughtx.ship.export import oci as module_oci
 
 REGISTRIES = ("docker-registry", "registry")
 VERSIONS = {"tensorrt_rtx": "1.7.1.116"}
@@ -106,46 +109,68 @@ def test_the_configuration_validates_against_modelpacks_schema(engine: Path, tmp
 # --- a registry ---------------------------------------------------------------------------------------------------------
 
 
+class Registry:
+    """A registry of this machine's, on a port of its own, whose store outlives it."""
+
+    def __init__(self, program: str, work: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.address, self.log = f"127.0.0.1:{self.port}", work / "registry.log"
+        storage = {"filesystem": {"rootdirectory": str(work / "store")}}
+        settings = {"version": 0.1, "log": {"level": "error"}, "storage": storage, "http": {"addr": self.address}}
+        (work / "registry.yml").write_text(json.dumps(settings))
+        self.words = [program, "serve", work / "registry.yml"]
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(self.words, stdout=log, stderr=log)
+        while self.process.poll() is None:
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port)):
+                    break
+            time.sleep(0.05)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def ask(self, path: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        with contextlib.closing(connection):
+            connection.request("HEAD", path, headers={"Accept": module_oci.MANIFEST_TYPE})
+            return connection.getresponse().status
+
+
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[str]:
-    """A registry of this machine's, on a port of its own: HOST:PORT."""
+def registry(tmp_path: Path) -> Iterator[Registry]:
     path = f"{oracles.PLACE / 'bin'}{os.pathsep}{os.environ['PATH']}"
     program = next((found for name in REGISTRIES if (found := shutil.which(name, path=path))), None)
     if program is None:
         pytest.skip(f"no registry here: none of {', '.join(REGISTRIES)} is installed (Debian: apt-get install docker-registry)")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    storage = {"filesystem": {"rootdirectory": str(tmp_path / "store")}}
-    settings = {"version": 0.1, "log": {"level": "error"}, "storage": storage, "http": {"addr": f"127.0.0.1:{port}"}}
-    (tmp_path / "registry.yml").write_text(json.dumps(settings))
-    with (tmp_path / "registry.log").open("w") as log:
-        server = subprocess.Popen([program, "serve", tmp_path / "registry.yml"], stdout=log, stderr=log)
-    try:
-        while server.poll() is None:
-            with socket.socket() as probe:
-                if not probe.connect_ex(("127.0.0.1", port)):
-                    break
-            time.sleep(0.05)
-        assert server.poll() is None, (tmp_path / "registry.log").read_text()
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    registry = Registry(program, tmp_path)
+    yield registry
+    registry.stop()
 
 
 PUSH_AND_PULL = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys, time
 import oras.client, oras.provider
 from modelpack_client import ModelPackClient
 layout, target, work = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+victim = int(sys.argv[4]) if len(sys.argv) > 4 else None  # a registry to be killed behind the third layer
 place = lambda digest: layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
 entry = json.loads((layout / "index.json").read_text())["manifests"][0]
 body = place(entry["digest"]).read_bytes()
 model = json.loads(body)
 registry = oras.provider.Registry(insecure=True)
 container = registry.get_container(target)
-for one in (*model["layers"], model["config"]):
+for number, one in enumerate((*model["layers"], model["config"])):
+    if number == 3 and victim is not None:
+        os.kill(victim, signal.SIGKILL)
+        time.sleep = lambda seconds: None  # the client tries five times, minutes apart
     assert registry.upload_blob(str(place(one["digest"])), container, one).status_code in (200, 201, 202), one
 url = f"http://{container.manifest_url()}"
 answer = registry.do_request(url, "PUT", data=body, headers={"Content-Type": entry["mediaType"]})
@@ -156,16 +181,35 @@ ModelPackClient(insecure=True).pull(target, work / "modelpack")
 
 
 @pytest.mark.slow
-def test_a_registry_gives_back_what_was_exported(engine: Path, tmp_path: Path, registry: str) -> None:
+def test_a_registry_gives_back_what_was_exported(engine: Path, tmp_path: Path, registry: Registry) -> None:
     oracles.need("modelpack_client")
     assert export("--engine_dir", engine, "--oci", tmp_path / "o", "--tag", "v1") == 0
-    done = oracles.run("python", "-c", PUSH_AND_PULL, tmp_path / "o", f"{registry}/models/tiny:v1", tmp_path, cwd=tmp_path)
+    done = oracles.run("python", "-c", PUSH_AND_PULL, tmp_path / "o", f"{registry.address}/models/tiny:v1", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     wanted = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in engine.iterdir()}
     for client in ("oras", "modelpack"):
         pulled = tmp_path / client
         assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pulled.iterdir()} == wanted, client
         EngineDir.open(pulled).verify()
+
+
+@pytest.mark.slow
+def test_a_registry_that_closes_in_mid_push_holds_nothing_yet(engine: Path, tmp_path: Path, registry: Registry) -> None:
+    """What arrived stays, no tag points to it, and the same push ends the work."""
+    oracles.need("modelpack_client")
+    assert export("--engine_dir", engine, "--oci", tmp_path / "o", "--tag", "v1") == 0
+    words = ("python", "-c", PUSH_AND_PULL, tmp_path / "o", f"{registry.address}/models/tiny:v1", tmp_path)
+    cut = oracles.run(*words, registry.process.pid, cwd=tmp_path)
+    assert cut.returncode == 1 and "onnection" in cut.stderr, cut.stderr[-3000:]
+    registry.process.wait()
+    registry.start()
+    layers = [layer["digest"] for layer in model_of(tmp_path / "o")["layers"]]
+    assert registry.ask("/v2/models/tiny/manifests/v1") == 404
+    assert [registry.ask(f"/v2/models/tiny/blobs/{digest}") for digest in layers[:4]] == [200, 200, 200, 404]
+    again = oracles.run(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert registry.ask("/v2/models/tiny/manifests/v1") == 200
+    EngineDir.open(tmp_path / "oras").verify()
 
 
 def test_a_signature_travels_along(engine: Path, tmp_path: Path, capsys: Any) -> None:
