@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_every_option_of_a_build_is_taken_or_refused() -> None:
 # --- running it -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_is_run_and_what_it_made_is_kept(made: Path, tmp_path: Path, program: Path, capsys: Any) -> None:
+def test_the_program_is_run_and_what_it_made_is_kept(made: Path, tmp_path: Path, program: Path, capsys: Any, monkeypatch: Any) -> None:
     assert build(made / "one", tmp_path / "e") == 0
     document = answer(capsys)
     argv = (tmp_path / "argv").read_text().splitlines()
@@ -151,8 +152,11 @@ def test_the_program_is_run_and_what_it_made_is_kept(made: Path, tmp_path: Path,
     (tmp_path / "argv").unlink()
     assert build(made / "one", tmp_path / "e") == 0 and answer(capsys)["up_to_date"] is True
     assert not (tmp_path / "argv").exists()
-    assert run(cli.COMMANDS["run"], "thoughtx-run", ["--engine_dir", str(tmp_path / "e"), "--prompt", "x", "--json"]) == 3
+    assert run(cli.COMMANDS["bench"], "thoughtx-bench", ["--engine_dir", str(tmp_path / "e"), "--json"]) == 3
     assert "TensorRT-LLM's own engine" in answer(capsys)["error"]["why"]
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    assert run(cli.COMMANDS["run"], "thoughtx-run", ["--engine_dir", str(tmp_path / "e"), "--prompt", "x", "--json"]) == 4
+    assert "TensorRT-LLM 1.2 cannot be imported here" in answer(capsys)["error"]["what"]  # behind its manifest, which is right
 
 
 def test_a_failure_is_told_with_its_last_lines(made: Path, tmp_path: Path, program: Path, capsys: Any, monkeypatch: Any) -> None:
