@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,27 @@ def test_a_cancelled_request_gives_its_slot_up(model: Path) -> None:
                 if (response := again.all()[0]).error is None:
                     break
                 assert response.error.kind == "unavailable"
+    finally:
+        served.close()
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_request(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = opened(model, max_num_seqs=1, max_queued_requests=0)
+
+    def push(token: int) -> str:
+        raise RuntimeError("no such character")
+
+    try:
+        with monkeypatch.context() as patch:
+            broken = Request(max_tokens=1900, ignore_eos=True)
+            patch.setattr(served._engine.text, "stop_stream", lambda params: SimpleNamespace(push=push))
+            served.execute([broken])
+            assert "RuntimeError: no such character" in broken.refused("internal")
+        while True:  # its slot is free again
+            served.execute([again := Request(stream=False)])
+            if (response := again.all()[0]).error is None:
+                break
+            assert response.error.kind == "unavailable"
     finally:
         served.close()
 

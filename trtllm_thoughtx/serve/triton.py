@@ -115,12 +115,14 @@ class Served:
                     return
                 answer, event = item
                 if isinstance(event, Ticket):
-                    if not answer.is_over:
+                    if answer.is_over:
+                        event.cancel()
+                    else:
                         live[answer] = event
                 else:
                     answer.take(event)
-                    if answer.is_over:
-                        live.pop(answer, None)
+                    if answer.is_over and (ticket := live.pop(answer, None)) is not None:
+                        ticket.cancel()  # of no effect where it has ended by itself
             if time.monotonic() - looked >= POLL_SECONDS:
                 looked = time.monotonic()
                 for answer, ticket in live.items():
@@ -142,6 +144,16 @@ class _Answer:
         return self._is_deaf or bool(self._sender.is_cancelled())
 
     def take(self, event: Event) -> None:
+        """Send what an event means for this request. Whatever goes wrong is its own: the others go on."""
+        if self.is_over:
+            return
+        try:
+            self._take(event)
+        except Exception as error:
+            self.is_over = self._is_deaf = True
+            _fail(self._pb, self._sender, f"{type(error).__name__}: {shown(str(error), 300)}", "INTERNAL")
+
+    def _take(self, event: Event) -> None:
         if isinstance(event, Token):
             self._num_new += 1
             self._said += self._stream.push(event.token)
