@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = "thoughtx.manifest/1"
+TOOL = {"name": "trtllm-thoughtx", "version": __version__}
 UP_TO_DATE = "up to date: the same inputs and settings made what is there, and its files are intact"
 STATUSES = ("passed", "failed", "skipped")
 # key of the manifest -> the type it must have
@@ -111,7 +112,7 @@ def write_manifest(
     ]
     body = {
         "schema": SCHEMA,
-        "tool": {"name": "trtllm-thoughtx", "version": __version__},
+        "tool": TOOL,
         "command": command,
         "config": dict(config),
         "inputs": sorted((dict(row) for row in inputs), key=lambda row: str(row.get("name"))),

@@ -135,6 +135,7 @@ READERS = {
     "bench.py": ("bench",),
     "build/build.py": ("build",),
     "build/options.py": ("build",),
+    "build/parts.py": ("build",),
     "calibrate/": ("calibrate",),
     "checkpoint/quantized.py": ("convert",),
     "checkpoint/convert.py": ("convert",),

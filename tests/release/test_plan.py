@@ -102,6 +102,7 @@ def test_other_code_is_another_key(tmp_path, model, monkeypatch):
 
 ENTRIES = {
     "convert": ("checkpoint/convert.py", "checkpoint/quantized.py"),
+    "part": ("build/build.py",),
     "build": ("build/build.py",),
     "validate": ("validate/validate.py",),
     "sign": ("ship/sign.py",),
@@ -148,3 +149,15 @@ def test_what_is_not_there_is_said(tmp_path, model):
     with pytest.raises(ThoughtxError) as refused:
         plan(tmp_path, model, ("evaluate:", "sign: {key: none.pem}\nevaluate:"))
     assert refused.value.code == "E101" and "none.pem" in refused.value.where
+
+
+def test_stages_of_plans_are_steps_of_their_own(tmp_path, model):
+    made = plan(tmp_path, model, ("tensorrt-rtx, max_seq_len: 64", "tensorrt-rtx, max_seq_len: 64, num_stages: 2"))
+    by_name = {step.name: step for step in made.steps.values()}
+    parts = [by_name[f"part m-plain-rtx-part{index}"] for index in range(3)]
+    build = by_name["build m-plain-rtx"]
+    assert set(build.inputs) == {by_name["convert m"].key, *(step.key for step in parts)}
+    assert [step.words[-2:] for step in parts] == [("--only_part", str(index)) for index in range(3)]
+    assert all(step.memory > build.memory for step in parts)
+    line = commands(made.engines[1], made.steps)[1]
+    assert "--num_stages 2" in line and "part" not in line

@@ -256,3 +256,11 @@ def test_the_work_grows_with_the_steps(tmp_path):
         run(graph(tmp_path / "note", width, 10), tmp_path / f"store{width}", executor)
         calls.append(executor.calls / (10 * width + 1))
     assert calls[1] < 1.5 * calls[0]
+
+
+def test_memory_of_the_starter_is_not_that_of_the_step(tmp_path):
+    """A process that holds much starts a command that holds little."""
+    held = bytearray(300 << 20)
+    step = fake_step(tmp_path / "note", "build", "a")
+    made = run_step(step, Store(_made(tmp_path / "store")), Stop(), PROGRAM)
+    assert made.status == "made" and made.peak_bytes < len(held)

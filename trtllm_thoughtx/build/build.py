@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from trtllm_thoughtx import files, report
 from trtllm_thoughtx.backends import BACKENDS, keeps_weights
 from trtllm_thoughtx.backends.gpu import native_capability
 from trtllm_thoughtx.build import engine_dir, trtllm
+from trtllm_thoughtx.build import parts as parts_apart
 from trtllm_thoughtx.build.flags import PATH
 from trtllm_thoughtx.build.options import OPTIONS, refuse, resolve, speed_notes
 from trtllm_thoughtx.checkpoint.exits import ExitWeights
@@ -56,17 +57,19 @@ def build(
     options: Mapping[str, Any] | None = None,
     *,
     lora_dir: Path | None = None,
+    only_part: int | None = None,
+    built_part: Sequence[Path] = (),
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Build an engine directory from a Hugging Face or TensorRT-LLM checkpoint; `options` are those of `build.options`,
-    `lora_dir` is an adapter that is merged.
+    `lora_dir` is an adapter that is merged. `only_part`, `built_part`: see `build.parts`.
 
     Returns a summary. Raises ThoughtxError; then nothing is left behind.
     """
     given = {name: Path(value) if value and OPTIONS[name].takes is PATH else value for name, value in (options or {}).items()}
-    told = {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, "lora_dir": lora_dir, **given}
+    told = {"checkpoint_dir": checkpoint_dir, "output_dir": output_dir, "lora_dir": lora_dir, "only_part": only_part, **given}
     command = command_line("thoughtx-build", told)
     output_dir = Path(output_dir)
     checkpoint_dir = Checkpoint.open(checkpoint_dir, lora_dir=lora_dir)
@@ -80,6 +83,11 @@ def build(
         _check_library(settings, library)
         graphs = [decoder_graph(config, settings, part, exits) for part in parts_of(config, settings.stages)]
         bounds = [external.bind(graph, settings.dtype, f"{graph.part.name}.data") for graph in graphs]
+        names = [bound.graph.part.name for bound in bounds]
+        recorded = {"build": settings.as_dict(), "model": report.plain(config)}
+        if only_part is not None:
+            bounds = [bounds[parts_apart.number_of(only_part, names)]]
+            recorded[parts_apart.KEY] = bounds[0].graph.part.name
         plan = _plan(source, settings, bounds, output_dir)
         notes = [
             *_unused_exits(settings, exits),
@@ -91,7 +99,6 @@ def build(
             progress.note(f"note: {note}")
         if dry_run:
             return {**plan, "dry_run": True}
-        recorded = {"build": settings.as_dict(), "model": report.plain(config)}
         more = [] if library is None else [Path(library)]
         output = Output(output_dir, source.members, recorded, command=command, more=more, force=force, progress=progress)
         output.packages |= {BACKENDS[name].module for name in settings.backends}
@@ -100,12 +107,18 @@ def build(
         output.prepare(plan["disk_bytes"])
         _load_backends(settings)
         with output.writing() as partial:
-            if library is not None:
+            if library is not None and only_part is None:
                 output.write(PLUGIN_LIBRARY, files.read_named(library, LIBRARY_BYTES))
-            parts, output.checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
-            output.carry(*source.members.carried)
-            output.write(engine_dir.CONFIG, report.to_json(engine_dir.config_json(config, settings, parts)))
-            output.hashes |= _hashes(parts)
+            if built_part:
+                parts, output.checks = parts_apart.take(built_part, names, output)
+            else:
+                parts, output.checks = _build_parts(partial, source, settings, bounds, output_dir, progress)
+                output.hashes |= _hashes(parts)
+            if only_part is not None:
+                output.write(parts_apart.PART, report.to_json(parts[0]))
+            else:
+                output.carry(*source.members.carried)
+                output.write(engine_dir.CONFIG, report.to_json(engine_dir.config_json(config, settings, parts)))
         made = {path.name: path.stat().st_size for path in sorted(output_dir.iterdir())}
     return {
         **plan,

@@ -73,7 +73,7 @@ class EngineDir:
         if not isinstance(parts, list) or not parts:
             raise _malformed(where, "thoughtx.parts is not a list of parts")
         config = model_config_from_trtllm(_table(raw, "pretrained_config", where), where)
-        directory = cls(root, config, build, [_part(part, where) for part in parts])
+        directory = cls(root, config, build, [read_part(part, where) for part in parts])
         if wrong := directory.contradictions():
             raise _malformed(where, listed(wrong))
         return directory
@@ -217,7 +217,7 @@ def _build_config(raw: Mapping[str, Any], schema: int, where: str) -> BuildConfi
     return build
 
 
-def _part(raw: object, where: str) -> PartFiles:
+def read_part(raw: object, where: str) -> PartFiles:
     """E121 for a part that names no files, or whose fields have other types."""
     names = dict.fromkeys(("name", "onnx", "graph_sha256"), str)
     kinds = {**names, "first_layer": int, "last_layer": int, "embeds": bool, "head": bool, "plans": dict}

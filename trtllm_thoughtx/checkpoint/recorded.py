@@ -16,7 +16,7 @@ from typing import Any
 FLAGS = {"tasks": "task"}  # argument -> flag, where they differ
 FORMS = {"accuracy_budget": "kl={}"}
 PATHS = ("model_dir", "checkpoint_dir", "output_dir", "lora_dir", "calib_data", "dataset")
-NOT_RECORDED = frozenset({"progress", "force", "dry_run"})  # they change nothing in what is made
+NOT_RECORDED = frozenset({"progress", "force", "dry_run", "built_part"})  # they change nothing in what is made
 
 
 def command_line(command: str, arguments: Mapping[str, Any]) -> str:

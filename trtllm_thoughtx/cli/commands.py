@@ -78,12 +78,16 @@ def convert(model_dir: Path, output_dir: Path, as_json: bool, quiet: bool, debug
 @click.option("--output_dir", type=PATH, required=True, help="Output directory for the engine.")
 @framework.lora_option
 @framework.build_options
+@click.option("--only_part", type=Count(0, 4096), help="Build this stage of a staged engine alone; the last one is the head.")
+@click.option("--built_part", type=PATH, multiple=True, help="Directory of such a part; all of them make the engine.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--dry_run", is_flag=True, help="Check everything and print the plan, without writing.")
 def build(
     checkpoint_dir: Path,
     output_dir: Path,
     lora_dir: Path | None,
+    only_part: int | None,
+    built_part: tuple[Path, ...],
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -98,10 +102,19 @@ def build(
 
     options["backend"] = [name for names in options["backend"] for name in names] or None
     progress = Progress(quiet=quiet)
-    summary = build(checkpoint_dir, output_dir, options, lora_dir=lora_dir, force=force, dry_run=dry_run, progress=progress)
+    if only_part is not None and built_part:
+        why = "one builds a part, the other puts parts together"
+        raise ThoughtxError("E001", "--only_part and --built_part exclude each other", where="thoughtx-build", why=why, fix="give one")
+    apart: dict[str, Any] = {"only_part": only_part, "built_part": built_part}
+    if (only_part is not None or built_part) and trtllm.is_wanted(options):
+        why = "trtllm-build makes all of an engine at once"
+        raise ThoughtxError("E001", "tensorrt-llm engines have no parts", where="thoughtx-build", why=why, fix="leave the flag out")
+    how: dict[str, Any] = {"lora_dir": lora_dir, "force": force, "dry_run": dry_run, "progress": progress}
+    summary = build(checkpoint_dir, output_dir, options, **apart, **how)
     if "trtllm_build" in summary:
         return emit("build", summary, as_json=as_json, human=trtllm.tables(summary))
-    following = [] if dry_run else [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"]
+    is_whole = not dry_run and only_part is None
+    following = [f"next: thoughtx-validate --engine_dir {output_dir} --reference HF_DIR"] if is_whole else []
     emit("build", summary, as_json=as_json, human=[*build_tables(summary), *following])
 
 

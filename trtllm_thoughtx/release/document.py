@@ -26,7 +26,7 @@ LIMIT_BYTES = 256 << 10
 LIMIT_BRACKETS = 4000  # the YAML parser needs seconds for tens of thousands of nested ones
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,39}(-[A-Za-z0-9._]{1,40})*")
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-KINDS = ("convert", "calibrate", "fit", "build", "validate", "evaluate", "bench", "sign", "export")
+KINDS = ("convert", "calibrate", "fit", "part", "build", "validate", "evaluate", "bench", "sign", "export")
 AXES = ("models", "formats", "attention", "exits", "targets")
 
 T = TypeVar("T")

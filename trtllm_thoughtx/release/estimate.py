@@ -76,21 +76,28 @@ class Built:
     memory: int
     disk: int
     run_memory: int  # of a process that runs the engine
+    parts: tuple[int, ...]  # bytes of the weights of each part that has plans
 
 
 def built(size: Size, settings: BuildConfig, bits: float) -> Built:
     item = 4 if settings.dtype == "float32" else 2
     bits = min(bits, 8.0 * item)
     edges = (0, *settings.stages, size.config.num_layers)
-    tables = size.table * item * (1 if size.config.tied else 2)
+    table = size.table * item
     parts = [size.layer * (last - first) * bits / 8 for first, last in itertools.pairwise(edges)]
+    parts[0] += table
+    if settings.stages:
+        parts.append(table)  # the head, a part of its own
+    elif not size.config.tied:
+        parts[0] += table
     plans = [name for name in settings.backends if BACKENDS[name].builds_plans]
-    weights = int(sum(parts) + tables)
+    weights = int(sum(parts))
     copies = len(plans) + (len(plans) < len(settings.backends))
     kv = size.config.kv_bytes_per_token(settings.cache_dtype) * settings.kv_capacity * settings.max_batch_size
     return Built(
         weights=weights,
-        memory=int((max(parts) + tables) * (PLAN_FACTOR if plans else 0)) + LIBRARIES,
+        memory=int(max(parts) * (PLAN_FACTOR if plans else 0)) + LIBRARIES,
         disk=int(weights * copies * 1.02) + REST_BYTES,
+        parts=tuple(int(part) for part in parts) if plans else (),
         run_memory=math.ceil(weights * 1.3) + kv + LIBRARIES,
     )

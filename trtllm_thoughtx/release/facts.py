@@ -24,6 +24,7 @@ NEVER = frozenset({"release", "serve", "distill"})
 NOT_RUN = {
     "convert": NEVER | {"calibrate", "evaluate", "validate", "runtime", "bench.py", "ship", "graph"},
     "build": NEVER | {"calibrate", "evaluate", "validate", "runtime", "bench.py", "ship"},
+    "part": NEVER | {"calibrate", "evaluate", "validate", "runtime", "bench.py", "ship"},
     "validate": NEVER | {"bench.py"},
     "sign": NEVER | {"calibrate", "evaluate", "validate", "runtime", "bench.py"},
     "export": NEVER | {"calibrate", "evaluate", "validate", "runtime", "bench.py"},

@@ -129,6 +129,9 @@ def commands(engine: Engine, steps: Mapping[str, Step]) -> list[str]:
     for kind in SHOWN:
         if kind in engine.steps:
             words = [_readable(word, steps) for word in engine.steps[kind].words]
+            while "--built_part" in words:  # by hand it is built at once, with the same bytes
+                at = words.index("--built_part")
+                del words[at : at + 2]
             lines.append(shlex.join([f"thoughtx-{words[0]}", *words[1:]]))
     return lines
 

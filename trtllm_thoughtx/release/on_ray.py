@@ -22,7 +22,6 @@ from trtllm_thoughtx.release.step import Step
 from trtllm_thoughtx.release.store import Store
 from trtllm_thoughtx.release.work import LOST, PROGRAM, Outcome, Stop, run_step
 
-LOCAL = "local"
 ACCELERATOR = "accelerator_type:"  # the prefix of Ray's own resources for kinds of GPUs
 OUTSTANDING = 4  # tasks for each core of the cluster that are handed over at a time
 LACKING_FOR = 8.0  # seconds for which a resource may be missing: a node that joins brings it
@@ -53,7 +52,7 @@ class RayExecutor:
         self._is_mine = not ray.is_initialized()
         if self._is_mine:
             try:
-                ray.init(**given) if address == LOCAL else ray.init(address, **given)
+                ray.init(address, **given)  # `local` is Ray's own word
             except (ConnectionError, RuntimeError, ValueError) as error:
                 why, fix = shown(str(error), 400), "start a cluster (ray start), correct the address, or use --ray local"
                 raise ThoughtxError("E205", "no Ray cluster answers", where=f"--ray {shown(address)}", why=why, fix=fix) from None

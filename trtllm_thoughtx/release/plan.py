@@ -1,6 +1,7 @@
 """The graph of a release: an engine for every combination of its axes, and the steps that make and judge it.
 
-    convert -> calibrate (a format) -> fit (exits) -> build (attention, target) -> validate, evaluate, bench -> sign -> export
+    convert -> calibrate (a format) -> fit (exits) -> part (a stage of a plan) -> build (attention, target)
+    -> validate, evaluate, bench -> sign -> export
 
 Steps that two engines share are one step. What an engine cannot have, because its flags cannot be built, is refused before anything runs;
 what this machine or cluster cannot do is left to the executor.
@@ -21,7 +22,7 @@ from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import open_named
 from trtllm_thoughtx.progress import SILENT, Progress
 from trtllm_thoughtx.release.document import AXES, KINDS, Flag, Release, Target
-from trtllm_thoughtx.release.estimate import LIBRARIES, TORCH, Size, bits_of, built, item_bytes, settings_of, size_of
+from trtllm_thoughtx.release.estimate import LIBRARIES, PLAN_FACTOR, TORCH, Size, bits_of, built, item_bytes, settings_of, size_of
 from trtllm_thoughtx.release.facts import digest_of_files, facts_of, model_files
 from trtllm_thoughtx.release.step import HERE, Input, Step, Word, digest_of, make_step
 
@@ -40,6 +41,7 @@ class Engine:
     target: Target
     memory: int = 0  # of a process that runs it
     parameters: int = 0
+    num_bytes: int = 0  # of its weights
     runs_here: bool = False  # on any machine: it has an onnxruntime graph
     steps: dict[str, Step] = field(default_factory=dict)  # by kind
     missing: dict[str, str] = field(default_factory=dict)  # kind of evidence -> why it is not asked for
@@ -130,8 +132,17 @@ class Planner:
         words = ["build", "--checkpoint_dir", step, "--output_dir", f"{HERE}/{engine.name}", *self._words(list(flags.values()))]
         on_gpu = any(BACKENDS[name].builds_plans and not BACKENDS[name].has_targets for name in self._backends(flags))
         words_of = self._where(engine) if on_gpu else {}
-        engine.steps["build"] = self._add("build", engine.name, words, memory=made.memory, disk=made.disk, size=made.weights, **words_of)
-        engine.memory, engine.parameters = made.run_memory, size.total
+        more = {"disk": made.disk, "size": made.weights, **words_of}
+        if len(made.parts) > 1:  # each on a machine of its own; the build puts them together
+            for index, weights in enumerate(made.parts):
+                label, share = f"{engine.name}-part{index}", weights / max(made.weights, 1)
+                apart = [*words[:3], "--output_dir", f"{HERE}/{label}", *words[5:], "--only_part", str(index)]
+                took = {"memory": int(weights * PLAN_FACTOR) + LIBRARIES, "disk": int(made.disk * share), "size": weights, **words_of}
+                engine.steps[f"part{index}"] = self._add("part", label, apart, **took)
+            words += [word for index in range(len(made.parts)) for word in ("--built_part", engine.steps[f"part{index}"])]
+            more |= {"memory": LIBRARIES, "size": 0}
+        engine.steps["build"] = self._add("build", engine.name, words, **{"memory": made.memory, **more})
+        engine.memory, engine.parameters, engine.num_bytes = made.run_memory, size.total, made.weights
         engine.runs_here = "onnxruntime" in self._backends(flags)
 
     def _settings(self, engine: Engine, size: Size, flags: dict[str, Flag]) -> BuildConfig:
@@ -179,21 +190,21 @@ class Planner:
                 words += ["--output", f"{HERE}/{ANSWERS}", *([] if given.value("memory_context") else ["--memory_context", "0"])]
                 if first is not engine and kind in first.steps:
                     words += ["--compare", (first.steps[kind], ANSWERS)]
-            more = {"memory": engine.memory, "size": build.size, "alone": kind == "bench", **where}
+            more = {"memory": engine.memory, "size": engine.num_bytes, "alone": kind == "bench", **where}
             engine.steps[kind] = self._add(kind, on, words, **more)
 
     def _ship(self, engine: Engine) -> None:
         """Signature and export, once the engine has passed."""
         release, step = self.release, engine.steps["build"]
         after = tuple(engine.steps[kind].key for kind in EVIDENCE if kind in engine.steps)
-        more = {"after": after, "gate": engine.name, "memory": LIBRARIES, "size": step.size}
+        more = {"after": after, "gate": engine.name, "memory": LIBRARIES, "size": engine.num_bytes}
         if release.sign is not None:
             key = self._input(release.sign.key, _files(release.sign.key))
             words: list[Word] = ["sign", "--engine_dir", f"{HERE}/{engine.name}", "--key", key]
             step = engine.steps["sign"] = self._add("sign", engine.name, words, copies=step, **more)
         if release.export is not None:
             words = ["export", "--engine_dir", step, "--oci", f"{HERE}/{engine.name}", "--tag", release.export.tag]
-            engine.steps["export"] = self._add("export", engine.name, words, disk=step.size, **more)
+            engine.steps["export"] = self._add("export", engine.name, words, disk=engine.num_bytes, **more)
 
 
 def _files(path: Path) -> list[Path]:

@@ -62,8 +62,8 @@ class Judge:
             if state.status in DONE:
                 results[kind] = self.store.result(step.key)
         self._measure(row, results)
-        for kind in ("convert", "calibrate", "fit", "build"):
-            if kind in engine.steps and kind not in results:
+        for kind in engine.steps:
+            if kind not in (*EVIDENCE, "sign", "export") and kind not in results:
                 state = self.states[engine.steps[kind].key]
                 (row.reasons if state.status == "failed" else row.skipped).append(f"{kind}: {state.reason or state.status}")
         if "build" in results:
