@@ -14,7 +14,8 @@ give another KL, the same way for all seeds of a model; compare several models b
 
 ModelOpt's settings are its presets (SmoothQuant alpha 1, awq_lite in steps of 0.1) and, unless --defaults, those nearest to what ours
 searches: alpha 0.5, and awq_full, which also clips. It calibrates q, k, v and gate, up apart; "fused" is the same model after
-the step of its exporter that gives layers with one input one factor and one input scale, as an engine needs it.
+the step of its exporter that gives layers with one input one factor and one input scale, as an engine needs it. Without a GPU its NVFP4
+can be measured of the weights alone (nvfp4_wo), as its exporter rounds them: `NVFP4QTensor`, one second scale for layers with one input.
 
 --plant F measures a copy of the model whose function is the same bit for bit (F is a power of two), in front of whose linear layers a few
 channels are F times as large.
@@ -50,7 +51,9 @@ VARIANTS: dict[str, dict[str, tuple[str, Any]]] = {
     "fp8": {"preset": ("FP8_DEFAULT_CFG", None)},
     "int8_sq": {"preset": ("INT8_SMOOTHQUANT_CFG", None), "alpha 0.5": ("INT8_SMOOTHQUANT_CFG", {"method": "smoothquant", "alpha": 0.5})},
     "int4_awq": {"preset": ("INT4_AWQ_CFG", None), "awq_full": ("INT4_AWQ_CFG", {"method": "awq_full", "alpha_step": 0.1})},
+    "nvfp4_wo": {"preset": ("W4A16_NVFP4_CFG", None)},
 }
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers with one input
 MARK = "result: "
 SHOWN = ("kl", "top1_agreement", "perplexity_ratio")
 
@@ -106,7 +109,8 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
 
     options = {key: task[key] for key in ("calib_size", "calib_seq_len", "seed")}
     data = Path(task["calib_data"]) if task["calib_data"] else None
-    found = calibrate(Path(task["model_dir"]), Path(task["out"]), qformat=task["qformat"], calib_data=data, **options)
+    as_it_is = ("transformer.vocab_embedding",)
+    found = calibrate(Path(task["model_dir"]), Path(task["out"]), qformat=task["qformat"], calib_data=data, exclude=as_it_is, **options)
     return {
         "extra_s": 0.0,
         "cpu_s": time.process_time(),
@@ -116,6 +120,21 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
         "num_rows": found["data"]["num_sequences"],
         "systems": {"thoughtx": found["end_to_end"]},
     }
+
+
+def rounded_by_exporter(model: Any) -> None:
+    """Every matrix of the layers to what ModelOpt's exporter stores for it."""
+    import torch
+
+    tensor: Any = importlib.import_module("modelopt.torch.quantization.qtensor").NVFP4QTensor
+    linears = {name: one for name, one in model.model.layers.named_modules() if isinstance(one, torch.nn.Linear)}
+    for name, one in linears.items():
+        base, _, last = name.rpartition(".")
+        together = next((names for names in FUSED if last in names), (last,))
+        second = max(linears[f"{base}.{other}"].weight.abs().max() for other in together) / (6 * 448)
+        made, scale, second = tensor.quantize(one.weight.data, 16, weights_scaling_factor_2=second)
+        wide = made.dequantize(dtype=torch.float32, scale=scale, double_scale=second, block_sizes={-1: 16})
+        one.weight.data.copy_(wide)
 
 
 def theirs(task: dict[str, Any]) -> dict[str, Any]:
@@ -172,10 +191,13 @@ def theirs(task: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.perf_counter()
-        model = mtq.quantize(model, settings, forward_loop=feed)
+        if task["qformat"] == "nvfp4_wo":
+            rounded_by_exporter(model)
+        else:
+            model = mtq.quantize(model, settings, forward_loop=feed)
+            on = [name for name, module in model.named_modules() if name.endswith("weight_quantizer") and module.is_enabled]
+            assert len(on) == 7 * config.num_layers, f"{len(on)} matrices are quantized"
         quantize_s = time.perf_counter() - start
-        on = [name for name, module in model.named_modules() if name.endswith("weight_quantizer") and module.is_enabled]
-        assert len(on) == 7 * config.num_layers, f"{len(on)} matrices are quantized"
         systems, peak, cpu_s, begun = {"modelopt": judged()}, peak_mib(), time.process_time(), time.perf_counter()
         if task["fused"]:
             exporter.requantize_resmooth_fused_llm_layers(model)
@@ -242,7 +264,10 @@ def compared(model_dir: Path, args: argparse.Namespace, scratch: Path, workers: 
             runs = [("", mine)]
             for variant in [name for name in VARIANTS[qformat] if name == "preset" or not args.defaults]:
                 task = base | {"system": "modelopt", "variant": variant, "group_size": mine["group_size"]}
-                task["fused"] = not args.defaults and qformat != "fp8"  # FP8 has no factors, and its input scales are equal already
+                task["fused"] = not args.defaults and qformat not in (
+                    "fp8",
+                    "nvfp4_wo",
+                )  # FP8 has no factors, and its input scales are equal already
                 runs.append((variant, workers.run(task)))
             for variant, found in runs:
                 assert found["tokens_sha256"] == mine["tokens_sha256"], "the rows differ"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from trtllm_thoughtx.checkpoint.weights import open_weights  # noqa: E402
 from trtllm_thoughtx.config import QuantConfig  # noqa: E402
 from trtllm_thoughtx.errors import ThoughtxError  # noqa: E402
 from trtllm_thoughtx.families.formats import FP4  # noqa: E402
+from trtllm_thoughtx.families.quantization import stored_as  # noqa: E402
 from trtllm_thoughtx.validate.divergence import Divergence  # noqa: E402
 
 OPTIONS = {"backend": ("onnxruntime",), "max_seq_len": 64}
@@ -148,3 +150,30 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     refused("E107", name)
     (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"quantization": config["quantization"] | {"group_size": 32}}))
     refused("E102", "group_size")
+
+
+@pytest.mark.parametrize(("qformat", "eight"), [("nvfp4", "FP8"), ("nvfp4_wo", "W8A16_FP8")])
+def test_a_budget_mixes_formats(tmp_path, qformat, eight):
+    """The most sensitive layers get 8 bits, and 16 only where 8 are not enough; the engine keeps the promise."""
+    write_tiny(tmp_path / "m", **SIZES)
+    size: dict[str, Any] = {"qformat": qformat, "calib_size": 8, "calib_seq_len": 32}
+    free = calibrate(tmp_path / "m", tmp_path / "free", **size)["end_to_end"]["kl"]
+    found = calibrate(tmp_path / "m", tmp_path / "c", **size, accuracy_budget=free / 3)
+    wide = {name for name, facts in found["modules"].items() if facts.get("widened")}
+    assert wide and not [name for name, facts in found["modules"].items() if facts.get("kept")]
+    assert found["end_to_end"]["kl"] <= free / 3 and 4.5 < found["size"]["mean_bits"] < 8
+    with open_weights(tmp_path / "c") as source:
+        quant = source.config.quantization
+        assert set(quant.wide) == wide
+        for name in wide:
+            assert stored_as(quant, name).algo == eight
+            assert source.read(f"{name}.weight").dtype == ml_dtypes.float8_e4m3fn
+    seen = Divergence()
+    engines = [
+        build(tmp_path / of, tmp_path / f"{of}-e", {**OPTIONS, "dtype": "float32"}) and Engine.load(tmp_path / f"{of}-e") for of in "mc"
+    ]
+    for row in found["validation"]:
+        seen.add(engines[0].forward([row])[0], engines[1].forward([row])[0], [*row[1:], -1])
+    assert seen.summary().kl == pytest.approx(found["backends"]["onnxruntime"]["end_to_end"]["kl"], rel=1e-2)
+    least = calibrate(tmp_path / "m", tmp_path / "k", **size, accuracy_budget=free / 100)
+    assert [name for name, facts in least["modules"].items() if facts.get("kept")] and least["end_to_end"]["kl"] <= free / 100

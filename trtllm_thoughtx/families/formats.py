@@ -61,6 +61,7 @@ class Format:
     search: str | None = None  # smoothquant | awq: factors per input channel
     zeros: str | None = None  # that groups may have: `points` on the number's grid, or numbers that are `added`
     has_order: bool = False  # inputs may be put in the order of their groups
+    wide: str | None = None  # format of layers of 8 bits that may stand beside its own
     of_rows: str | None = None  # the same with a scale a row in place of groups, for matrices that no group divides, or on demand
 
     @property
@@ -80,11 +81,6 @@ class Format:
     def input_span(self) -> float:
         """The largest input, in units of the stored scale."""
         return self.number.largest * (FP8.largest if self.inputs == "blocks" else 1)
-
-    @property
-    def has_wide(self) -> bool:
-        """Whether layers of 8 bits may stand beside its own."""
-        return self.is_weight_only and self.number.bits < 8 and not self.has_order and self.scales != "block"
 
     def scale_shape(self, num_out: int, num_in: int, group_size: int) -> tuple[int, ...]:
         return {"tensor": (1,), "row": (num_out,)}.get(self.scales, (num_out, num_in // group_size))
@@ -116,16 +112,16 @@ FORMATS = {
         Format(algo="W8A8_SQ_PER_CHANNEL", number=INT8, inputs="static", qformat="int8_sq", search="smoothquant"),
         Format(algo="W8A16", number=INT8, scale_name="per_channel_scale"),  # int8_wo by rows
         Format(algo="W8A16_GPTQ", number=INT8, scales="group", qformat="int8_wo", of_rows="W8A16"),
-        Format(algo="W4A16_AWQ", number=INT4, scales="group", qformat="int4_awq", search="awq"),
-        Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo", zeros="points"),
+        Format(algo="W4A16_AWQ", number=INT4, scales="group", qformat="int4_awq", search="awq", wide="W8A16_GPTQ"),
+        Format(algo="W4A16", number=INT4, scales="group", qformat="int4_wo", zeros="points", wide="W8A16_GPTQ"),
         Format(algo="FP8_PER_CHANNEL", number=FP8, inputs="static"),  # ours
         Format(algo="FP8_PER_CHANNEL_PER_TOKEN", number=FP8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W8A16_FP8", number=FP8),  # ours
         Format(algo="W8A16_FP8_GROUPS", number=FP8, scales="group"),  # ours
         Format(algo="W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", number=INT8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
-        Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4"),
-        Format(algo="W4A16_NVFP4", number=FP4, scales="block", qformat="nvfp4_wo"),
+        Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4", wide="FP8"),
+        Format(algo="W4A16_NVFP4", number=FP4, scales="block", qformat="nvfp4_wo", wide="W8A16_FP8"),
     )
 }
 OF_EMBEDDING = "W8A16_GPTQ"  # embeddings are stored so, or by its rows, beside layers of any format

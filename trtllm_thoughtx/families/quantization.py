@@ -23,7 +23,8 @@ value = stored * scale (+ zero, of its group), in W4A16 (stored - zero) * scale;
 Column j of a matrix with an order belongs to input channel input_order[j]. Two 4-bit numbers share a byte, the earlier channel in the low
 half. Scales are F32, or F16 where the section says `scale_dtype`. With `has_quantized_embedding` the embedding and the head are stored as
 W8A16, or with an `embedding_group_size` as W8A16_GPTQ with scales in F16. Layers
-that `wide_modules` names are stored as W8A16_GPTQ with F16 scales, beside 4-bit ones. These keys are ours. Weight-only matrices keep
+that `wide_modules` names are stored in 8 bits, beside 4-bit ones: W8A16_GPTQ with F16 scales, beside NVFP4 as FP8, beside W4A16_NVFP4 as
+W8A16_FP8. These keys are ours. Weight-only matrices keep
 this plain order: TensorRT-LLM's own are shuffled for one GPU generation, so only unquantized and FP8 checkpoints go to `trtllm-build` as
 they are. Zero points and orders are keys and tensors that it does not know.
 """
@@ -60,7 +61,15 @@ def stored_as(quant: QuantConfig | None, module: str) -> QuantConfig | None:
         return embedding_of(quant)
     if module == TABLE or not quant.covers(module):
         return None
-    return QuantConfig(algo=OF_EMBEDDING, group_size=quant.group_size, scale_dtype="float16") if quant.widens(module) else quant
+    return wide_of(quant) if quant.widens(module) else quant
+
+
+def wide_of(quant: QuantConfig) -> QuantConfig:
+    """How the layers of 8 bits are stored that stand beside those of fewer."""
+    form = FORMATS[FORMATS[quant.algo or ""].wide or ""]
+    if form.is_grouped:
+        return QuantConfig(algo=form.algo, group_size=quant.group_size, scale_dtype="float16")
+    return QuantConfig(algo=form.algo)
 
 
 def embedding_of(quant: QuantConfig) -> QuantConfig:
@@ -191,7 +200,7 @@ def quantization_of(fields: Fields) -> QuantConfig | None:
     for key, names in (("exclude_modules", excluded), ("wide_modules", wide)):
         if not isinstance(names, list) or len(names) > MAX_EXCLUDED or not all(isinstance(x, str) and len(x) < 256 for x in names):
             table.wrong(key, "is not a list of module names")
-    if wide and (form is None or not form.has_wide):
+    if wide and (form is None or form.wide is None):
         table.unsupported("quantization.wide_modules is set", f"{shown(algo)} has no layers of 8 bits beside its own")
     size = table.integer("group_size", 1, 1 << 16, 128)
     return QuantConfig(

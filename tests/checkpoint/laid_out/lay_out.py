@@ -26,8 +26,8 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
@@ -138,6 +138,22 @@ def modelopt(name: str, preset: str) -> None:
     tidy(out, meant)
 
 
+def blocks_of_transformers(name: str, source: str) -> None:
+    """The blocks of `source` in the layout of DeepSeek's and Qwen3's releases, which transformers can only read on a CPU."""
+    out = HERE / name
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    config = json.loads((HERE / source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [16, 32]}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    stored = load_file(HERE / source / "model.safetensors")
+    scaled = {n.replace("weight_scale", "weight_scale_inv"): t.float() if "_scale" in n else t for n, t in stored.items()}
+    save_file(scaled, out / "model.safetensors", {"format": "pt"})
+    wide = FineGrainedFP8Config(weight_block_size=(16, 32), dequantize=True)
+    made = LlamaForCausalLM.from_pretrained(out, quantization_config=wide, dtype=torch.float32)
+    tidy(out, {n: t.bfloat16() for n, t in made.state_dict().items() if f"{n}_scale_inv" in scaled})
+
+
 def tidy(out: Path, meant: dict[str, torch.Tensor]) -> None:
     (out / "generation_config.json").unlink(missing_ok=True)
     sums = {n: hashlib.sha256((t.float() + 0).contiguous().numpy().tobytes()).hexdigest() for n, t in sorted(meant.items())}
@@ -149,3 +165,4 @@ if __name__ == "__main__":
         compressed(name, fmt, scheme)
     modelopt("modelopt-nvfp4", "NVFP4_DEFAULT_CFG")
     modelopt("modelopt-nvfp4a16", "W4A16_NVFP4_CFG")
+    blocks_of_transformers("hf-fp8", "ct-fp8-block")

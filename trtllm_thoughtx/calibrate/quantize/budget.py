@@ -1,5 +1,5 @@
 """Which layers to keep as they are: how much the answer changes when each is quantized alone, and the fewest that must stay out of the
-grid for the whole to hold a budget.
+grid for the whole to hold a budget. Beside NVFP4 they have 8 bits first, and stay as they are only where that is not enough.
 
 Several variants of the model walk through the layers side by side, so that each layer's weights are read once for all of them.
 """
@@ -7,6 +7,7 @@ Several variants of the model walk through the layers side by side, so that each
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from trtllm_thoughtx.calibrate.quantize.products import fused, on_head, quantize
 from trtllm_thoughtx.calibrate.quantize.search import Quantized
 from trtllm_thoughtx.checkpoint import tensor_file
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families.formats import FORMATS
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence
 from trtllm_thoughtx.validate.quality import ORT
@@ -67,22 +69,34 @@ def sensitivities(walk: Walk, modules: Mapping[str, Mapping[str, Any]], progress
     return found
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Layers that stay `kept` as they are, and those that have `wide` numbers of 8 bits in place of fewer."""
+
+    kept: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
+
+
 Losses = dict[str, tuple[Divergence, Divergence]]  # by way to run: on all held-out rows, and on the stored ones
 
 
-def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> list[Losses]:
-    """What the quantized model loses when the layers in each of `kept` stay as they are, by way to run."""
+def measured(walk: Walk, mixes: Sequence[Mix], modules: Mapping[str, Mapping[str, Any]], progress: Progress) -> list[Losses]:
+    """What the quantized model loses with each of `mixes`, by way to run."""
     rows, config = walk.data.judging, walk.source.config
     with torch.inference_mode(), progress.stage("measure", config.num_layers + 1) as stage:
         clean, looked_up = _embedded(walk, rows), walk.embedded()
         rounded = [looked_up(ids) for ids in rows]
-        variants = {(k, way): list(rounded) for k in range(len(kept)) for way in walk.ways}
+        variants = {(k, way): list(rounded) for k in range(len(mixes)) for way in walk.ways}
+        eights = frozenset[str]().union(*(mix.wide for mix in mixes))
         for index in range(config.num_layers):
             layer, grids = Layer(walk.source, index), _grids(walk, f"layer.{index}.safetensors")
             products = _products(walk, f"layer.{index}.safetensors") if ORT in walk.ways else {}
+            wide = walk.widened(layer, eights, modules)
             for (k, way), streams in variants.items():
-                used = {name: one for name, one in grids.items() if name not in kept[k]}
-                variants[k, way] = [_forward(walk, layer, x, used, products if way == ORT else {}) for x in streams]
+                mix = mixes[k]
+                used = {name: wide[name] if name in mix.wide else one for name, one in grids.items() if name not in mix.kept}
+                fused_ones = {name: one for name, one in products.items() if way == ORT and name not in mix.wide}
+                variants[k, way] = [_forward(walk, layer, x, used, fused_ones) for x in streams]
             clean = [layer.forward(x, walk.rotary) for x in clean]
             stage.advance(1)
         head = walk.head_of_embedding()
@@ -90,11 +104,11 @@ def measured(walk: Walk, kept: Sequence[frozenset[str]], progress: Progress) -> 
         if head is None:
             head = _grids(walk, "head.safetensors").get("lm_head")
             product = _products(walk, "head.safetensors").get("lm_head") if ORT in walk.ways else None
-        streams_of = {key: (variants[key], "lm_head" not in kept[key[0]]) for key in variants}
+        streams_of = {key: (variants[key], "lm_head" not in mixes[key[0]].kept) for key in variants}
         judged = _judged(walk, rows, clean, streams_of, head, product)
         found = {key: (whole, part) for key, whole, part in judged}
         stage.advance(1)
-    return [{way: found[k, way] for way in walk.ways} for k in range(len(kept))]
+    return [{way: found[k, way] for way in walk.ways} for k in range(len(mixes))]
 
 
 def worst(losses: Losses) -> float:
@@ -104,23 +118,31 @@ def worst(losses: Losses) -> float:
 
 def keep_for_budget(
     walk: Walk, modules: Mapping[str, Mapping[str, Any]], sensitivity: Mapping[str, float], max_kl: float, progress: Progress
-) -> tuple[frozenset[str], Losses]:
-    """The shortest head of the list of units, most sensitive first, that must stay as it is for the mean KL to be at most `max_kl`."""
+) -> tuple[Mix, Losses]:
+    """The shortest head of the list of units, most sensitive first, that must stay as it is for the mean KL to be at most `max_kl`: in 8
+    bits where the format has such layers without a search of their own, and as it was where all units in 8 bits are not enough."""
     units = sorted(units_of(modules), key=lambda unit: -sensitivity[unit[0]])
 
-    def first(count: int) -> frozenset[str]:
-        return frozenset(name for unit in units[:count] for name in unit)
+    has_eight = FORMATS[walk.algo].scales == "block"
 
-    low, high = 0, len(units)
+    def first(count: int) -> Mix:
+        names, head = frozenset(name for unit in units[:count] for name in unit), frozenset({"lm_head"})
+        if not has_eight:
+            return Mix(names)
+        kept = frozenset(name for unit in units[: max(0, count - len(units))] for name in unit) | (names & head)
+        return Mix(kept, names - kept)
+
+    low = 0
+    high = last = len(units) * (1 + has_eight)
     best: Losses | None = None
     while low < high or best is None:
         tried = sorted({low + (high - low) * i // (NUM_TRIED - 1) for i in range(NUM_TRIED)})
-        for count, losses in zip(tried, measured(walk, [first(count) for count in tried], progress), strict=True):
+        for count, losses in zip(tried, measured(walk, [first(count) for count in tried], modules, progress), strict=True):
             if worst(losses) <= max_kl:
                 high, best = count, losses
                 break
             low = count + 1
-        if low > len(units):
+        if low > last:
             least = worst(losses)
             raise ThoughtxError(
                 "E001",

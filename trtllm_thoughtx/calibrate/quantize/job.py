@@ -198,6 +198,7 @@ def calibrate(
         walk = Walk(source, data, quant, work, batch_size, rounding)
         say(f"about {duration(estimate.seconds(walk))} on this machine, by one row")
         walk.run(progress)
+        walk.keep_wide((), {})
         modules, losses = _kept(walk, config, quant, goal, progress) if goal.is_set else walk.facts()
         final = with_excluded(quant, modules)
         warnings = [*carried_exits, *warnings_of(modules)]
@@ -238,17 +239,19 @@ def _kept(walk: Walk, config: ModelConfig, quant: QuantConfig, goal: Goal, progr
     modules, losses = walk.facts()
     alone = budget.sensitivities(walk, modules, progress)
     modules = {name: facts | {"sensitivity": alone.get(name)} for name, facts in modules.items()}
-    kept: frozenset[str] = frozenset()
+    mix = budget.Mix()
     seen: budget.Losses = {}
     if goal.accuracy_budget is not None and max(whole.kl for whole, _ in losses.values()) > goal.accuracy_budget:
-        kept, seen = budget.keep_for_budget(walk, modules, alone, goal.accuracy_budget, progress)
+        mix, seen = budget.keep_for_budget(walk, modules, alone, goal.accuracy_budget, progress)
     elif goal.target_bits is not None:
         num_weights, bits = int(sizes(config, quant, modules)["num_weights"]), (stored_bits(quant), wide_bits(config))
-        kept = budget.keep_for_bits(judged_modules(modules, quant), alone, *bits, num_weights, goal.target_bits)
-        seen = budget.measured(walk, [kept], progress)[0]
+        mix = budget.Mix(budget.keep_for_bits(judged_modules(modules, quant), alone, *bits, num_weights, goal.target_bits))
+        seen = budget.measured(walk, [mix], modules, progress)[0]
     if seen:
         losses = {way: (whole.summary(), on_stored.summary()) for way, (whole, on_stored) in seen.items()}
-    return {name: facts | ({"quantized": False, "kept": True} if name in kept else {}) for name, facts in modules.items()}, losses
+    walk.keep_wide(mix.wide, modules)
+    modules = {name: facts | ({"widened": True} if name in mix.wide else {}) for name, facts in modules.items()}
+    return {name: facts | ({"quantized": False, "kept": True} if name in mix.kept else {}) for name, facts in modules.items()}, losses
 
 
 def told(data: Data, quant: QuantConfig, rounding: str) -> str:
@@ -329,4 +332,6 @@ def _values(tensors: Sequence[Tensor], source: WeightSource, work: Path) -> Iter
         file = f"layer.{tensor.layer}.safetensors" if tensor.layer is not None else outside
         if file != name_held:
             held, name_held = tensor_file.read_all(work, file), file
+            if (work / f"wide.{file}").is_file():
+                held |= tensor_file.read_all(work, f"wide.{file}")
         yield held[tensor.name]

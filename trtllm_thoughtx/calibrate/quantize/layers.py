@@ -6,7 +6,7 @@ Held-out rows go through twice, on the layers as they were and on the quantized 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from trtllm_thoughtx.calibrate.data import Data
 from trtllm_thoughtx.calibrate.quantize import grid, kv, table
 from trtllm_thoughtx.calibrate.quantize.model import UNITS, Head, Layer, Rotary, read
 from trtllm_thoughtx.calibrate.quantize.products import fused, on_head, operators_of, quantized
-from trtllm_thoughtx.calibrate.quantize.search import Quantized
+from trtllm_thoughtx.calibrate.quantize.search import Quantized, widened
 from trtllm_thoughtx.calibrate.quantize.states import States
 from trtllm_thoughtx.calibrate.quantize.watch import Judge, Watch, choose, picks_of, stored_tensors
 from trtllm_thoughtx.checkpoint import tensor_file
@@ -29,7 +29,7 @@ from trtllm_thoughtx.checkpoint.weights import WeightSource
 from trtllm_thoughtx.config import QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.families.formats import FORMATS
-from trtllm_thoughtx.families.quantization import TABLE, embedding_of, linear_modules
+from trtllm_thoughtx.families.quantization import TABLE, embedding_of, linear_modules, wide_of
 from trtllm_thoughtx.files import atomic_file, read_json
 from trtllm_thoughtx.progress import Progress
 from trtllm_thoughtx.validate.divergence import Divergence, Loss, spread
@@ -290,6 +290,22 @@ class Walk:
         modules |= last["modules"]
         ordered = {name: modules[name] for name in linear_modules(self.source.config) if name in modules}
         return ordered, {way: (Loss(**whole), Loss(**on_stored)) for way, (whole, on_stored) in last["losses"].items()}
+
+    def widened(self, layer: Layer, names: Collection[str], modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Quantized]:
+        """Those of a layer's modules that `names` has, in 8 bits; their inputs are as large as those that were seen."""
+        mine = [name for name in modules if name in names and name.startswith(f"{layer.name}.")]
+        weights = {name: layer.weights[f"{name.removeprefix(layer.name + '.')}.weight"] for name in mine}
+        return {name: widened(weight, modules[name]["input_amax"], wide_of(self.quant)) for name, weight in weights.items()}
+
+    def keep_wide(self, names: Collection[str], modules: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the tensors of modules in 8 bits, beside those of their layers; what an earlier run chose goes."""
+        for index in range(self.source.config.num_layers):
+            path = self.root / f"wide.layer.{index}.safetensors"
+            path.unlink(missing_ok=True)
+            if any(name.startswith(f"transformer.layers.{index}.") for name in names):
+                found = self.widened(Layer(self.source, index), names, modules)
+                made = [stored_tensors(name, one, wide_of(self.quant)) for name, one in found.items()]
+                tensor_file.write_all(path, {name: value for tensors in made for name, value in tensors.items()})
 
     def stored_rows(self) -> list[list[int]]:
         """The sequences that go with the checkpoint, so that an engine can be judged on them."""

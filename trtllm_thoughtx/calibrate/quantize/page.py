@@ -38,6 +38,8 @@ def calibration_tables(found: Mapping[str, Any]) -> list[Any]:
     worst = sorted(judged.items(), key=lambda item: -item[1]["error_share"])[:NUM_WORST]
     kept = [name for name, facts in found["modules"].items() if facts.get("kept")]
     rows += [["kept as they are", f"{len(kept)}: {', '.join(kept)}"]] if kept else []
+    wide = [name for name, facts in found["modules"].items() if facts.get("widened")]
+    rows += [["in 8 bits", f"{len(wide)}: {', '.join(wide)}"]] if wide else []
     columns = ["layer", "SQNR dB", "clipped share", "largest input", "alpha"]
     lines = [[name, f["sqnr_db"], f["clipped_share"], f["input_amax"], f["alpha"]] for name, f in worst]
     return [report.table(title, ["measure", "value"], rows), report.table("layers that lost most", columns, lines), *found["skipped"]]

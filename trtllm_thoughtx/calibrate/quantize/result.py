@@ -10,8 +10,8 @@ from trtllm_thoughtx import report
 from trtllm_thoughtx.backends.ort_product import OPERATORS
 from trtllm_thoughtx.calibrate.quantize.cost import Answers, Speed
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
-from trtllm_thoughtx.families.formats import FORMATS
-from trtllm_thoughtx.families.quantization import embedding_of, stored_as
+from trtllm_thoughtx.families.formats import FORMATS, INT8
+from trtllm_thoughtx.families.quantization import embedding_of, stored_as, wide_of
 from trtllm_thoughtx.validate.divergence import Loss
 from trtllm_thoughtx.validate.quality import EXACT, ORT
 
@@ -62,7 +62,7 @@ def backends_of(losses: Mapping[str, tuple[Loss, Loss]], kind: str | None, quant
     """Loss and limits of each way to run an engine: its graph, which plans and `--exact` run, and onnxruntime's operators on a CPU."""
     has_head = quant.embedding and not quant.covers("lm_head")
     runs = {EXACT: GRAPH, ORT: OPERATORS[kind] if kind else OF_HEAD if has_head else SAME}
-    runs[ORT] += "; 8-bit layers' to 16" if quant.wide else ""
+    runs[ORT] += "; 8-bit layers' to 16" if quant.wide and FORMATS[wide_of(quant).algo or ""].number == INT8 else ""
     measured = {way: losses.get(way, losses[EXACT]) for way in (EXACT, ORT)}
     return {
         way: {"runs": runs[way], "end_to_end": report.plain(whole), "limits": limits_of(on_stored)}

@@ -54,6 +54,7 @@ class Quantized:
     zero: torch.Tensor | None = None  # zero points of groups
     rounding: str = "nearest"
     why: str | None = None  # it is not the rounding that was asked for
+    algo: str | None = None  # where it is not that of the other layers
 
     def part(self, first: int, end: int, *, has_own_scales: bool) -> Quantized:
         """Some rows of it."""
@@ -63,7 +64,15 @@ class Quantized:
     def inputs(self, x: torch.Tensor, algo: str) -> torch.Tensor:
         """The inputs as the graph computes with them."""
         x = x if self.factor is None else x * self.factor
-        return x if self.input_scale is None else grid.input_on_grid(x, self.input_scale, algo)
+        return x if self.input_scale is None else grid.input_on_grid(x, self.input_scale, self.algo or algo)
+
+
+def widened(weight: torch.Tensor, input_amax: float, quant: QuantConfig) -> Quantized:
+    """A matrix in a format without groups or searches, as layers of 8 bits beside those of fewer are; `quant` is theirs."""
+    algo = quant.algo or ""
+    scale = grid.weight_scale(weight, algo, quant.group_size)
+    inputs = grid.input_scale(input_amax, algo).to(weight.device) if FORMATS[algo].is_static else None
+    return Quantized(grid.on_grid(weight, scale, algo), scale, inputs, None, None, 0.0, 0.0, algo=algo)
 
 
 def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Quantized:

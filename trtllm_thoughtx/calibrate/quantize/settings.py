@@ -10,7 +10,7 @@ from typing import Any
 from trtllm_thoughtx.calibrate.quantize.result import stored_bits, wide_bits
 from trtllm_thoughtx.config import ModelConfig, QuantConfig
 from trtllm_thoughtx.errors import ThoughtxError, shown
-from trtllm_thoughtx.families.formats import BLOCK, FORMATS, FP8, QUANT_ALGOS
+from trtllm_thoughtx.families.formats import BLOCK, FORMATS, FP8, INT8, QUANT_ALGOS
 from trtllm_thoughtx.families.quantization import TABLE, linear_modules
 
 GROUPS, SHORT_GROUPS = (128, 64, 32, 16), (32, 16, 64, 128)  # that fit first; of formats with zero points
@@ -58,8 +58,9 @@ def quant_config(
         why = f"known are {', '.join(QUANT_ALGOS)}"
         raise ThoughtxError("E001", f"unknown format {shown(qformat)}", where="--qformat", why=why, fix="choose one of them")
     algo, size = _sizes(config, QUANT_ALGOS[qformat], group_size)
-    if wide and not FORMATS[algo].has_wide:
-        why = f"{qformat} has at least 8 bits in all of them"
+    eight = FORMATS[algo].wide
+    if wide and (eight is None or FORMATS[eight].number != INT8):
+        why = f"{qformat} has {'no INT8 layers' if eight else 'at least 8 bits in all of them'}"
         raise ThoughtxError(
             "E001", "--int8_layers widens nothing", where="--int8_layers", why=why, fix="leave it out, or choose a 4-bit format"
         )
@@ -107,9 +108,10 @@ def _sizes(config: ModelConfig, algo: str, group_size: int | None) -> tuple[str,
 
 
 def with_excluded(quant: QuantConfig, modules: Mapping[str, Mapping[str, Any]]) -> QuantConfig:
-    """The same with the layers by name that were covered and stay as they are."""
+    """The same with the layers by name that were covered and stay as they are, or have 8 bits."""
     kept = [name for name, facts in modules.items() if not facts["quantized"] and quant.covers(name)]
-    return replace(quant, exclude=(*quant.exclude, *kept))
+    wide = [name for name, facts in modules.items() if facts.get("widened")]
+    return replace(quant, exclude=(*quant.exclude, *kept), wide=(*quant.wide, *wide))
 
 
 def check_target(config: ModelConfig, quant: QuantConfig, target_bits: float | None) -> None:
