@@ -128,6 +128,28 @@ def test_polygraphys_tools_take_the_files(made: Path) -> None:
 # --- the files ----------------------------------------------------------------------------------------------------------
 
 
+FAILS = """
+import sys, onnx
+graph = onnx.load("polygraphy_debug.onnx", load_external_data=False).graph
+sys.exit(any(node.op_type == "Swish" and node.output[0].startswith("layers.1.") for node in graph.node))
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_is_reduced_to_the_node_that_fails(made: Path, tmp_path: Path) -> None:
+    """reduce.sh with a check that needs no TensorRT: it fails as long as one node is there."""
+    oracles.need("polygraphy")
+    folder = Path(shutil.copytree(made / "plain-check", tmp_path / "check"))
+    (folder / "fails.py").write_text(FAILS)
+    assert "--onnxrt --trt --load-inputs layers.json" in (folder / "reduce.sh").read_text()
+    clean = {"PATH": f"{oracles.PLACE / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder)}
+    words = ["sh", folder / "reduce.sh", made / "plain", "python", "fails.py"]
+    done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    nodes = onnx.load(folder / "reduced.onnx", load_external_data=False).graph.node
+    assert [node.output[0] for node in nodes if node.op_type == "Swish"] == ["layers.1.mlp.active"] and len(nodes) < 10
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_golden_values_are_those_of_a_request(name: str, made: Path) -> None:
     """Prefill and decode of the head part are the logits that the engine gives for the same tokens."""

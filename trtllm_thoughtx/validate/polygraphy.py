@@ -4,6 +4,7 @@
     PART.prefill.golden.json, PART.decode.golden.json   what the graph gives for them, on onnxruntime as it stands
     data_loader.py                                      brings the KV cache to its full size
     check.sh, README.md                                 the commands, for onnxruntime and for plans
+    reduce.sh                                           the smallest part of the graph that two runtimes compute differently
 
 Golden values are those of the engine's own graph, which the other checks of thoughtx-validate compare with PyTorch; so this one tells
 whether another runtime, another GPU or a copied directory computes that graph. A value may differ by `TOLERANCE` of the largest value of
@@ -39,6 +40,19 @@ QUANTIZED = 2e-2
 PROMPT, ROWS, CHUNK = 17, 4, 8  # tokens, rows of logits, and the chunk size of an engine that takes any
 STEPS = ("prefill", "decode")  # in the order of the plans' optimization profiles
 RUNNERS = {"onnxruntime": "--onnxrt", "tensorrt": "--trt --model-type engine", "tensorrt-rtx": "--trt --model-type engine"}
+REDUCE = """#!/bin/sh
+# sh reduce.sh ENGINE_DIR [COMMAND ...]: reduced.onnx, the smallest part of {graph} for which COMMAND fails. It sees polygraphy_debug.onnx,
+# and layers.json with the values of every tensor in it. Without COMMAND: TensorRT against onnxruntime.
+engine=$(cd "${{1:?ENGINE_DIR}}" && pwd) || exit 2
+shift
+cd "$(dirname "$0")" || exit 2
+[ $# -gt 0 ] || set -- polygraphy run polygraphy_debug.onnx --onnxrt --trt --load-inputs layers.json
+polygraphy run "$engine/{graph}" --onnxrt --onnx-outputs mark all --data-loader-script data_loader.py:{loader} \\
+  --save-inputs given.json --save-outputs made.json &&
+polygraphy data merge given.json made.json -o layers.json &&
+polygraphy debug reduce "$engine/{graph}" -o reduced.onnx --mode bisect --load-external-data "$engine" \\
+  --load-inputs layers.json --check "$@"
+"""
 SCRIPT_BYTES = 1 << 20
 
 
@@ -78,6 +92,7 @@ def export_check(directory: EngineDir, target: Path, seed: int = 0) -> Check:
                 calls.append((call, _tolerances(call.outputs, directory)))
             _write(partial / "data_loader.py", _loader(calls, directory.build.kv_capacity))
             _write(partial / "check.sh", _script(calls, directory))
+            _write(partial / "reduce.sh", REDUCE.format(graph=calls[0][0].part.onnx, loader=_function(calls[0][0])))
             _write(partial / "README.md", _readme(directory))
     finally:
         engine.close()
@@ -188,6 +203,9 @@ def _readme(directory: EngineDir) -> str:
         "Exit status 0: each part of the engine, called with a prompt and with the token behind it, gives the golden values within",
         f"{share:g} of the largest value of each output. Anything else is a failure; Polygraphy prints the output and the difference.",
         "The commands stand in check.sh, one a call. `polygraphy inspect data FILE.json` shows inputs and golden values.",
+        "",
+        "`sh reduce.sh ENGINE_DIR` finds the smallest part of the graph that TensorRT computes otherwise than onnxruntime, where both are",
+        "installed, by `polygraphy debug reduce`; `sh reduce.sh ENGINE_DIR COMMAND ...` that for which a command fails.",
         "",
     ]
     return "\n".join(lines)
