@@ -161,3 +161,9 @@ def test_stages_of_plans_are_steps_of_their_own(tmp_path, model):
     assert all(step.memory > build.memory for step in parts)
     line = commands(made.engines[1], made.steps)[1]
     assert "--num_stages 2" in line and "part" not in line
+
+
+def test_two_engines_of_one_name(tmp_path, model):
+    with pytest.raises(ThoughtxError) as refused:
+        plan(tmp_path, model, ("formats: {plain: {}, int8:", "formats: {a: {}, a-b: {}, int8:"), ("  cpu:", "  b-c:"), ("  rtx:", "  c:"))
+    assert refused.value.code == "E002" and "m-a-b-c" in refused.value.why

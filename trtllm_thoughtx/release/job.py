@@ -77,11 +77,12 @@ def release(path: Path, output_dir: Path, flags: Flags, *, store_dir: Path | Non
     output_dir = Path(output_dir)
     _check_output(output_dir)
     root = (store_dir or output_dir / "store").absolute()
-    plan = open_plan(path, flags, root / "inputs" if root.is_dir() else None, Progress(quiet=quiet))  # refusals leave nothing behind
+    plan = open_plan(path, flags, root / "inputs" if root.is_dir() else None, Progress(quiet=quiet or as_json))  # refusals leave nothing
     for directory in (output_dir, root):
         directory.mkdir(exist_ok=True)
     store, rates = Store(root), Rates.read(root)
-    executor = _executor(ray, store)
+    is_done = all(map(store.has, plan.steps))  # then no cluster is asked
+    executor = _executor(None if is_done else ray, store)
     try:
         watch = watch_for(plan.steps, rates, executor.cores, quiet=quiet, as_json=as_json)
         scheduler = Schedule(plan.steps, store, executor, watch)

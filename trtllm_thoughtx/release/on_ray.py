@@ -25,6 +25,7 @@ from trtllm_thoughtx.release.work import LOST, PROGRAM, Outcome, Stop, run_step
 ACCELERATOR = "accelerator_type:"  # the prefix of Ray's own resources for kinds of GPUs
 OUTSTANDING = 4  # tasks for each core of the cluster that are handed over at a time
 LACKING_FOR = 8.0  # seconds for which a resource may be missing: a node that joins brings it
+CLEAN_WITHIN = 15.0  # seconds that a cancelled task has to end
 LOOK_EVERY = 1.0  # seconds between two looks at the nodes
 
 
@@ -135,8 +136,17 @@ class RayExecutor:
         for ref in self._running:
             self.ray.cancel(ref, force=True)
         if self._running:
-            self.ray.wait(list(self._running), num_returns=len(self._running), timeout=30)
+            self.ray.wait(list(self._running), num_returns=len(self._running), timeout=CLEAN_WITHIN)
+        ended = time.monotonic() + CLEAN_WITHIN
+        for step in self._running.values():
+            while not self._is_clean(step) and time.monotonic() < ended:
+                time.sleep(0.05)
         self._running.clear()
+
+    def _is_clean(self, step: Step) -> bool:
+        """Nobody makes the step any more, and nothing of it is left: its lock, which its command has too, could be taken."""
+        with self.store.lock(step.key) as lock:
+            return lock is not None
 
     def close(self) -> None:
         self.cancel()

@@ -71,6 +71,9 @@ class Planner:
             if not any(all(at[axis] == name for axis, name in rule.items()) for rule in release.leave_out):
                 shown = [name for axis, name in at.items() if axis in ("models", "formats", "targets") or len(getattr(release, axis)) > 1]
                 engines.append(Engine("-".join(shown), at, release.targets[at["targets"]]))
+        if twice := {engine.name for engine in engines if sum(other.name == engine.name for other in engines) > 1}:
+            why = f"{min(twice)} is made of other names in two ways"
+            raise ThoughtxError("E002", "two engines have one name", where=release.name, why=why, fix="choose names without -")
         if not engines:
             fix = "remove a rule of leave_out"
             raise ThoughtxError("E002", "the release is empty", where=release.name, why="leave_out leaves no engine", fix=fix)
