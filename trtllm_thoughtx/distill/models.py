@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE, kind_of
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, CARRIED, CARRIED_LIMIT
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
 from trtllm_thoughtx.distill import vocabulary
 from trtllm_thoughtx.errors import ThoughtxError
 from trtllm_thoughtx.files import atomic_dir, read_inside
@@ -87,15 +88,17 @@ def new_model(target: Path, *, num_layers: int, hidden_size: int, intermediate_s
         tokenizer().save_pretrained(root)
 
 
-def load_student(path: Path, dtype: str, layers: tuple[int, ...] | None = None, *, gradient_checkpointing: bool = False) -> Any:
+def load_student(
+    path: Path | Checkpoint, dtype: str, layers: tuple[int, ...] | None = None, *, gradient_checkpointing: bool = False
+) -> Any:
     """The model of `path`, or one of `layers` of it, in that order (DistilBERT, arXiv 1910.01108, section 3)."""
-    model = load_model(path, DTYPES[dtype], attention="sdpa")
+    model = load_model(path, DTYPES[dtype], attention="sdpa", rounds=False)
     if layers is not None:
         body, num = model.model, len(model.model.layers)
         if any(layer >= num for layer in layers):
             why = f"the model has layers 0 to {num - 1}, asked for: {', '.join(map(str, layers))}"
             fix = f"give --layers from 0 to {num - 1}. Nothing was written."
-            raise ThoughtxError("E163", "layers that the model does not have", where=str(path), why=why, fix=fix)
+            raise ThoughtxError("E163", "layers that the model does not have", where=str(Path(path)), why=why, fix=fix)
         body.layers = torch.nn.ModuleList(body.layers[layer] for layer in layers)
         for index, layer in enumerate(body.layers):
             layer.self_attn.layer_idx = index

@@ -15,10 +15,12 @@ from trtllm_thoughtx.checkpoint.directory import HUGGING_FACE, kind_and_config
 from trtllm_thoughtx.config import ModelConfig
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
+from trtllm_thoughtx.families import tensors_of
 from trtllm_thoughtx.families.hf_config import model_config_from_hf
 from trtllm_thoughtx.families.size import num_parameters
 from trtllm_thoughtx.files import human_bytes
 
+FROZEN_STUDENT_BYTES = 4
 TRAINED_BYTES, FROZEN_BYTES, COMPUTED_BYTES = 16, 2, 2  # a parameter that is trained, one that is not, a number of an activation
 LAYER_NUMBERS = 20  # hidden-sized activations of the one layer that is computed again (Korthikanti et al., arXiv 2205.05198, section 4)
 LOGIT_COPIES = 4  # float32: the logits, their log-softmax, both gradients
@@ -55,6 +57,8 @@ def plan(settings: Settings) -> dict[str, Any]:
     if settings.layers is not None:
         layers = num_parameters(student, "model.layers.")
         sizes["student"] = num_parameters(student) - layers + layers * len(settings.layers) // student.num_layers
+    if settings.lora_rank:
+        sizes["adapter"] = adapter_parameters(student, settings.lora_rank)
     stages = [_stage(settings, stage, student, sizes, settings.num_gpus) for stage in STAGES if getattr(settings, f"{stage}_steps")]
     room = settings.gpu_memory_gib * GIB
     counts = (1, 2, 4, *range(8, 1025, 8))
@@ -75,6 +79,12 @@ def plan(settings: Settings) -> dict[str, Any]:
     }
 
 
+def adapter_parameters(config: ModelConfig, rank: int) -> int:
+    """Numbers of a product of this rank beside every linear layer."""
+    parts = [part for tensor in tensors_of(config) if tensor.layer is not None for part in tensor.parts if len(part.shape) == 2]
+    return sum(rank * sum(part.shape) for part in parts)
+
+
 def _stage(settings: Settings, stage: str, config: ModelConfig, sizes: dict[str, int | None], num_gpus: int) -> dict[str, Any]:
     own, steps = sizes["student"] or 0, getattr(settings, f"{stage}_steps")
     teacher = sizes["teacher"] or 0
@@ -89,7 +99,11 @@ def _stage(settings: Settings, stage: str, config: ModelConfig, sizes: dict[str,
     cache = 0
     if stage == "scored":
         cache = -(-settings.batch_size // num_gpus) * length * config.kv_bytes_per_token("bfloat16")
-    sharded = (own * TRAINED_BYTES + held * FROZEN_BYTES) / num_gpus
+    if settings.lora_rank:  # the student stays, in float32, and is the reference of stages 2 and 3 itself
+        held_bytes = own * FROZEN_STUDENT_BYTES + adapter_parameters(config, settings.lora_rank) * TRAINED_BYTES
+        sharded = (held_bytes + (held * FROZEN_BYTES if stage == "supervised" else 0)) / num_gpus
+    else:
+        sharded = (own * TRAINED_BYTES + held * FROZEN_BYTES) / num_gpus
     tokens = rows * length * steps
     passes = (8 if settings.gradient_checkpointing else 6) * own + 2 * held  # operations a token, forward and backward
     seconds = tokens * passes / (PEAK_FLOPS * FRACTION_OF_PEAK * num_gpus)

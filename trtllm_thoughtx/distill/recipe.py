@@ -19,7 +19,8 @@ from accelerate import PartialState
 
 from trtllm_thoughtx import plot, report
 from trtllm_thoughtx.checkpoint.members import CALIBRATION, EXITS
-from trtllm_thoughtx.distill import ablation, loop, models, preference, rows, scored, supervised, traces
+from trtllm_thoughtx.checkpoint.opened import Checkpoint
+from trtllm_thoughtx.distill import ablation, loop, lora, models, preference, rows, scored, supervised, traces
 from trtllm_thoughtx.distill.mixture import Mixture
 from trtllm_thoughtx.distill.settings import GENERATED, STAGES, Settings
 from trtllm_thoughtx.errors import ThoughtxError
@@ -35,6 +36,7 @@ def identity(settings: Settings, stage: str) -> dict[str, Any]:
     """What a stage's result depends on, as its `settings.json` keeps it."""
     others = {f"{name}_steps" for name in STAGES if name != stage}
     fields = {key: value for key, value in dataclasses.asdict(settings).items() if key not in NOT_IDENTITY | others}
+    fields = {key: value for key, value in fields.items() if not key.startswith("lora_") or settings.lora_rank}
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 
@@ -49,6 +51,13 @@ def start_of(settings: Settings, stage: str) -> Path:
     before = [settings.stage_dir(name) / MODEL for name in STAGES[: STAGES.index(stage)]]
     done = [path for path in before if (path / "config.json").is_file()]
     return done[-1] if done else settings.student_dir
+
+
+def adapter_before(settings: Settings, stage: str) -> Path | None:
+    """The adapter that the stages before it made."""
+    before = [settings.stage_dir(name) / lora.ADAPTER for name in STAGES[: STAGES.index(stage)]]
+    done = [path for path in before if path.is_dir()]
+    return done[-1] if done and settings.lora_rank else None
 
 
 def is_open(settings: Settings, stage: str) -> bool:
@@ -106,6 +115,7 @@ def distill(settings: Settings, stages: Sequence[str] = STAGES, *, force: bool =
         made.append({
             "stage": stage,
             "model": str(directory / MODEL),
+            **({"adapter": str(directory / lora.ADAPTER)} if settings.lora_rank else {}),
             "num_steps": num_steps(settings, stage),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
@@ -133,7 +143,10 @@ def _run(
         raise ThoughtxError("E163", "--layers belongs to the supervised stage", where=str(start), why=why, fix=fix)
     text = models.load_text(settings.student_dir)
     models.torch.manual_seed(settings.seed)
-    model = models.load_student(start, "float32", layers, gradient_checkpointing=settings.gradient_checkpointing)
+    adapter = adapter_before(settings, stage)
+    begun: Path | Checkpoint = start if adapter is None else Checkpoint.open(settings.student_dir, lora_dir=adapter)
+    model = models.load_student(begun, "float32", layers, gradient_checkpointing=settings.gradient_checkpointing)
+    model = lora.with_adapter(model, settings, text, stage) if settings.lora_rank else model
     if stage == "supervised":
         teacher = None
         if settings.teacher_dir is not None and settings.kd_weight:
@@ -157,9 +170,13 @@ def _run(
         begin(settings, stage, process, force=force)
         module = preference if stage == "preference" else scored
         trainer = module.run(settings, model, text, written, watch)
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = None if settings.lora_rank else trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if process.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
+        if weights is None:
+            lora.save_adapter(trained, adapter, watch.directory / lora.ADAPTER, settings, text)
+            trained = trained.merge_and_unload()
+            weights = trained.state_dict()
         models.save_model(trained, weights, settings.student_dir, watch.directory / MODEL, settings.saved_dtype)
     process.wait_for_everyone()
 

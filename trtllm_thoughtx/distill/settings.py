@@ -28,6 +28,8 @@ class Settings:
     teacher_dir: Path | None = None
     data: str = GENERATED
     layers: tuple[int, ...] | None = None
+    lora_rank: int = 0  # of the products that train beside a student that stays; 0: all its weights train
+    lora_factor: int = 2  # of a product, peft's lora_alpha over r
     lr: float = 5e-6
     batch_size: int = 32
     per_device_batch_size: int = 1
@@ -77,6 +79,8 @@ class Settings:
             wrong.append(
                 ("batch_size", f"{self.batch_size} is no multiple of {at_a_time}, what the {self.world_size} processes hold at a time")
             )
+        if self.lora_rank and self.layers is not None:
+            wrong.append(("lora_rank", "an adapter belongs to a whole student; --layers makes another one of it"))
         if self.batch_size < self.world_size:
             wrong.append(("batch_size", f"{self.batch_size} rows for {self.world_size} processes"))
         if self.batch_size % (self.num_generations or 1) and self.scored_steps:
