@@ -225,6 +225,16 @@ def test_memory_is_weights_cache_and_workspace(root: Path, machine: Any) -> None
     assert statuses(root, "tensorrt-rtx")["memory at batch 4"] == "skipped"
 
 
+def test_who_names_no_backend_beside_a_gpu_is_told(root: Path, monkeypatch: Any, capsys: Any) -> None:
+    """onnxruntime is the default also there."""
+    planned.add_plans(root, {"tensorrt-rtx": b"plan"}, VERSIONS)
+    words = ["--engine_dir", str(root), "--input_ids", "1,2", "--max_new_tokens", "1"]
+    for count, more, is_told in ((1, [], True), (1, ["--backend", "onnxruntime"], False), (0, [], False)):
+        monkeypatch.setattr("trtllm_thoughtx.runtime.engine.num_gpus", lambda count=count: count)
+        assert run(cli.COMMANDS["run"], "thoughtx-run", [*words, *more]) == 0
+        assert ("a GPU is visible, and the engine has a plan for tensorrt-rtx" in capsys.readouterr().err) == is_told
+
+
 # --- the driver and the runtime themselves ----------------------------------------------------------------------------
 
 

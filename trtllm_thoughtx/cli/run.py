@@ -214,6 +214,8 @@ def run_requests(
     answers = None if output is None else Answers(output, resume=resume)
     engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
     try:
+        if backend is None and engine.overlooked:
+            progress.note(f"note: {engine.overlooked}")
         adapter = None if lora_dir is None else engine.load_adapter(lora_dir)
         unread = _template_notes(engine.text, requests, not no_chat_template, enable_thinking, chat_template_kwargs)
         given = {name: value for name, value in sampling.items() if value is not None}

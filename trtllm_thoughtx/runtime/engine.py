@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from trtllm_thoughtx.backends import Runner, open_runner
+from trtllm_thoughtx.backends import BACKENDS, Runner, open_runner
+from trtllm_thoughtx.backends.gpu import num_gpus
 from trtllm_thoughtx.build.engine_dir import EngineDir
 from trtllm_thoughtx.checkpoint.generation_config import read_generation_config
 from trtllm_thoughtx.config import BuildConfig, ModelConfig
@@ -96,6 +97,14 @@ class Engine:
     @property
     def runner(self) -> Runner:
         return self.session.runner
+
+    @property
+    def overlooked(self) -> str | None:
+        """What to tell who named no backend, where a GPU is visible and the directory has a plan that is not what runs."""
+        plans = [name for name in self.directory.backends if BACKENDS[name].builds_plans]
+        if BACKENDS[self.backend].builds_plans or not plans or not num_gpus():
+            return None
+        return f"a GPU is visible, and the engine has a plan for {plans[0]}; {self.backend} runs it unless --backend {plans[0]} is given"
 
     @property
     def stats(self) -> Stats:

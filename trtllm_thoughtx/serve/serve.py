@@ -106,6 +106,8 @@ def serve(
             progress.note(f"note: everyone who reaches {host} may use this server; --api_key_file asks for a key")
         engine = Engine.load(engine_dir, backend, num_threads, exact=exact, verify_key=verify_key)
         try:
+            if backend is None and engine.overlooked:
+                progress.note(f"note: {engine.overlooked}")
             _check(engine, engine_dir, max_num_seqs)
             names = served_model_name or (engine_dir.resolve().name,)
             for name, path in lora_modules:

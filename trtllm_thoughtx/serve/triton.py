@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,8 @@ class Served:
             self._engine = Engine.load(root / args["model_version"] / ENGINE, **given)
         except ThoughtxError as error:
             raise pb.TritonModelException(error.render()) from None
+        if "backend" not in given and self._engine.overlooked:
+            print(f"{args['model_name']}: {self._engine.overlooked}", file=sys.stderr, flush=True)  # goes to Triton's log
         self._name = args["model_name"]
         self._front = Front(self._engine, seqs, most_waiting=queued, **({} if segment is None else {"prefill_segment": segment}))
         self._events: queue.SimpleQueue[tuple[_Answer, Event | Ticket] | None] = queue.SimpleQueue()
