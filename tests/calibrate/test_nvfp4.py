@@ -109,7 +109,8 @@ def test_weights_take_four_bits_and_half_a_bit_of_scale(calibrated):
         assert source.read(f"{name}.weight").shape == (128, 32)
         assert source.read(f"{name}.weights_scaling_factor").dtype == ml_dtypes.float8_e4m3fn
         assert source.read(f"{name}.weights_scaling_factor_2").shape == (1,)
-        assert (f"{name}.activation_scaling_factor" in source.names()) == (found["qformat"] == "nvfp4")
+        for suffix in ("activation_scaling_factor", "prequant_scaling_factor"):
+            assert (f"{name}.{suffix}" in source.names()) == (found["qformat"] == "nvfp4")
 
 
 @pytest.mark.rtx

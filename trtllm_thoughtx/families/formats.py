@@ -120,7 +120,7 @@ FORMATS = {
         Format(algo="W8A16_FP8_GROUPS", number=FP8, scales="group"),  # ours
         Format(algo="W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", number=INT8, inputs="token", scale_name="per_channel_scale"),
         Format(algo="W4A16_GPTQ", number=INT4, scales="group", zeros="added", has_order=True),
-        Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4", wide="FP8"),
+        Format(algo="NVFP4", number=FP4, scales="block", inputs="blocks", qformat="nvfp4", search="smoothquant", wide="FP8"),
         Format(algo="W4A16_NVFP4", number=FP4, scales="block", qformat="nvfp4_wo", wide="W8A16_FP8"),
     )
 }

@@ -124,7 +124,8 @@ def search(weight: torch.Tensor, seen: Inputs, quant: QuantConfig) -> Quantized:
         return replace(found, matrix=made.matrix, scale=made.scale, zero=made.zero, error=cost, rounding=rounding)
 
     if quant.zero_point or (form.scales == "block" and seen.fits_scales):
-        found = rounded(gptq.nearest(scaled, quant, seen.square), "nearest")
+        energy_of = seen.square if factor is None else seen.square * factor.square()
+        found = rounded(gptq.nearest(scaled, quant, energy_of), "nearest")
     if seen.hessian is None:
         return found
     made = gptq.compensated(scaled, seen.hessian if factor is None else seen.hessian * torch.outer(factor, factor), quant)
