@@ -19,7 +19,7 @@ PACKAGE = ROOT / "trtllm_thoughtx"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if ".mypy_cache" not in path.parts)
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LIMIT_LINES = 400
-BUDGET = 33884  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
+BUDGET = 33886  # lines of the package; whoever adds a feature raises it knowingly, and a change that adds none does not
 LIMIT_ENTRIES = 31  # at the top of the package
 CODE_OF = {"eval": "evaluate", "inspect": "inspection"}  # commands whose own name would hide Python's
 

@@ -210,3 +210,10 @@ def test_plans_compute_in_low_precision(tmp_path, name, kind):
     options = {"backend": ("tensorrt-rtx",), "max_seq_len": 32, "dtype": "float16", "compute_capabilities": ("12.0",)}
     check = next(one for one in build(tmp_path / "c", tmp_path / "e", options)["checks"] if one["name"].startswith("low-precision"))
     assert check["evidence"] == {"expected": 5, "found": 5, "types": [kind]}
+
+
+def test_plans_of_fp8_in_blocks_are_said_to_hold_16_bits(tmp_path):
+    import_quantized(LAID_OUT / "hf-fp8", tmp_path / "c")
+    options = {"backend": ("tensorrt-rtx",), "max_seq_len": 32, "dtype": "float16"}
+    notes = build(tmp_path / "c", tmp_path / "e", options, dry_run=True)["notes"]
+    assert any("widens FP8 in blocks" in note and "to fp8" in note for note in notes)

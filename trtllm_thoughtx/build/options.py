@@ -327,9 +327,11 @@ def speed_notes(config: ModelConfig, settings: BuildConfig) -> list[str]:
     if quant is None or quant.algo is None:
         return []
     found = []
-    if FORMATS[quant.algo].of_rows and any(BACKENDS[backend].builds_plans for backend in settings.backends):
-        why = "TensorRT-RTX 1.7 widens INT8 in blocks when it builds, and keeps INT8 with a scale a row"
-        found = [f"the plan holds 16-bit weights: {why}; for plans: thoughtx-calibrate --group_size 0"]
+    form = FORMATS[quant.algo]
+    if form.scales == "group" and form.number.bits == 8 and any(BACKENDS[backend].builds_plans for backend in settings.backends):
+        name, fix = form.number.name, "thoughtx-calibrate --group_size 0" if form.of_rows else "quantize the original checkpoint to fp8"
+        why = f"TensorRT-RTX 1.7 widens {name} in blocks when it builds, and keeps {name} with a scale a row"
+        found = [f"the plan holds 16-bit weights: {why}; for plans: {fix}"]
     return found if "onnxruntime" not in settings.backends else [*found, *_notes_of_cpu(quant, settings)]
 
 
