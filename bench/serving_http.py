@@ -159,7 +159,7 @@ class TritonClient(Client):
             with contextlib.closing(connection):
                 connection.request("POST", f"{self.path}/repository/index", headers=self.headers)
                 rows = json.loads(connection.getresponse().read())
-                return str(next(row["name"] for row in rows if row.get("state") == "READY"))
+                return str(next(row["name"] for row in rows if isinstance(row, dict) and row.get("state") == "READY"))
         return None
 
     def request(self, asked: Asked) -> tuple[str, dict[str, Any]]:
