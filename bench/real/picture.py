@@ -44,7 +44,7 @@ def main() -> int:
         for one in document["formats"]:
             if one["kl"] > 1e-6:
                 axis.annotate(
-                    one["name"].split()[-1] if " " in one["name"] else one["name"],
+                    one["name"].removeprefix(f"{file.stem} "),
                     (one["bits"], one["kl"]),
                     (4, 3),
                     textcoords="offset points",
