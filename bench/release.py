@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -73,7 +74,7 @@ def overhead(work: Path, with_ray: bool) -> dict[str, Any]:
                     import ray
 
                     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-                    ray.init(logging_level="ERROR", log_to_driver=False)
+                    ray.init(logging_level=logging.ERROR, log_to_driver=False)
                 executor = RayExecutor(store, "local", program=command)
             else:
                 executor = LocalExecutor(store, program=command)
